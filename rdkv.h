@@ -271,7 +271,7 @@ RDKV_API size_t rdkv_allocate_scratch(const rdkv_config *cfg, int n_layers, uint
 
 /* Chooses v_bits and k_bits of every layer.
    layers [n_layers] scored and measured, all of the same n_tokens; their widths and lambda are
-   written. The budget is cfg's times n_layers / cfg->n_layers: pass all layers at once for the model
+   written (where it fails they are as before or all 0). The budget is cfg's times n_layers / cfg->n_layers: pass all layers at once for the model
    scope. RDKV_JOINT never goes over it, counting everything rdkv_pack stores.
    scratch [scratch_bytes] 64-byte aligned.
    Returns RDKV_OK, RDKV_ERR_ARGUMENT, _MEMORY, _ALIGNMENT, _NONFINITE (a weight or distortion that is
@@ -308,7 +308,7 @@ typedef struct rdkv_header {
   uint64_t total_bytes;
   uint64_t head_bytes; /* header, records and channel tables: what must be read to open */
   uint64_t head_sum;   /* rdkv_checksum of [0, head_bytes), head_sum itself taken as 0 */
-  uint64_t body_sum;   /* rdkv_checksum of [head_bytes, total_bytes) */
+  uint64_t body_sum;   /* the same of [head_bytes, total_bytes), words counted from the block's start */
   uint32_t first_layer, n_layers;
   uint32_t n_q_heads, n_kv_heads, k_dim, v_dim;
   uint64_t token_begin; /* position of the first token of the range */
@@ -592,6 +592,7 @@ extern "C" {
 #define RDKV__TILE 32       /* tokens of a tile */
 #define RDKV__MAX_DIM 256   /* design.md 5 */
 #define RDKV__MAX_BLOCKS 19 /* K blocks of a head: 16 and a partly filled one for each run */
+#define RDKV__PACKED (16 * RDKV__MAX_BLOCKS)
 #define RDKV__MAX_TOKENS 0x7fffffffu
 #define RDKV__ROWS 96             /* rows scored at a time: a multiple of the micro-kernel's 6 */
 #define RDKV__MAX_HALF 0x477fe000 /* bits of 65504.0f, the largest half */
@@ -812,13 +813,21 @@ typedef struct rdkv__kernels {
   /* codes of x [n], n a multiple of 16: round((x - mid) * inv), clamped to lo..hi, minus lo */
   void (*quantise)(const float *x, int n, const float *mid, const float *inv, const float *lo,
                    const float *hi, uint8_t *code);
-  /* attend: see there */
+  /* the same with one mid, inv, lo and hi for all */
+  void (*quantise_one)(const float *x, int n, const float *mid, const float *inv, const float *lo,
+                       const float *hi, uint8_t *code);
+  /* n halves, n a multiple of 16 */
+  void (*halves)(const uint16_t *h, int n, float *x);
+  /* attend, for up to 4 query heads: see the code */
+  void (*k_coef)(int level, const float *x, float *to, int next);
   void (*k_codes)(int level, const uint32_t *words, int n_blocks, const float *coef, int n_heads,
                   float *logits, float *work);
-  void (*v_codes)(int level, const uint32_t *words, int n_blocks, const float *coef, int n_heads,
-                  float *acc, size_t head_stride);
   void (*v_coef)(int level, const uint32_t *params, const float *p, int n_heads, float *coef,
                  float *rest);
+  void (*v_codes)(int level, const uint32_t *words, int n_blocks, const float *coef, int n_heads,
+                  float *acc, size_t head_stride);
+  void (*v_fold)(int level, const float *acc, int n_blocks, float *out);
+  float (*max)(const float *x, int n);
   float (*exp_sum)(const float *logits, float max, float *p, int n);
   void (*scale)(float *x, int n, float by);
   void (*k_dense)(const void *rows, rdkv_dtype type, int n_rows, int dim, const float *q,
@@ -844,6 +853,21 @@ static float rdkv__error(float x, rdkv__affine a, float lo, float hi) {
   d = rdkv__f(d - rdkv__f(a.scale * c));
   return rdkv__f(d * d);
 }
+
+/* Channel of a K block that word i (mod 16) holds, for each coefficient: 4 at 2 and 4 bits (k = 2 pr +
+   e), 2 at 8 bits (k = e). */
+static const int32_t rdkv__k_slot[10][16] = {
+    {0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12},
+    {1, 5, 9, 13, 1, 5, 9, 13, 1, 5, 9, 13, 1, 5, 9, 13},
+    {2, 6, 10, 14, 2, 6, 10, 14, 2, 6, 10, 14, 2, 6, 10, 14},
+    {3, 7, 11, 15, 3, 7, 11, 15, 3, 7, 11, 15, 3, 7, 11, 15},
+    {0, 0, 4, 4, 8, 8, 12, 12, 0, 0, 4, 4, 8, 8, 12, 12},
+    {1, 1, 5, 5, 9, 9, 13, 13, 1, 1, 5, 5, 9, 9, 13, 13},
+    {2, 2, 6, 6, 10, 10, 14, 14, 2, 2, 6, 6, 10, 10, 14, 14},
+    {3, 3, 7, 7, 11, 11, 15, 15, 3, 3, 7, 7, 11, 11, 15, 15},
+    {0, 2, 0, 2, 4, 6, 4, 6, 8, 10, 8, 10, 12, 14, 12, 14},
+    {1, 3, 1, 3, 5, 7, 5, 7, 9, 11, 9, 11, 13, 15, 13, 15}};
+static const uint8_t rdkv__k_first[5] = {0, 0, 4, 8, 10}; /* rows of level 1.. */
 
 /* Slot of the token that multiplies word j (mod 16) of a V block, for each coefficient: 8 at 2 bits,
    4 at 4, 2 at 8, 4 at 16. Slot 4g + k is token g + 8k of the tile. */
@@ -876,10 +900,11 @@ static const uint8_t rdkv__v_first[6] = {0, 0, 8, 12, 14, 18}; /* rows of level 
 #define RDKV__SIMD_BODY 2 /* RDKV_ISA_AVX2 */
 #include RDKV_SELF
 #undef RDKV__SIMD_BODY
-#if defined(__GNUC__) && !defined(__clang__) /* gcc's own intrinsics start from undefined vectors */
+#if defined(__GNUC__) && !defined(__clang__) /* flaws of gcc's own intrinsics */
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wsign-conversion"
 #endif
 #define RDKV__SIMD_BODY 3 /* RDKV_ISA_AVX512 */
 #include RDKV_SELF
@@ -1043,6 +1068,11 @@ static int rdkv__layer_ok(const rdkv_layer *l) {
          l->k_square && l->mean_out && l->v_distortion && l->k_distortion && l->v_bits && l->k_bits;
 }
 
+static void rdkv__clear(const rdkv_config *cfg, rdkv_layer *l) {
+  memset(l->v_bits, 0, (size_t)cfg->n_kv_heads * l->n_tokens);
+  memset(l->k_bits, 0, (size_t)cfg->n_kv_heads * (size_t)cfg->k_dim);
+}
+
 /* Scratch of the calls that go through a layer's K and V. */
 typedef struct rdkv__work {
   float *qt;     /* [k_dim][columns] queries, transposed and scaled */
@@ -1095,6 +1125,19 @@ static int rdkv__row(const rdkv__kernels *kn, const rdkv_tensor *t, uint32_t tok
   return kn->row(rdkv__at(t, token, head), t->dtype, stride, n, dst) <= RDKV__MAX_HALF;
 }
 
+/* Asks for a row that will be read soon: rows of one head lie a page apart, out of the hardware
+   prefetcher's reach. */
+#define RDKV__AHEAD 16
+static void rdkv__ahead(const rdkv_tensor *t, uint32_t token, int head, int n) {
+#if defined(__GNUC__)
+  const char *p = (const char *)rdkv__at(t, token, head);
+  int i, bytes = n * (t->dtype == RDKV_F32 ? 4 : 2);
+  for (i = 0; i < bytes && t->dim_stride <= 1; i += 64) __builtin_prefetch(p + i);
+#else
+  (void)t, (void)token, (void)head, (void)n;
+#endif
+}
+
 /* Averages over `pool` neighbours; the ends are reflected; a wider kernel than 2T-1 shrinks to it. */
 static void rdkv__pool(const float *in, uint32_t n, int pool, float *out) {
   int64_t half = (pool - 1) / 2, t, i, last = (int64_t)n - 1;
@@ -1132,8 +1175,7 @@ RDKV_DEF rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_
   window = (int)rdkv__min_u32((uint32_t)cfg->window, n);
   first = n - (uint32_t)window; /* position of the first window query */
   used = (size_t)group * (size_t)window, nq = (used + 15) / 16 * 16;
-  memset(layer->v_bits, 0, (size_t)cfg->n_kv_heads * n);
-  memset(layer->k_bits, 0, (size_t)cfg->n_kv_heads * (size_t)kd);
+  rdkv__clear(cfg, layer); /* widths of older scores */
   for (head = 0; head < cfg->n_kv_heads && n > 0; head++) {
     float *token = layer->token + (size_t)head * n, *energy = layer->energy + (size_t)head * n;
     float *q2 = layer->q_square + (size_t)head * (size_t)kd, *part = w.channel;
@@ -1162,6 +1204,7 @@ RDKV_DEF rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_
         memset(part, 0, RDKV__MAX_DIM * sizeof(float));
         for (t = 0; t < rows; t++) {
           float *row = w.rows + t * (uint32_t)kp;
+          if (t0 + t + RDKV__AHEAD < n) rdkv__ahead(&kv->k, t0 + t + RDKV__AHEAD, head, kd);
           if (!rdkv__row(kn, &kv->k, t0 + t, head, kd, row)) return RDKV_ERR_NONFINITE;
           if (pass == 0)
             for (d = 0; d < kd; d++) part[d] += row[d] * row[d];
@@ -1198,6 +1241,7 @@ RDKV_DEF rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_
         rows = rdkv__min_u32(n - t0, 256);
         memset(part, 0, RDKV__MAX_DIM * sizeof(float));
         for (t = t0; t < t0 + rows; t++) {
+          if (t + RDKV__AHEAD < n) rdkv__ahead(&kv->v, t + RDKV__AHEAD, head, vd);
           if (!rdkv__row(kn, &kv->v, t, head, vd, w.rows)) return RDKV_ERR_NONFINITE;
           kn->axpy(w.mean[t], w.rows, vp, part);
         }
@@ -1263,6 +1307,7 @@ RDKV_DEF rdkv_status rdkv_measure(const rdkv_config *cfg, const rdkv_kv *kv, rdk
       memcpy(w.channel, layer->mean_out + (size_t)head * (size_t)vd, (size_t)vd * sizeof(float));
       for (t = 0; t < n; t++) {
         float e[5];
+        if (t + RDKV__AHEAD < n) rdkv__ahead(&kv->v, t + RDKV__AHEAD, head, vd);
         if (!rdkv__row(kn, &kv->v, t, head, vd, w.rows)) return RDKV_ERR_NONFINITE;
         kn->v_error(w.rows, w.channel, vd, e);
         for (j = 0; j < 5; j++) dv[(size_t)j * n + t] = rdkv__f(token[t] * e[j]);
@@ -1272,6 +1317,7 @@ RDKV_DEF rdkv_status rdkv_measure(const rdkv_config *cfg, const rdkv_kv *kv, rdk
     memset(w.channel, 0, 16 * RDKV__MAX_DIM * sizeof(float));
     for (d = 0; d < kp; d++) lo[d] = FLT_MAX, hi[d] = -FLT_MAX;
     for (i = 0; i < kept; i++) {
+      if (i + RDKV__AHEAD < kept) rdkv__ahead(&kv->k, w.order[i + RDKV__AHEAD], head, kd);
       if (!rdkv__row(kn, &kv->k, w.order[i], head, kd, w.rows)) return RDKV_ERR_NONFINITE;
       kn->range(w.rows, kp, lo, hi, sum);
     }
@@ -1288,6 +1334,7 @@ RDKV_DEF rdkv_status rdkv_measure(const rdkv_config *cfg, const rdkv_kv *kv, rdk
       float g;
       t = w.order[i];
       g = token[t] > 0 ? rdkv__f(energy[t] * rdkv__f(dv[t] / token[t])) : 0;
+      if (i + RDKV__AHEAD < kept) rdkv__ahead(&kv->k, w.order[i + RDKV__AHEAD], head, kd);
       if (g <= 0) continue;
       if (!rdkv__row(kn, &kv->k, t, head, kd, w.rows)) return RDKV_ERR_NONFINITE;
       kn->k_error(w.rows, kp, g, scale, mid, inv, error);
@@ -1337,6 +1384,7 @@ RDKV_DEF rdkv_status rdkv_calibrate(const rdkv_config *cfg, const rdkv_kv *kv, u
   rdkv__work w;
   rdkv_status st;
   double k_error[3] = {0, 0, 0}, v_error[3] = {0, 0, 0}, k_square = 0, v_square = 0;
+  rdkv__zero_point fit[3][RDKV__MAX_DIM];
   int head, d, j, kd, vd, kp;
   uint32_t t;
   if (!rdkv__resolved(cfg) || kv == NULL || eps_k == NULL || eps_v == NULL || n_tokens == 0 ||
@@ -1352,6 +1400,8 @@ RDKV_DEF rdkv_status rdkv_calibrate(const rdkv_config *cfg, const rdkv_kv *kv, u
       if (!rdkv__row(kn, &kv->k, t, head, kd, w.rows)) return RDKV_ERR_NONFINITE;
       kn->range(w.rows, kp, lo, hi, sum);
     }
+    for (j = 0; j < 3; j++)
+      for (d = 0; d < kd; d++) fit[j][d] = rdkv__fit_paper(lo[d], hi[d], 2 << j);
     for (t = 0; t < n_tokens; t++) {
       float vlo = FLT_MAX, vhi = -FLT_MAX;
       rdkv__row(kn, &kv->k, t, head, kd, w.rows);
@@ -1359,7 +1409,7 @@ RDKV_DEF rdkv_status rdkv_calibrate(const rdkv_config *cfg, const rdkv_kv *kv, u
         double x = (double)w.rows[d];
         k_square += x * x;
         for (j = 0; j < 3; j++) {
-          rdkv__zero_point z = rdkv__fit_paper(lo[d], hi[d], 2 << j);
+          rdkv__zero_point z = fit[j][d];
           double s = (double)rdkv__from_half(rdkv__to_half(z.scale));
           double e = ((double)rdkv__code_paper(w.rows[d], z, 2 << j) - (double)z.zero) * s - x;
           k_error[j] += e * e;
@@ -1632,7 +1682,7 @@ static void rdkv__sort(const rdkv__solver *s, uint32_t n) {
    reached the level below; the next best are kept in fill[] for the greedy steps. */
 static void rdkv__assign(const rdkv__solver *s, rdkv__head *h, float floor) {
   float cost[4];
-  uint32_t t, n, i, slope[4], taken;
+  uint32_t t, n, i, slope[4], taken, able;
   int l;
   rdkv__v_costs(s, h, cost);
   memset(h->v_bits, 0, h->n_tokens);
@@ -1643,6 +1693,9 @@ static void rdkv__assign(const rdkv__solver *s, rdkv__head *h, float floor) {
     }
     rdkv__sort(s, n);
     h->n_fill[l] = 0;
+    for (i = 0, able = 0; i < n; i++) able += h->v_bits[s->index[i]] == rdkv__v_width[l];
+    able = rdkv__max_u32(rdkv__whole_tiles(able, h->n_tokens), h->pinned[l + 1]);
+    h->at_least[l] = rdkv__min_u32(h->at_least[l], able);
     for (i = 0, taken = 0; i < n; i++) {
       uint8_t *b = &h->v_bits[s->index[i]];
       if (taken < h->at_least[l]) {
@@ -1795,10 +1848,10 @@ static void rdkv__choose_all_k(const rdkv__solver *s, float threshold, int from_
                    from_bin < 0 ? s->heads[i].n_tokens : s->heads[i].bins[from_bin]);
 }
 
-/* Chooses the widths of s->heads for at most `budget` bytes. *threshold = the one used.
+/* Chooses the widths of s->heads for at most `budget` bytes, no less than rdkv__least_bytes.
    1. threshold from a histogram of V slopes, K for it, twice more with the bytes that K takes;
    2. exact bytes, whole tiles, over fine bins around it; 3. widths; 4. greedy to the last byte. */
-static rdkv_status rdkv__solve(const rdkv__solver *s, uint64_t budget, double *threshold_used) {
+static void rdkv__solve(const rdkv__solver *s, uint64_t budget, double *threshold_used) {
   uint64_t hist[RDKV_HISTOGRAM_BINS], i, sum;
   float threshold = 0, base = 0, lowest = 0;
   int round, bin = 0, tries, raised = 0, lo = 0, hi = RDKV__FINE - 1;
@@ -1857,10 +1910,22 @@ static rdkv_status rdkv__solve(const rdkv__solver *s, uint64_t budget, double *t
     rdkv__assign(s, h, threshold / 2);
     sum += rdkv__head_bytes(s->cfg->v_dim, s->cfg->positions, h->count, h->channels, &parts);
   }
+  RDKV_ASSERT(sum <= budget);
   *threshold_used = (double)threshold;
-  if (sum > budget) return RDKV_ERR_BUDGET;
   rdkv__spend(s, budget - sum);
-  return RDKV_OK;
+}
+
+/* The least that heads can take: what is pinned, K dropped. */
+static uint64_t rdkv__least_bytes(const rdkv__solver *s, uint64_t n_heads, uint32_t n_tokens,
+                                  const uint32_t pinned[5]) {
+  uint32_t count[5], channels[4] = {0, 0, 0, 0};
+  rdkv__parts parts;
+  int l;
+  channels[0] = (uint32_t)s->cfg->k_dim;
+  for (l = 1; l < 5; l++) count[l] = pinned[l] - (l < 4 ? pinned[l + 1] : 0);
+  count[0] = n_tokens - pinned[1];
+  return rdkv__mul(n_heads,
+                   rdkv__head_bytes(s->cfg->v_dim, s->cfg->positions, count, channels, &parts));
 }
 
 /* Widths at a given threshold, whole tiles. */
@@ -1899,6 +1964,15 @@ static void rdkv__predict(const rdkv_config *cfg, const rdkv_layer *l, int head,
     int level = rdkv__level(kb[t]);
     *k += (double)dk[(size_t)(level < 3 ? level : 3) * kd + t];
   }
+}
+
+static double rdkv__predict_all(const rdkv_config *cfg, const rdkv_layer *layers, int n_layers) {
+  double sum = 0, v, k;
+  int a, head;
+  for (a = 0; a < n_layers; a++)
+    for (head = 0; head < cfg->n_kv_heads; head++)
+      rdkv__predict(cfg, &layers[a], head, &v, &k), sum += v + k;
+  return sum;
 }
 
 /* ---- the authors' solver (design.md 3.1): float throughout, product and sum rounded apart ---- */
@@ -2034,7 +2108,7 @@ RDKV_DEF rdkv_status rdkv_allocate(const rdkv_config *cfg, rdkv_layer *layers, i
   rdkv__solver s, part;
   rdkv__arena arena;
   rdkv_status st;
-  uint64_t budget, left, i, n_parts, fixed;
+  uint64_t budget, left, i, n_parts, each, fixed;
   uint32_t n, pinned[5], l;
   int a, head;
   if (!rdkv__resolved(cfg) || layers == NULL || n_layers < 1 || n_layers > cfg->n_layers)
@@ -2073,8 +2147,10 @@ RDKV_DEF rdkv_status rdkv_allocate(const rdkv_config *cfg, rdkv_layer *layers, i
     if (tokens == 0) tokens = lo;
     for (a = 0; a < n_layers; a++) rdkv__paper_layer(cfg, &layers[a], tokens);
     if (cfg->budget_bytes > 0 && cfg->token_budget == 0 &&
-        rdkv_block_bytes(cfg, layers, n_layers) > budget)
+        rdkv_block_bytes(cfg, layers, n_layers) > budget) {
+      for (a = 0; a < n_layers; a++) rdkv__clear(cfg, &layers[a]);
       return RDKV_ERR_BUDGET;
+    }
     return RDKV_OK;
   }
   rdkv__pin(&s, n, pinned);
@@ -2090,48 +2166,44 @@ RDKV_DEF rdkv_status rdkv_allocate(const rdkv_config *cfg, rdkv_layer *layers, i
     for (a = 0; a < n_layers; a++) layers[a].lambda = cfg->lambda;
     return RDKV_OK;
   }
-  if (cfg->max_error > 0) { /* the smallest budget that meets the target: bytes are a multiple of 128 */
-    double target = 0, v, k, used = 0;
-    uint64_t lo = 0, hi = rdkv__round_up(rdkv__max_block(cfg, n, n_layers), 128) / 128;
+  if (cfg->max_error > 0) { /* the smallest budget that meets the target, within 0.1 % */
+    double target = 0, used = 0;
+    uint64_t lo = rdkv__least_bytes(&s, s.n_heads, n, pinned) / 128;
+    uint64_t hi = rdkv__max_block(cfg, n, n_layers) / 128, mid = hi;
     for (i = 0; i < s.n_heads; i++)
       for (l = 0; l < n; l++) target += (double)s.heads[i].v_distortion[l];
     target *= cfg->max_error;
-    while (lo < hi) {
-      uint64_t mid = lo + (hi - lo) / 2;
-      double sum = 0;
-      st = rdkv__solve(&s, mid * 128, &used);
-      for (a = 0; a < n_layers && st == RDKV_OK; a++)
-        for (head = 0; head < cfg->n_kv_heads; head++)
-          rdkv__predict(cfg, &layers[a], head, &v, &k), sum += v + k;
-      if (st == RDKV_OK && sum <= target)
+    rdkv__solve(&s, hi * 128, &used);
+    if (rdkv__predict_all(cfg, layers, n_layers) > target) { /* beyond 16-bit V and 8-bit K */
+      for (a = 0; a < n_layers; a++) rdkv__clear(cfg, &layers[a]);
+      return RDKV_ERR_BUDGET;
+    }
+    while (hi - lo > hi / 1024) {
+      mid = lo + (hi - lo) / 2;
+      rdkv__solve(&s, mid * 128, &used);
+      if (rdkv__predict_all(cfg, layers, n_layers) <= target)
         hi = mid;
       else
         lo = mid + 1;
-      if (hi - lo <= hi / 1024) lo = hi; /* within 0.1 % */
     }
-    st = rdkv__solve(&s, hi * 128, &used);
+    if (mid != hi) rdkv__solve(&s, hi * 128, &used);
     for (a = 0; a < n_layers; a++) layers[a].lambda = used;
-    if (st == RDKV_OK) {
-      double sum = 0;
-      for (a = 0; a < n_layers; a++)
-        for (head = 0; head < cfg->n_kv_heads; head++)
-          rdkv__predict(cfg, &layers[a], head, &v, &k), sum += v + k;
-      if (sum > target) st = RDKV_ERR_BUDGET; /* beyond 8-bit K and 16-bit V */
-    }
-    return st;
+    return RDKV_OK;
   }
-  if (budget < fixed) return RDKV_ERR_BUDGET;
   n_parts = cfg->scope == RDKV_SCOPE_MODEL   ? 1
             : cfg->scope == RDKV_SCOPE_LAYER ? (uint64_t)n_layers
                                              : s.n_heads;
+  each = s.n_heads / n_parts;
+  if (budget < fixed ||
+      (budget - fixed) / n_parts / 128 * 128 < rdkv__least_bytes(&s, each, n, pinned))
+    return RDKV_ERR_BUDGET;
   for (i = 0, left = budget - fixed; i < n_parts; i++) { /* equal parts; crumbs go on to the next */
-    uint64_t each = s.n_heads / n_parts, h, share = left / (n_parts - i) / 128 * 128;
+    uint64_t h;
     double used = 0;
     rdkv__parts p;
     part = s;
     part.heads = s.heads + i * each, part.n_heads = each;
-    st = rdkv__solve(&part, share, &used);
-    if (st != RDKV_OK) return st;
+    rdkv__solve(&part, left / (n_parts - i) / 128 * 128, &used);
     for (h = i * each; h < (i + 1) * each; h++) {
       left -= rdkv__head_bytes(cfg->v_dim, cfg->positions, s.heads[h].count, s.heads[h].channels, &p);
       layers[h / (uint64_t)cfg->n_kv_heads].lambda = used;
@@ -2265,21 +2337,73 @@ static void rdkv__order_channels(const uint8_t *k_bits, int kd, rdkv__table *t) 
     if (k_bits[d] == 0) t->channel[t->n_all++] = (int16_t)d;
 }
 
-/* Where a code lies in its block: token 0..31, column 0..15 of a K block. */
-static void rdkv__put_k(uint32_t *words, int level, uint32_t token, int column, uint32_t code) {
-  uint32_t sub = token >> 4, r = (token >> 3) & 1, g = token & 7, c = (uint32_t)column;
-  uint32_t lane = 4 * g + (c >> 2), pr = (c >> 1) & 1, e = c & 1;
-  if (level == 1) words[lane] |= code << (2 * (2 * sub + pr) + 8 * r + 16 * e);
-  if (level == 2) words[2 * lane + sub] |= code << (4 * pr + 8 * r + 16 * e);
-  if (level == 3) words[4 * lane + 2 * sub + pr] |= code << (8 * (2 * r + e));
+/* Four neighbouring codes, one a byte (2 pr + e), to where a word holds them; and two (e). */
+static uint32_t rdkv__spread_k(int level, uint32_t x) {
+  if (level == 1)
+    return (x & 0x3) | (x & 0x300) << 8 | (x & 0x30000) >> 14 | (x & 0x3000000) >> 6;
+  return (x & 0xf) | (x & 0xf00) << 8 | (x & 0xf0000) >> 12 | (x & 0xf000000) >> 4;
 }
-/* The same for a V block: dim 0..15. */
-static void rdkv__put_v(uint32_t *words, int level, uint32_t token, int dim, uint32_t code) {
-  uint32_t sub = token >> 4, pr = (token >> 3) & 1, t = (token >> 1) & 3, e = token & 1;
-  uint32_t d = (uint32_t)dim, lane = 4 * (d & 7) + t, r = d >> 3;
-  if (level == 1) words[lane] |= code << (2 * (2 * sub + pr) + 8 * r + 16 * e);
-  if (level == 2) words[2 * lane + sub] |= code << (4 * pr + 8 * r + 16 * e);
-  if (level == 3) words[4 * lane + 2 * sub + pr] |= code << (8 * (2 * r + e));
+static uint32_t rdkv__spread_v(uint32_t x) { return (x & 0xff) | (x & 0xff00) << 8; }
+
+static uint32_t rdkv__load_u32(const uint8_t *p) {
+  uint32_t x;
+  memcpy(&x, p, 4);
+  return x;
+}
+static uint32_t rdkv__load_u16(const uint8_t *p) {
+  uint16_t x;
+  memcpy(&x, p, 2);
+  return x;
+}
+
+/* Writes a K block from codes [32 tokens][MAX_DIM], 16 channels from codes on. */
+static void rdkv__put_k(uint32_t *words, int level, const uint8_t *codes) {
+  int g, t, sub;
+  for (g = 0; g < 8; g++) {
+    for (t = 0; t < 4; t++) {
+      for (sub = 0; sub < 2; sub++) {
+        const uint8_t *from = codes + (16 * sub + g) * RDKV__MAX_DIM + 4 * t;
+        uint32_t r0 = rdkv__load_u32(from), r1 = rdkv__load_u32(from + 8 * RDKV__MAX_DIM);
+        uint32_t *to = words + (4 * g + t) * (1 << (level - 1));
+        if (level == 3) { /* bytes e of pr 0 and pr 1 */
+          to[2 * sub] = (r0 & 0xffff) | r1 << 16;
+          to[2 * sub + 1] = r0 >> 16 | (r1 & 0xffff0000);
+        } else {
+          r0 = rdkv__spread_k(level, r0) | rdkv__spread_k(level, r1) << 8;
+          if (level == 1)
+            *to = sub ? *to | r0 << 4 : r0;
+          else
+            to[sub] = r0;
+        }
+      }
+    }
+  }
+}
+
+/* Writes a V block from codes [16 dims][32 tokens]. */
+static void rdkv__put_v(uint32_t *words, int level, const uint8_t *codes) {
+  int g, t, sub, pr;
+  for (g = 0; g < 8; g++) {
+    for (t = 0; t < 4; t++) {
+      uint32_t *to = words + (4 * g + t) * (1 << (level - 1));
+      if (level == 1) *to = 0;
+      for (sub = 0; sub < 2; sub++) {
+        for (pr = 0; pr < 2; pr++) {
+          const uint8_t *from = codes + g * RDKV__TILE + 16 * sub + 8 * pr + 2 * t;
+          uint32_t r0 = rdkv__load_u16(from), r1 = rdkv__load_u16(from + 8 * RDKV__TILE);
+          if (level == 3) {
+            to[2 * sub + pr] = r0 | r1 << 16;
+          } else {
+            r0 = rdkv__spread_v(r0) | rdkv__spread_v(r1) << 8;
+            if (level == 1)
+              *to |= r0 << (4 * sub + 2 * pr);
+            else
+              to[sub] = pr ? to[sub] | r0 << 4 : r0;
+          }
+        }
+      }
+    }
+  }
 }
 
 /* One head: its table, positions and tiles into a zeroed block. */
@@ -2290,27 +2414,32 @@ static void rdkv__pack_head(const rdkv_config *cfg, const rdkv__kernels *kn, con
   int paper = cfg->profile == RDKV_PAPER;
   const uint8_t *v_bits = l->v_bits + (size_t)head * l->n_tokens;
   const uint8_t *k_bits = l->k_bits + (size_t)head * (size_t)kd;
-  float *mid = w->channel, *inv = mid + RDKV__MAX_DIM, *from = inv + RDKV__MAX_DIM;
-  float *to = from + RDKV__MAX_DIM, *lo = to + RDKV__MAX_DIM, *hi = lo + RDKV__MAX_DIM;
-  float *sum = hi + RDKV__MAX_DIM;
+  float *mid = w->channel, *inv = mid + RDKV__PACKED, *from = inv + RDKV__PACKED;
+  float *to = from + RDKV__PACKED, *x = to + RDKV__PACKED; /* in table order */
+  float *lo = x + RDKV__PACKED, *hi = lo + RDKV__MAX_DIM, *sum = hi + RDKV__MAX_DIM;
   uint16_t *scales = (uint16_t *)(void *)(block + rec->table), *mids;
   uint8_t *channels, *tile = block + rec->tile;
   uint32_t *position = (uint32_t *)(void *)(block + rec->position);
   rdkv__zero_point zero[RDKV__MAX_DIM];
   rdkv__table table;
+  uint8_t width[RDKV__PACKED], row_code[RDKV__MAX_DIM];
+  int blocks[4];
   uint32_t n = 0, t, run, first;
   for (level = 1; level < 5; level++)
     for (t = 0; t < l->n_tokens; t++)
       if (v_bits[t] == rdkv__v_width[level]) w->order[n++] = t;
+  for (level = 1, blocks[0] = 0; level < 4; level++) /* where each run of channels ends */
+    blocks[level] = blocks[level - 1] + (rec->n_channels[level - 1] + 15) / 16;
   /* channel table */
   for (d = 0; d < kp; d++) lo[d] = FLT_MAX, hi[d] = -FLT_MAX, sum[d] = 0;
   for (t = 0; t < n; t++) {
+    if (t + RDKV__AHEAD < n) rdkv__ahead(&kv->k, w->order[t + RDKV__AHEAD], head, kd);
     rdkv__row(kn, &kv->k, w->order[t], head, kd, w->rows);
     kn->range(w->rows, kp, lo, hi, sum);
   }
   rdkv__order_channels(k_bits, kd, &table);
   mids = scales + table.n, channels = (uint8_t *)(mids + table.n_all);
-  memset(mid, 0, 4 * RDKV__MAX_DIM * sizeof(float));
+  memset(mid, 0, 4 * RDKV__PACKED * sizeof(float));
   for (i = 0; i < table.n_all && n > 0; i++) {
     rdkv__affine a;
     int bits;
@@ -2328,8 +2457,8 @@ static void rdkv__pack_head(const rdkv_config *cfg, const rdkv__kernels *kn, con
       a = rdkv__fit(lo[d], hi[d], bits);
     }
     scales[i] = rdkv__to_half(a.scale), mids[i] = rdkv__to_half(a.mid);
-    mid[d] = a.mid, inv[d] = a.inv;
-    from[d] = -(float)(1 << (bits - 1)), to[d] = -from[d] - 1;
+    mid[i] = a.mid, inv[i] = a.inv, width[i] = (uint8_t)bits;
+    from[i] = -(float)(1 << (bits - 1)), to[i] = -from[i] - 1;
   }
   for (i = 0; i < table.n_all; i++)
     channels[i] = (uint8_t)(table.channel[i] < 0 ? 0 : table.channel[i]);
@@ -2340,42 +2469,43 @@ static void rdkv__pack_head(const rdkv_config *cfg, const rdkv__kernels *kn, con
       const uint32_t *order = w->order + run + first;
       uint32_t *words = (uint32_t *)(void *)tile;
       uint16_t *params;
-      int kl, at;
-      for (t = 0; t < in_tile; t++) {
+      int kl;
+      memset(w->codes, 0, RDKV__TILE * RDKV__MAX_DIM);
+      for (t = 0; t < in_tile; t++) { /* in table order; pads have code 0 */
+        uint8_t *code = w->codes + t * RDKV__MAX_DIM;
+        if (first + t + RDKV__AHEAD < rec->n_tokens[level - 1])
+          rdkv__ahead(&kv->k, order[t + RDKV__AHEAD], head, kd);
         rdkv__row(kn, &kv->k, order[t], head, kd, w->rows);
-        if (paper) {
-          for (d = 0; d < kd; d++)
-            if (k_bits[d])
-              w->codes[t * RDKV__MAX_DIM + (uint32_t)d] =
-                  (uint8_t)rdkv__code_paper(w->rows[d], zero[d], k_bits[d] > 8 ? 8 : k_bits[d]);
-        } else {
-          kn->quantise(w->rows, kp, mid, inv, from, to, w->codes + t * RDKV__MAX_DIM);
+        for (i = 0; i < table.n; i++) {
+          d = table.channel[i];
+          if (paper)
+            code[i] = d < 0 ? 0 : (uint8_t)rdkv__code_paper(w->rows[d], zero[d], width[i]);
+          else
+            x[i] = d < 0 ? 0 : w->rows[d];
         }
+        if (!paper) kn->quantise(x, table.n, mid, inv, from, to, code);
       }
-      for (i = 0; i < table.n; i += 16) {
-        for (at = i; table.channel[at] < 0; at++) {} /* a block has a real channel */
-        kl = rdkv__level(k_bits[table.channel[at]]);
-        if (kl > 3) kl = 3;
-        for (t = 0; t < in_tile; t++)
-          for (at = 0; at < 16; at++)
-            if (table.channel[i + at] >= 0)
-              rdkv__put_k(words, kl, t, at,
-                          w->codes[(int)t * RDKV__MAX_DIM + table.channel[i + at]]);
+      for (i = 0, kl = 1; i < table.n; i += 16) {
+        while (i >= 16 * blocks[kl]) kl++;
+        rdkv__put_k(words, kl, w->codes + i);
         words += 16 << kl;
       }
       params = (uint16_t *)(void *)words;
       words += 32;
+      memset(w->codes, 0, RDKV__TILE * RDKV__MAX_DIM); /* now [dim][token] */
       for (t = 0; t < in_tile; t++) {
         uint32_t slot = 2 * (4 * (t & 7) + (t >> 3));
         float vlo, vhi;
+        if (first + t + RDKV__AHEAD < rec->n_tokens[level - 1])
+          rdkv__ahead(&kv->v, order[t + RDKV__AHEAD], head, vd);
         rdkv__row(kn, &kv->v, order[t], head, vd, w->rows);
         if (level == 4) {
           uint16_t *half = (uint16_t *)(void *)words;
           uint32_t sub = t >> 4, pr = (t >> 3) & 1, tt = (t >> 1) & 3, e = t & 1;
           for (d = 0; d < vd; d++) {
             uint32_t lane = 4 * ((uint32_t)d & 7) + tt, r = ((uint32_t)d >> 3) & 1;
-            uint32_t word = ((sub * (uint32_t)(vp / 16) + (uint32_t)d / 16) * 32 + lane) * 4 + r + 2 * pr;
-            half[2 * word + e] = rdkv__to_half(w->rows[d]);
+            uint32_t b = sub * (uint32_t)(vp / 16) + (uint32_t)d / 16;
+            half[2 * ((b * 32 + lane) * 4 + r + 2 * pr) + e] = rdkv__to_half(w->rows[d]);
           }
           params[slot] = 0x3c00; /* scale 1, mid 0: a half is its own value */
           continue;
@@ -2389,22 +2519,17 @@ static void rdkv__pack_head(const rdkv_config *cfg, const rdkv__kernels *kn, con
           rdkv__affine a = rdkv__affine_paper(z, 1 << level);
           params[slot] = rdkv__to_half(a.scale), params[slot + 1] = rdkv__to_half(a.mid);
           for (d = 0; d < vd; d++)
-            w->codes[d] = (uint8_t)rdkv__code_paper(w->rows[d], z, 1 << level);
+            row_code[d] = (uint8_t)rdkv__code_paper(w->rows[d], z, 1 << level);
         } else {
           rdkv__affine a = rdkv__fit(vlo, vhi, 1 << level);
-          float *one = lo; /* the ranges of K are no longer needed */
+          float least = -(float)(1 << ((1 << level) - 1)), most = -least - 1;
           params[slot] = rdkv__to_half(a.scale), params[slot + 1] = rdkv__to_half(a.mid);
-          for (d = 0; d < vp; d++) {
-            one[d] = a.mid, one[d + RDKV__MAX_DIM] = a.inv;
-            one[d + 2 * RDKV__MAX_DIM] = -(float)(1 << ((1 << level) - 1));
-            one[d + 3 * RDKV__MAX_DIM] = (float)(1 << ((1 << level) - 1)) - 1;
-          }
-          kn->quantise(w->rows, vp, one, one + RDKV__MAX_DIM, one + 2 * RDKV__MAX_DIM,
-                       one + 3 * RDKV__MAX_DIM, w->codes);
+          kn->quantise_one(w->rows, vp, &a.mid, &a.inv, &least, &most, row_code);
         }
-        for (d = 0; d < vd; d++)
-          rdkv__put_v(words + d / 16 * (16 << level), level, t, d & 15, w->codes[d]);
+        for (d = 0; d < vd; d++) w->codes[d * RDKV__TILE + (int)t] = row_code[d];
       }
+      for (i = 0; i < vp / 16 && level < 4; i++)
+        rdkv__put_v(words + i * (16 << level), level, w->codes + i * 16 * RDKV__TILE);
       words += vp / 16 * (16 << level);
       tile = (uint8_t *)words;
       if (cfg->positions) {
@@ -2779,7 +2904,7 @@ static void rdkv__record_parts(const rdkv_segment *s, const rdkv_record *r, rdkv
   rdkv__head_bytes((int)s->header->v_dim, (int)s->header->positions, count, channels, p);
 }
 
-/* The code of a K block: the inverse of rdkv__put_k. */
+/* One code of a K block, token 0..31 and column 0..15, and of a V block (dim 0..15). */
 static int rdkv__get_k(const uint32_t *words, int level, uint32_t token, int column) {
   uint32_t sub = token >> 4, r = (token >> 3) & 1, g = token & 7, c = (uint32_t)column;
   uint32_t lane = 4 * g + (c >> 2), pr = (c >> 1) & 1, e = c & 1;
@@ -2969,7 +3094,7 @@ typedef struct rdkv__attend_work {
   float *work;   /* [HEADS][256] */
   float *acc;    /* [HEADS][acc_stride] sums of V codes of the present run */
   float *out;    /* [HEADS][v_dim padded] */
-  float *packed; /* [16 * MAX_BLOCKS] */
+  float *packed; /* [3][PACKED + MAX_DIM] */
   float max[RDKV__HEADS], sum[RDKV__HEADS], rest[RDKV__HEADS], konst[RDKV__HEADS];
   size_t acc_stride;
   int kp, vp;
@@ -2988,7 +3113,7 @@ static uint64_t rdkv__attend_layout(const rdkv_config *cfg, rdkv__arena *arena,
   w->work = (float *)rdkv__take(arena, &bytes, RDKV__HEADS * 256, 4);
   w->acc = (float *)rdkv__take(arena, &bytes, RDKV__HEADS * w->acc_stride, 4);
   w->out = (float *)rdkv__take(arena, &bytes, RDKV__HEADS * (uint64_t)w->vp, 4);
-  w->packed = (float *)rdkv__take(arena, &bytes, 16 * RDKV__MAX_BLOCKS, 4);
+  w->packed = (float *)rdkv__take(arena, &bytes, 3 * (RDKV__PACKED + RDKV__MAX_DIM), 4);
   return bytes;
 }
 
@@ -3000,44 +3125,44 @@ RDKV_DEF size_t rdkv_attend_scratch(const rdkv_config *cfg) {
 
 /* Coefficients of K codes for the heads' queries and the logits' constant, from a channel table:
    logit = sum q_c (mid_c + scale_c (code - 2^(b-1))). */
-static void rdkv__attend_table(const rdkv_segment *s, const rdkv_record *r, const rdkv__parts *parts,
-                               const float *q, int n_heads, rdkv__attend_work *w) {
-  const uint16_t *scale = (const uint16_t *)(const void *)(s->block + r->table), *mid;
+static void rdkv__attend_table(const rdkv__kernels *kn, const rdkv_segment *s, const rdkv_record *r,
+                               const rdkv__parts *parts, const float *q, int n_heads,
+                               rdkv__attend_work *w) {
+  const uint16_t *scale = (const uint16_t *)(const void *)(s->block + r->table);
   const uint8_t *channel;
-  int n = 16 * parts->k_blocks[0], all = n + r->n_dropped, h, i, j, k, b, level;
-  mid = scale + n, channel = (const uint8_t *)(mid + all);
+  int n = 16 * parts->k_blocks[0], all = n + r->n_dropped, h, i, j, b, level;
+  float *scales = w->packed, *mids = scales + RDKV__PACKED, *x = mids + RDKV__PACKED + RDKV__MAX_DIM;
+  channel = (const uint8_t *)(scale + n + all);
+  kn->halves(scale, n, scales);
+  kn->halves(scale + n, n, mids);
+  for (i = n; i < all; i++) mids[i] = rdkv__from_half(scale[n + i]);
   for (h = 0; h < n_heads; h++) {
     const float *qh = q + h * w->kp;
     float konst = 0;
-    for (i = 0; i < all; i++) konst += qh[channel[i]] * rdkv__from_half(mid[i]);
-    for (i = 0; i < n; i++) w->packed[i] = qh[channel[i]] * rdkv__from_half(scale[i]);
-    for (level = 1, b = 0; level < 4; level++) {
-      for (j = 0; j < parts->k_blocks[level]; j++, b++) {
-        const float *x = w->packed + 16 * b;
-        for (k = 0; k < (level == 3 ? 2 : 4); k++) { /* k = 2 pr + e, at 8 bits e */
-          float *to = w->coef_k + ((b * 4 + k) * n_heads + h) * 16;
-          for (i = 0; i < 16; i++) { /* word i holds t, and sub, pr where codes are wide */
-            int t = level == 1 ? i & 3 : level == 2 ? (i & 7) >> 1 : i >> 2;
-            to[i] = x[4 * t + (level == 3 ? 2 * (i & 1) : 0) + k];
-          }
-        }
-      }
+    for (i = 0; i < n; i++) {
+      float qc = qh[channel[i]];
+      konst += qc * mids[i];
+      x[i] = qc * scales[i];
     }
+    for (; i < all; i++) konst += qh[channel[i]] * mids[i];
+    for (level = 1, b = 0; level < 4; level++)
+      for (j = 0; j < parts->k_blocks[level]; j++, b++)
+        kn->k_coef(level, x + 16 * b, w->coef_k + (b * 4 * n_heads + h) * 16, n_heads * 16);
     w->konst[h] = konst;
   }
 }
 
-/* Takes a tile's logits [n_heads][32] into the softmax: p [n_heads][32], sums, maxima. Slots of
-   `slots` that are 0 hold no token. acc_used: floats of acc that are in use for each head. */
-static void rdkv__attend_softmax(const rdkv__kernels *kn, rdkv__attend_work *w, int n_heads,
-                                 uint32_t slots, size_t acc_used) {
+/* Takes a tile's logits [n_heads][32], less konst[h], into the softmax: p [n_heads][32], sums, maxima.
+   Slots of `slots` that are 0 hold no token. acc_used: floats of acc in use for each head. */
+static void rdkv__attend_softmax(const rdkv__kernels *kn, rdkv__attend_work *w, const float *konst,
+                                 int n_heads, uint32_t slots, size_t acc_used) {
   int h, i;
   for (h = 0; h < n_heads; h++) {
-    float *l = w->logits + h * RDKV__TILE, *p = w->p + h * RDKV__TILE, max = -FLT_MAX, by;
-    for (i = 0; i < RDKV__TILE; i++) {
-      if (!(slots >> i & 1)) l[i] = -FLT_MAX;
-      max = l[i] > max ? l[i] : max;
-    }
+    float *l = w->logits + h * RDKV__TILE, *p = w->p + h * RDKV__TILE, max, by;
+    if (slots != 0xffffffff)
+      for (i = 0; i < RDKV__TILE; i++)
+        if (!(slots >> i & 1)) l[i] = -FLT_MAX;
+    max = kn->max(l, RDKV__TILE) + konst[h];
     if (max > w->max[h] + RDKV__SLACK || w->max[h] <= -FLT_MAX) {
       by = w->max[h] <= -FLT_MAX ? 0 : expf(w->max[h] - max);
       w->sum[h] *= by, w->rest[h] *= by;
@@ -3045,7 +3170,7 @@ static void rdkv__attend_softmax(const rdkv__kernels *kn, rdkv__attend_work *w, 
       kn->scale(w->acc + (size_t)h * w->acc_stride, (int)acc_used, by);
       w->max[h] = max;
     }
-    w->sum[h] += kn->exp_sum(l, w->max[h], p, RDKV__TILE);
+    w->sum[h] += kn->exp_sum(l, w->max[h] - konst[h], p, RDKV__TILE);
     if (slots != 0xffffffff)
       for (i = 0; i < RDKV__TILE; i++)
         if (!(slots >> i & 1)) w->sum[h] -= p[i], p[i] = 0;
@@ -3056,11 +3181,11 @@ static void rdkv__attend_softmax(const rdkv__kernels *kn, rdkv__attend_work *w, 
 static void rdkv__attend_segment(const rdkv__kernels *kn, const rdkv_segment *s, const rdkv_record *r,
                                  const float *q, int n_heads, rdkv__attend_work *w) {
   const uint8_t *tile = s->block + r->tile;
-  int blocks = w->vp / 16, h, level, kl, b, i, g, rr;
+  int blocks = w->vp / 16, h, level, kl, b, i;
   rdkv__parts parts;
   rdkv__record_parts(s, r, &parts);
   if (parts.n_tiles[0] == 0) return;
-  rdkv__attend_table(s, r, &parts, q, n_heads, w);
+  rdkv__attend_table(kn, s, r, &parts, q, n_heads, w);
   for (level = 1; level < 5; level++) {
     size_t used = (size_t)blocks * (level == 4 ? 128 : 32u << level);
     uint32_t left = r->n_tokens[level - 1];
@@ -3070,8 +3195,12 @@ static void rdkv__attend_segment(const rdkv__kernels *kn, const rdkv_segment *s,
     for (; left > 0; left -= rdkv__min_u32(left, RDKV__TILE)) {
       const uint32_t *words = (const uint32_t *)(const void *)tile;
       uint32_t slots = 0xffffffff;
-      for (h = 0; h < n_heads; h++)
-        for (i = 0; i < RDKV__TILE; i++) w->logits[h * RDKV__TILE + i] = w->konst[h];
+#if defined(__GNUC__) /* the next tile, while this one is computed */
+      const uint8_t *next = tile + parts.k_tile + 128 + (size_t)blocks * (64u << level);
+      uint32_t ahead = left > RDKV__TILE ? parts.k_tile + 128 + (uint32_t)blocks * (64u << level) : 0;
+      for (; ahead > 0; ahead -= 64, next += 64) __builtin_prefetch(next);
+#endif
+      memset(w->logits, 0, sizeof(float) * RDKV__HEADS * RDKV__TILE);
       for (kl = 1, b = 0; kl < 4; kl++) {
         if (parts.k_blocks[kl] == 0) continue;
         kn->k_codes(kl, words, parts.k_blocks[kl], w->coef_k + b * 64 * n_heads, n_heads, w->logits,
@@ -3081,32 +3210,13 @@ static void rdkv__attend_segment(const rdkv__kernels *kn, const rdkv_segment *s,
       if (left < RDKV__TILE)
         for (i = 0, slots = 0; i < RDKV__TILE; i++) /* slot i is token i/4 + 8 (i%4) */
           if ((uint32_t)(i / 4 + 8 * (i % 4)) < left) slots |= 1u << i;
-      rdkv__attend_softmax(kn, w, n_heads, slots, used);
+      rdkv__attend_softmax(kn, w, w->konst, n_heads, slots, used);
       kn->v_coef(level, words, w->p, n_heads, w->coef_v, w->rest);
       kn->v_codes(level, words + 32, blocks, w->coef_v, n_heads, w->acc, w->acc_stride);
       tile += parts.k_tile + 128 + (size_t)blocks * (64u << level);
     }
-    /* sum over the words that hold different tokens of one dim */
-    for (h = 0; h < n_heads; h++) {
-      const float *acc = w->acc + (size_t)h * w->acc_stride;
-      float *out = w->out + h * w->vp;
-      for (b = 0; b < blocks; b++) {
-        for (rr = 0; rr < 2; rr++) {
-          for (g = 0; g < 8; g++) {
-            float sum = 0;
-            if (level == 4) {
-              const float *a = acc + b * 128 + g * 16 + rr;
-              for (i = 0; i < 16; i += 2) sum += a[i];
-            } else {
-              int n = 2 << level;
-              const float *a = acc + b * (32 << level) + rr * (16 << level) + g * n;
-              for (i = 0; i < n; i++) sum += a[i];
-            }
-            out[16 * b + g + 8 * rr] += sum;
-          }
-        }
-      }
-    }
+    for (h = 0; h < n_heads; h++)
+      kn->v_fold(level, w->acc + (size_t)h * w->acc_stride, blocks, w->out + h * w->vp);
   }
 }
 
@@ -3115,12 +3225,14 @@ static void rdkv__attend_tail(const rdkv__kernels *kn, const rdkv_tail *t, int l
                               const float *q, int n_heads, rdkv__attend_work *w) {
   size_t size = t->dtype == RDKV_F32 ? 4 : 2;
   const uint8_t *k = rdkv__tail_rows(t, layer, head, 0), *v = rdkv__tail_rows(t, layer, head, 1);
+  static const float none[RDKV__HEADS] = {0, 0, 0, 0};
   uint32_t n = t->n_tokens[layer], i, rows;
   for (i = 0; i < n; i += rows) {
     rows = rdkv__min_u32(n - i, RDKV__TILE);
     kn->k_dense(k + (size_t)i * (size_t)w->kp * size, t->dtype, (int)rows, w->kp, q, n_heads,
                 w->logits);
-    rdkv__attend_softmax(kn, w, n_heads, rows == 32 ? 0xffffffff : (1u << rows) - 1, 0);
+    rdkv__attend_softmax(kn, w, none, n_heads, rows < 32 ? (1u << rows) - 1 : 0xffffffff,
+                         0);
     kn->v_dense(v + (size_t)i * (size_t)w->vp * size, t->dtype, (int)rows, w->vp, w->p, n_heads,
                 w->out, (size_t)w->vp);
   }
@@ -3226,7 +3338,8 @@ RDKV_DEF rdkv_status rdkv_report_segment(const rdkv_segment *segment, int layer,
   rdkv_report out;
   uint32_t i, first = 0, n;
   int l;
-  if (segment == NULL || segment->header == NULL || report == NULL) return RDKV_ERR_ARGUMENT;
+  if (segment == NULL || segment->header == NULL || report == NULL || layer < -1)
+    return RDKV_ERR_ARGUMENT;
   h = segment->header, n = h->n_layers * h->n_kv_heads;
   memset(&out, 0, sizeof out);
   if (layer >= 0) {
@@ -3804,18 +3917,32 @@ RDKV__FN void RDKV__NAME(k_error)(const float *x, int n, float g, const float *s
   }
 }
 
-RDKV__FN void RDKV__NAME(quantise)(const float *x, int n, const float *mid, const float *inv,
-                                   const float *lo, const float *hi, uint8_t *code) {
+/* step 1: every element has its own quantiser; 0: one for all */
+RDKV__INLINE void RDKV__NAME(codes)(const float *x, int n, const float *mid, const float *inv,
+                                    const float *lo, const float *hi, uint8_t *code,
+                                    const int step) {
   int i;
   for (i = 0; i < n; i += RDKV__VL) {
-    RDKV__VF c = RDKV__SUB(RDKV__LD(x + i), RDKV__LD(mid + i)), l = RDKV__LD(lo + i);
+    RDKV__VF l = step ? RDKV__LD(lo + i) : RDKV__SET(*lo);
+    RDKV__VF h = step ? RDKV__LD(hi + i) : RDKV__SET(*hi);
+    RDKV__VF c = RDKV__SUB(RDKV__LD(x + i), step ? RDKV__LD(mid + i) : RDKV__SET(*mid));
     RDKV__KEEP(c);
-    c = RDKV__MUL(c, RDKV__LD(inv + i));
+    c = RDKV__MUL(c, step ? RDKV__LD(inv + i) : RDKV__SET(*inv));
     RDKV__KEEP(c);
     c = RDKV__TO_FLOAT(RDKV__TO_INT(c));
-    c = RDKV__SUB(RDKV__MAX(RDKV__MIN(c, RDKV__LD(hi + i)), l), l);
+    c = RDKV__SUB(RDKV__MAX(RDKV__MIN(c, h), l), l);
     RDKV__ST_CODES(code + i, RDKV__TO_INT(c));
   }
+}
+
+RDKV__FN void RDKV__NAME(quantise)(const float *x, int n, const float *mid, const float *inv,
+                                   const float *lo, const float *hi, uint8_t *code) {
+  RDKV__NAME(codes)(x, n, mid, inv, lo, hi, code, 1);
+}
+
+RDKV__FN void RDKV__NAME(quantise_one)(const float *x, int n, const float *mid, const float *inv,
+                                       const float *lo, const float *hi, uint8_t *code) {
+  RDKV__NAME(codes)(x, n, mid, inv, lo, hi, code, 0);
 }
 
 /* One field of a word vector: x = code, acc[h][a] += x * coefficient k of head h. */
@@ -3893,6 +4020,35 @@ RDKV__INLINE void RDKV__NAME(k_run)(const int level, const int nh, const uint32_
 /* Sums the products of a tile over channels and adds them to logits [32]; logit 4g + 2 sub + r is
    that of token 16 sub + 8 r + g, the order of the V parameters. */
 RDKV__INLINE void RDKV__NAME(k_fold)(const int level, const float *work, float *logits) {
+#if RDKV__VL == 16 /* four g at a time, the same steps as below */
+  int g, r;
+  for (g = 0; g < 8; g += 4) {
+    __m512 y, x[4];
+    if (level == 1) {
+      for (r = 0; r < 4; r++) x[r] = _mm512_loadu_ps(work + r * 32 + 4 * g);
+      y = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+      x[0] = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+      y = _mm512_add_ps(_mm512_shuffle_ps(y, x[0], 0x44), _mm512_shuffle_ps(y, x[0], 0xee));
+    } else {
+      for (r = 0; r < 2; r++) {
+        const float *p = work + r * (level == 2 ? 64 : 128) + g * (level == 2 ? 8 : 16);
+        __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + 16);
+        if (level == 3) {
+          __m512 c = _mm512_loadu_ps(p + 32), d = _mm512_loadu_ps(p + 48);
+          a = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+          b = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
+        }
+        x[r] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+      }
+      if (level == 2) /* x[r] = s0, s1, s0, s1 */
+        y = _mm512_add_ps(_mm512_shuffle_ps(x[0], x[1], 0x44), _mm512_shuffle_ps(x[0], x[1], 0xee));
+      else /* x[r] = s0, s0, s1, s1 */
+        y = _mm512_add_ps(_mm512_shuffle_ps(x[0], x[1], 0x88), _mm512_shuffle_ps(x[0], x[1], 0xdd));
+      y = _mm512_shuffle_ps(y, y, 0xd8);
+    }
+    _mm512_storeu_ps(logits + 4 * g, _mm512_add_ps(_mm512_loadu_ps(logits + 4 * g), y));
+  }
+#else
   int g, sub, r, t;
   for (g = 0; g < 8; g++) {
 #if RDKV__VL == 1
@@ -3957,6 +4113,7 @@ RDKV__INLINE void RDKV__NAME(k_fold)(const int level, const float *work, float *
     _mm_storeu_ps(logits + 4 * g, _mm_add_ps(_mm_loadu_ps(logits + 4 * g), y));
 #endif
   }
+#endif
 }
 
 #define RDKV__FOR_HEADS(f, level, ...)                                                     \
@@ -4029,6 +4186,83 @@ RDKV__FN void RDKV__NAME(v_codes)(int level, const uint32_t *words, int n_blocks
   } else {
     RDKV__FOR_HEADS(RDKV__NAME(v_run), 4, words, n_blocks, coef, acc, head_stride)
   }
+}
+
+/* Adds acc of one run to out: sums over the words that hold different tokens of one dim. */
+RDKV__FN void RDKV__NAME(v_fold)(int level, const float *acc, int n_blocks, float *out) {
+  int b, r, g, i, n = 2 << level; /* neighbours of one dim */
+  for (b = 0; b < n_blocks; b++) {
+    for (r = 0; r < 2; r++) {
+#if RDKV__VL > 1
+      for (g = 0; g < 8 && level < 4; g += 4) {
+        const float *a = acc + b * (32 << level) + r * (16 << level) + g * n;
+        float *to = out + 16 * b + 8 * r + g;
+#if RDKV__SIMD_BODY == 4
+        float32x4_t x[4];
+        int j;
+        for (j = 0; j < 4; j++) {
+          x[j] = vld1q_f32(a + j * n);
+          for (i = 4; i < n; i += 4) x[j] = vaddq_f32(x[j], vld1q_f32(a + j * n + i));
+        }
+        x[0] = vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3]));
+        vst1q_f32(to, vaddq_f32(vld1q_f32(to), x[0]));
+#else
+        __m128 x[4];
+        int j;
+        for (j = 0; j < 4; j++) {
+          x[j] = _mm_loadu_ps(a + j * n);
+          for (i = 4; i < n; i += 4) x[j] = _mm_add_ps(x[j], _mm_loadu_ps(a + j * n + i));
+        }
+        _MM_TRANSPOSE4_PS(x[0], x[1], x[2], x[3]);
+        x[0] = _mm_add_ps(_mm_add_ps(x[0], x[1]), _mm_add_ps(x[2], x[3]));
+        _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), x[0]));
+#endif
+      }
+#endif
+      for (g = RDKV__VL > 1 && level < 4 ? 8 : 0; g < 8; g++) {
+        const float *a = acc + b * (32 << level) + r * (16 << level) + g * n;
+        float sum = 0;
+        if (level == 4) {
+          a = acc + b * 128 + g * 16 + r;
+          for (i = 0; i < 16; i += 2) sum += a[i];
+        } else {
+          for (i = 0; i < n; i++) sum += a[i];
+        }
+        out[16 * b + 8 * r + g] += sum;
+      }
+    }
+  }
+}
+
+/* Coefficients of one K block for k_codes, [k][16] with a stride of `next` floats between k, from the
+   scaled queries x [16] of its channels. */
+RDKV__FN void RDKV__NAME(k_coef)(int level, const float *x, float *to, int next) {
+  int k, n = rdkv__k_first[level + 1] - rdkv__k_first[level];
+  for (k = 0; k < n; k++, to += next) {
+    const int32_t *slot = rdkv__k_slot[rdkv__k_first[level] + k];
+#if RDKV__VL == 16
+    _mm512_storeu_ps(to, _mm512_permutexvar_ps(_mm512_loadu_si512(slot), _mm512_loadu_ps(x)));
+#else
+    int i;
+    for (i = 0; i < 16; i++) to[i] = x[slot[i]];
+#endif
+  }
+}
+
+RDKV__FN void RDKV__NAME(halves)(const uint16_t *h, int n, float *x) {
+  int i;
+  for (i = 0; i < n; i += RDKV__VL) RDKV__ST(x + i, RDKV__HALVES(h + i));
+}
+
+RDKV__FN float RDKV__NAME(max)(const float *x, int n) {
+  float a[RDKV__VL];
+  RDKV__VF m = RDKV__LD(x);
+  int i, k;
+  for (i = RDKV__VL; i < n; i += RDKV__VL) m = RDKV__MAX(m, RDKV__LD(x + i));
+  RDKV__ST(a, m);
+  for (k = RDKV__VL / 2; k > 0; k /= 2)
+    for (i = 0; i < k; i++) a[i] = a[i + k] > a[i] ? a[i + k] : a[i];
+  return a[0];
 }
 
 /* From the probabilities p [h][32] in slot order: coef [k][nh][16] for v_codes, with the scales in,
@@ -4143,11 +4377,12 @@ RDKV__FN void RDKV__NAME(v_dense)(const void *rows, rdkv_dtype type, int n_rows,
 }
 
 static const rdkv__kernels RDKV__NAME(kernels) = {
-    RDKV__NAME(row),      RDKV__NAME(logits),  RDKV__NAME(softmax), RDKV__NAME(weigh),
-    RDKV__NAME(axpy),     RDKV__NAME(v_error), RDKV__NAME(range),   RDKV__NAME(k_error),
-    RDKV__NAME(quantise), RDKV__NAME(k_codes), RDKV__NAME(v_codes), RDKV__NAME(v_coef),
-    RDKV__NAME(exp_sum),
-    RDKV__NAME(scale),   RDKV__NAME(k_dense), RDKV__NAME(v_dense)};
+    RDKV__NAME(row),      RDKV__NAME(logits),       RDKV__NAME(softmax), RDKV__NAME(weigh),
+    RDKV__NAME(axpy),     RDKV__NAME(v_error),      RDKV__NAME(range),   RDKV__NAME(k_error),
+    RDKV__NAME(quantise), RDKV__NAME(quantise_one), RDKV__NAME(halves),  RDKV__NAME(k_coef),
+    RDKV__NAME(k_codes),  RDKV__NAME(v_coef),       RDKV__NAME(v_codes), RDKV__NAME(v_fold),
+    RDKV__NAME(max),      RDKV__NAME(exp_sum),      RDKV__NAME(scale),   RDKV__NAME(k_dense),
+    RDKV__NAME(v_dense)};
 
 #undef RDKV__NAME
 #undef RDKV__VL
