@@ -594,6 +594,10 @@ extern "C" {
 #define RDKV__MAX_BLOCKS 19 /* K blocks of a head: 16 and a partly filled one for each run */
 #define RDKV__PACKED (16 * RDKV__MAX_BLOCKS)
 #define RDKV__MAX_TOKENS 0x7fffffffu
+#define RDKV__HEADS 4       /* query heads that go through a cache together: their sums fit registers */
+#define RDKV__BATCH 4       /* tiles that share one step of the softmax */
+#define RDKV__SLOTS (RDKV__BATCH * RDKV__TILE)
+#define RDKV__COEF_V (8 * RDKV__HEADS * 16) /* V coefficients of a tile */
 #define RDKV__ROWS 96             /* rows scored at a time: a multiple of the micro-kernel's 6 */
 #define RDKV__MAX_HALF 0x477fe000 /* bits of 65504.0f, the largest half */
 
@@ -803,6 +807,8 @@ typedef struct rdkv__kernels {
                 float *sum, float *square);
   /* y += a * x; n a multiple of 16 */
   void (*axpy)(float a, const float *x, int n, float *y);
+  /* smallest and largest of x [n], n > 0 */
+  void (*ends)(const float *x, int n, float *lo, float *hi);
   /* squared error of v [n] at 0 (replaced by o), 2, 4, 8, 16 bits */
   void (*v_error)(const float *v, const float *o, int n, float error[5]);
   /* running minimum, maximum and sum of n channels; n a multiple of 16 */
@@ -816,19 +822,20 @@ typedef struct rdkv__kernels {
   /* the same with one mid, inv, lo and hi for all */
   void (*quantise_one)(const float *x, int n, const float *mid, const float *inv, const float *lo,
                        const float *hi, uint8_t *code);
-  /* n halves, n a multiple of 16 */
+  /* n halves as floats, n a multiple of 16; and an inner product of any length */
   void (*halves)(const uint16_t *h, int n, float *x);
+  float (*inner)(const float *x, const float *y, int n);
   /* attend, for up to 4 query heads: see the code */
   void (*k_coef)(int level, const float *x, float *to, int next);
   void (*k_codes)(int level, const uint32_t *words, int n_blocks, const float *coef, int n_heads,
                   float *logits, float *work);
   void (*v_coef)(int level, const uint32_t *params, const float *p, int n_heads, float *coef,
                  float *rest);
-  void (*v_codes)(int level, const uint32_t *words, int n_blocks, const float *coef, int n_heads,
-                  float *acc, size_t head_stride);
+  void (*v_codes)(int level, const uint32_t *tiles, size_t tile_words, int n_tiles, int n_blocks,
+                  const float *coef, int n_heads, float *acc, size_t head_stride);
   void (*v_fold)(int level, const float *acc, int n_blocks, float *out);
   float (*max)(const float *x, int n);
-  float (*exp_sum)(const float *logits, float max, float *p, int n);
+  void (*exp_sum)(const float *logits, float max, float *p, int n, float *sum);
   void (*scale)(float *x, int n, float by);
   void (*k_dense)(const void *rows, rdkv_dtype type, int n_rows, int dim, const float *q,
                   int n_heads, float *logits);
@@ -1403,7 +1410,7 @@ RDKV_DEF rdkv_status rdkv_calibrate(const rdkv_config *cfg, const rdkv_kv *kv, u
     for (j = 0; j < 3; j++)
       for (d = 0; d < kd; d++) fit[j][d] = rdkv__fit_paper(lo[d], hi[d], 2 << j);
     for (t = 0; t < n_tokens; t++) {
-      float vlo = FLT_MAX, vhi = -FLT_MAX;
+      float vlo, vhi;
       rdkv__row(kn, &kv->k, t, head, kd, w.rows);
       for (d = 0; d < kd; d++) {
         double x = (double)w.rows[d];
@@ -1416,10 +1423,7 @@ RDKV_DEF rdkv_status rdkv_calibrate(const rdkv_config *cfg, const rdkv_kv *kv, u
         }
       }
       if (!rdkv__row(kn, &kv->v, t, head, vd, w.rows)) return RDKV_ERR_NONFINITE;
-      for (d = 0; d < vd; d++) {
-        vlo = w.rows[d] < vlo ? w.rows[d] : vlo;
-        vhi = w.rows[d] > vhi ? w.rows[d] : vhi;
-      }
+      kn->ends(w.rows, vd, &vlo, &vhi);
       for (j = 0; j < 3; j++) {
         rdkv__zero_point z = rdkv__fit_paper(vlo, vhi, 2 << j);
         double s = (double)rdkv__from_half(rdkv__to_half(z.scale));
@@ -2009,6 +2013,7 @@ static void rdkv__paper_solve(const float *w, uint32_t n, const float eps[5], fl
   mean = (float)((double)rdkv__paper_widths(w, n, eps, 0, bits) / (double)n);
   if (mean <= budget) return;
   hi = rdkv__f(max * 0.375f);
+  hi = hi > 1e-8f ? hi : 1e-8f; /* the least ceiling that reproduces the authors' widths */
   for (step = 0; step < 64; step++) { /* the ceiling: 2^64 times is beyond any ratio of weights */
     mean = (float)((double)rdkv__paper_widths(w, n, eps, hi, bits) / (double)n);
     if (mean <= budget) break;
@@ -2510,10 +2515,7 @@ static void rdkv__pack_head(const rdkv_config *cfg, const rdkv__kernels *kn, con
           params[slot] = 0x3c00; /* scale 1, mid 0: a half is its own value */
           continue;
         }
-        for (d = 1, vlo = vhi = w->rows[0]; d < vd; d++) {
-          vlo = w->rows[d] < vlo ? w->rows[d] : vlo;
-          vhi = w->rows[d] > vhi ? w->rows[d] : vhi;
-        }
+        kn->ends(w->rows, vd, &vlo, &vhi);
         if (paper) {
           rdkv__zero_point z = rdkv__fit_paper(vlo, vhi, 1 << level);
           rdkv__affine a = rdkv__affine_paper(z, 1 << level);
@@ -3079,23 +3081,21 @@ RDKV_DEF void rdkv_tail_rewind(rdkv_tail *tail, uint32_t n_tokens) {
 
 /* ---- >>impl-attend : decode from the compressed form ------------------------------------------- */
 
-/* At most 4 query heads of one kv head go through the cache together, so that each code is unpacked
-   once for all of them and their sums stay in registers. */
-#define RDKV__HEADS 4
 /* The running maximum is raised, and all sums rescaled, only when a logit exceeds it by this much:
    exp(8) leaves float far from overflow. */
 #define RDKV__SLACK 8.0f
 
 typedef struct rdkv__attend_work {
-  float *q;      /* [n_q_heads][k_dim padded] times softmax_scale */
-  float *coef_k; /* [MAX_BLOCKS][4][HEADS][16] */
-  float *coef_v; /* [8][HEADS][16] */
-  float *logits, *p; /* [HEADS][TILE] */
-  float *work;   /* [HEADS][256] */
-  float *acc;    /* [HEADS][acc_stride] sums of V codes of the present run */
-  float *out;    /* [HEADS][v_dim padded] */
-  float *packed; /* [3][PACKED + MAX_DIM] */
-  float max[RDKV__HEADS], sum[RDKV__HEADS], rest[RDKV__HEADS], konst[RDKV__HEADS];
+  float *q;          /* [n_q_heads][k_dim padded] times softmax_scale */
+  float *packed;     /* [3][PACKED + MAX_DIM] */
+  float *coef_k;     /* [MAX_BLOCKS][4][HEADS][16] */
+  float *coef_v;     /* [BATCH][COEF_V] */
+  float *logits, *p; /* [HEADS][SLOTS] */
+  float *work;       /* [HEADS][256] */
+  float *acc;        /* [HEADS][acc_stride] sums of V codes of the present run */
+  float *out;        /* [HEADS][v_dim padded] */
+  float *sum, *rest; /* [HEADS][16] in lanes: sum of p; what all dims share */
+  float max[RDKV__HEADS], konst[RDKV__HEADS];
   size_t acc_stride;
   int kp, vp;
 } rdkv__attend_work;
@@ -3106,14 +3106,16 @@ static uint64_t rdkv__attend_layout(const rdkv_config *cfg, rdkv__arena *arena,
   w->kp = rdkv__pad16(cfg->k_dim), w->vp = rdkv__pad16(cfg->v_dim);
   w->acc_stride = (size_t)w->vp * 16;
   w->q = (float *)rdkv__take(arena, &bytes, (uint64_t)cfg->n_q_heads * (uint64_t)w->kp, 4);
+  w->packed = (float *)rdkv__take(arena, &bytes, 3 * (RDKV__PACKED + RDKV__MAX_DIM), 4);
   w->coef_k = (float *)rdkv__take(arena, &bytes, RDKV__MAX_BLOCKS * 64 * RDKV__HEADS, 4);
-  w->coef_v = (float *)rdkv__take(arena, &bytes, 8 * RDKV__HEADS * 16, 4);
-  w->logits = (float *)rdkv__take(arena, &bytes, RDKV__HEADS * RDKV__TILE, 4);
-  w->p = (float *)rdkv__take(arena, &bytes, RDKV__HEADS * RDKV__TILE, 4);
+  w->coef_v = (float *)rdkv__take(arena, &bytes, RDKV__BATCH * RDKV__COEF_V, 4);
+  w->logits = (float *)rdkv__take(arena, &bytes, RDKV__HEADS * RDKV__SLOTS, 4);
+  w->p = (float *)rdkv__take(arena, &bytes, RDKV__HEADS * RDKV__SLOTS, 4);
   w->work = (float *)rdkv__take(arena, &bytes, RDKV__HEADS * 256, 4);
   w->acc = (float *)rdkv__take(arena, &bytes, RDKV__HEADS * w->acc_stride, 4);
   w->out = (float *)rdkv__take(arena, &bytes, RDKV__HEADS * (uint64_t)w->vp, 4);
-  w->packed = (float *)rdkv__take(arena, &bytes, 3 * (RDKV__PACKED + RDKV__MAX_DIM), 4);
+  w->sum = (float *)rdkv__take(arena, &bytes, RDKV__HEADS * 16, 4);
+  w->rest = (float *)rdkv__take(arena, &bytes, RDKV__HEADS * 16, 4);
   return bytes;
 }
 
@@ -3138,82 +3140,84 @@ static void rdkv__attend_table(const rdkv__kernels *kn, const rdkv_segment *s, c
   for (i = n; i < all; i++) mids[i] = rdkv__from_half(scale[n + i]);
   for (h = 0; h < n_heads; h++) {
     const float *qh = q + h * w->kp;
-    float konst = 0;
-    for (i = 0; i < n; i++) {
-      float qc = qh[channel[i]];
-      konst += qc * mids[i];
-      x[i] = qc * scales[i];
-    }
-    for (; i < all; i++) konst += qh[channel[i]] * mids[i];
+    for (i = 0; i < all; i++) x[i] = qh[channel[i]];
+    w->konst[h] = kn->inner(x, mids, all);
+    for (i = 0; i < n; i++) x[i] *= scales[i];
     for (level = 1, b = 0; level < 4; level++)
       for (j = 0; j < parts->k_blocks[level]; j++, b++)
         kn->k_coef(level, x + 16 * b, w->coef_k + (b * 4 * n_heads + h) * 16, n_heads * 16);
-    w->konst[h] = konst;
   }
 }
 
-/* Takes a tile's logits [n_heads][32], less konst[h], into the softmax: p [n_heads][32], sums, maxima.
-   Slots of `slots` that are 0 hold no token. acc_used: floats of acc in use for each head. */
+/* Takes n logits a head (a multiple of 16), less konst[h], into the softmax: p, sums, maxima.
+   acc_used: floats of acc in use for each head. */
 static void rdkv__attend_softmax(const rdkv__kernels *kn, rdkv__attend_work *w, const float *konst,
-                                 int n_heads, uint32_t slots, size_t acc_used) {
-  int h, i;
+                                 int n_heads, int n, size_t acc_used) {
+  int h;
   for (h = 0; h < n_heads; h++) {
-    float *l = w->logits + h * RDKV__TILE, *p = w->p + h * RDKV__TILE, max, by;
-    if (slots != 0xffffffff)
-      for (i = 0; i < RDKV__TILE; i++)
-        if (!(slots >> i & 1)) l[i] = -FLT_MAX;
-    max = kn->max(l, RDKV__TILE) + konst[h];
+    const float *l = w->logits + h * RDKV__SLOTS;
+    float max = kn->max(l, n) + konst[h], by;
     if (max > w->max[h] + RDKV__SLACK || w->max[h] <= -FLT_MAX) {
       by = w->max[h] <= -FLT_MAX ? 0 : expf(w->max[h] - max);
-      w->sum[h] *= by, w->rest[h] *= by;
+      kn->scale(w->sum + h * 16, 16, by);
+      kn->scale(w->rest + h * 16, 16, by);
       kn->scale(w->out + h * w->vp, w->vp, by);
       kn->scale(w->acc + (size_t)h * w->acc_stride, (int)acc_used, by);
       w->max[h] = max;
     }
-    w->sum[h] += kn->exp_sum(l, w->max[h] - konst[h], p, RDKV__TILE);
-    if (slots != 0xffffffff)
-      for (i = 0; i < RDKV__TILE; i++)
-        if (!(slots >> i & 1)) w->sum[h] -= p[i], p[i] = 0;
+    kn->exp_sum(l, w->max[h] - konst[h], w->p + h * RDKV__SLOTS, n, w->sum + h * 16);
   }
 }
 
 /* One head's packed tokens. */
 static void rdkv__attend_segment(const rdkv__kernels *kn, const rdkv_segment *s, const rdkv_record *r,
                                  const float *q, int n_heads, rdkv__attend_work *w) {
-  const uint8_t *tile = s->block + r->tile;
+  const uint8_t *batch = s->block + r->tile;
   int blocks = w->vp / 16, h, level, kl, b, i;
+  uint32_t t, n;
   rdkv__parts parts;
   rdkv__record_parts(s, r, &parts);
   if (parts.n_tiles[0] == 0) return;
   rdkv__attend_table(kn, s, r, &parts, q, n_heads, w);
   for (level = 1; level < 5; level++) {
     size_t used = (size_t)blocks * (level == 4 ? 128 : 32u << level);
-    uint32_t left = r->n_tokens[level - 1];
+    size_t tile_bytes = parts.k_tile + 128 + (size_t)blocks * (64u << level);
+    uint32_t left = parts.n_tiles[level];
     if (left == 0) continue;
     for (h = 0; h < n_heads; h++)
       memset(w->acc + (size_t)h * w->acc_stride, 0, used * sizeof(float));
-    for (; left > 0; left -= rdkv__min_u32(left, RDKV__TILE)) {
-      const uint32_t *words = (const uint32_t *)(const void *)tile;
-      uint32_t slots = 0xffffffff;
-#if defined(__GNUC__) /* the next tile, while this one is computed */
-      const uint8_t *next = tile + parts.k_tile + 128 + (size_t)blocks * (64u << level);
-      uint32_t ahead = left > RDKV__TILE ? parts.k_tile + 128 + (uint32_t)blocks * (64u << level) : 0;
-      for (; ahead > 0; ahead -= 64, next += 64) __builtin_prefetch(next);
+    for (; left > 0; left -= n, batch += n * tile_bytes) {
+      n = rdkv__min_u32(left, RDKV__BATCH);
+      memset(w->logits, 0, sizeof(float) * RDKV__HEADS * RDKV__SLOTS);
+      for (t = 0; t < n; t++) {
+        const uint8_t *tile = batch + t * tile_bytes;
+        const uint32_t *words = (const uint32_t *)(const void *)tile;
+#if defined(__GNUC__) /* the next batch, while this one is computed */
+        const uint8_t *next = tile + RDKV__BATCH * tile_bytes, *end = next + tile_bytes;
+        if (t + RDKV__BATCH < left)
+          for (; next < end; next += 64) __builtin_prefetch(next, 0, 2);
 #endif
-      memset(w->logits, 0, sizeof(float) * RDKV__HEADS * RDKV__TILE);
-      for (kl = 1, b = 0; kl < 4; kl++) {
-        if (parts.k_blocks[kl] == 0) continue;
-        kn->k_codes(kl, words, parts.k_blocks[kl], w->coef_k + b * 64 * n_heads, n_heads, w->logits,
-                    w->work);
-        words += parts.k_blocks[kl] * (16 << kl), b += parts.k_blocks[kl];
+        for (kl = 1, b = 0; kl < 4; kl++) {
+          if (parts.k_blocks[kl] == 0) continue;
+          kn->k_codes(kl, words, parts.k_blocks[kl], w->coef_k + b * 64 * n_heads, n_heads,
+                      w->logits + t * RDKV__TILE, w->work);
+          words += parts.k_blocks[kl] * (16 << kl), b += parts.k_blocks[kl];
+        }
       }
-      if (left < RDKV__TILE)
-        for (i = 0, slots = 0; i < RDKV__TILE; i++) /* slot i is token i/4 + 8 (i%4) */
-          if ((uint32_t)(i / 4 + 8 * (i % 4)) < left) slots |= 1u << i;
-      rdkv__attend_softmax(kn, w, w->konst, n_heads, slots, used);
-      kn->v_coef(level, words, w->p, n_heads, w->coef_v, w->rest);
-      kn->v_codes(level, words + 32, blocks, w->coef_v, n_heads, w->acc, w->acc_stride);
-      tile += parts.k_tile + 128 + (size_t)blocks * (64u << level);
+      if (n == left && r->n_tokens[level - 1] % RDKV__TILE) { /* pads: slot i is token i/4 + 8 (i%4) */
+        uint32_t real = r->n_tokens[level - 1] % RDKV__TILE;
+        for (i = 0; i < RDKV__TILE; i++)
+          for (h = 0; h < n_heads && (uint32_t)(i / 4 + 8 * (i % 4)) >= real; h++)
+            w->logits[h * RDKV__SLOTS + (int)(n - 1) * RDKV__TILE + i] = -FLT_MAX;
+      }
+      rdkv__attend_softmax(kn, w, w->konst, n_heads, (int)n * RDKV__TILE, used);
+      batch += parts.k_tile; /* to the V parameters of the first tile */
+      for (t = 0; t < n; t++)
+        kn->v_coef(level, (const uint32_t *)(const void *)(batch + t * tile_bytes),
+                   w->p + t * RDKV__TILE, n_heads, w->coef_v + t * RDKV__COEF_V, w->rest);
+      kn->v_codes(level, (const uint32_t *)(const void *)(batch + 128), tile_bytes / 4, (int)n, blocks,
+                  w->coef_v, n_heads, w->acc, w->acc_stride);
+      batch -= parts.k_tile;
     }
     for (h = 0; h < n_heads; h++)
       kn->v_fold(level, w->acc + (size_t)h * w->acc_stride, blocks, w->out + h * w->vp);
@@ -3223,16 +3227,18 @@ static void rdkv__attend_segment(const rdkv__kernels *kn, const rdkv_segment *s,
 /* The dense tail. */
 static void rdkv__attend_tail(const rdkv__kernels *kn, const rdkv_tail *t, int layer, int head,
                               const float *q, int n_heads, rdkv__attend_work *w) {
+  static const float none[RDKV__HEADS] = {0, 0, 0, 0};
   size_t size = t->dtype == RDKV_F32 ? 4 : 2;
   const uint8_t *k = rdkv__tail_rows(t, layer, head, 0), *v = rdkv__tail_rows(t, layer, head, 1);
-  static const float none[RDKV__HEADS] = {0, 0, 0, 0};
-  uint32_t n = t->n_tokens[layer], i, rows;
+  uint32_t n = t->n_tokens[layer], i, j, rows, padded;
+  int h;
   for (i = 0; i < n; i += rows) {
-    rows = rdkv__min_u32(n - i, RDKV__TILE);
+    rows = rdkv__min_u32(n - i, RDKV__SLOTS), padded = (rows + 15) & ~15u;
     kn->k_dense(k + (size_t)i * (size_t)w->kp * size, t->dtype, (int)rows, w->kp, q, n_heads,
                 w->logits);
-    rdkv__attend_softmax(kn, w, none, n_heads, rows < 32 ? (1u << rows) - 1 : 0xffffffff,
-                         0);
+    for (h = 0; h < n_heads; h++)
+      for (j = rows; j < padded; j++) w->logits[h * RDKV__SLOTS + (int)j] = -FLT_MAX;
+    rdkv__attend_softmax(kn, w, none, n_heads, (int)padded, 0);
     kn->v_dense(v + (size_t)i * (size_t)w->vp * size, t->dtype, (int)rows, w->vp, w->p, n_heads,
                 w->out, (size_t)w->vp);
   }
@@ -3267,18 +3273,21 @@ static void rdkv__attend_heads(const rdkv_config *cfg, const rdkv_cache *c, int 
     int n_heads = n - first < RDKV__HEADS ? n - first : RDKV__HEADS;
     const float *qh = q + first * w->kp;
     memset(w->out, 0, (size_t)RDKV__HEADS * (size_t)w->vp * sizeof(float));
-    for (h = 0; h < n_heads; h++) w->max[h] = -FLT_MAX, w->sum[h] = w->rest[h] = 0;
+    memset(w->sum, 0, RDKV__HEADS * 16 * sizeof(float));
+    memset(w->rest, 0, RDKV__HEADS * 16 * sizeof(float));
+    for (h = 0; h < n_heads; h++) w->max[h] = -FLT_MAX;
     for (i = 0; i < c->n_segments; i++) {
       const rdkv_record *r = rdkv__record(&c->segments[i], layer, kv_head);
       if (r) rdkv__attend_segment(kn, &c->segments[i], r, qh, n_heads, w);
     }
     if (c->tail) rdkv__attend_tail(kn, c->tail, layer, kv_head, qh, n_heads, w);
     for (h = 0; h < n_heads; h++) {
-      float inv = w->sum[h] > 0 ? 1 / w->sum[h] : 0;
-      float *to = out + (size_t)(first + h) * (size_t)vd;
-      for (d = 0; d < vd; d++) to[d] = (w->out[h * w->vp + d] + w->rest[h]) * inv;
+      float *to = out + (size_t)(first + h) * (size_t)vd, sum = 0, rest = 0, inv;
+      for (i = 0; i < 16; i++) sum += w->sum[h * 16 + i], rest += w->rest[h * 16 + i];
+      inv = sum > 0 ? 1 / sum : 0;
+      for (d = 0; d < vd; d++) to[d] = (w->out[h * w->vp + d] + rest) * inv;
       if (lse) /* -Inf by bits: a constant would not survive -ffinite-math-only */
-        lse[first + h] = w->sum[h] > 0 ? w->max[h] + logf(w->sum[h]) : rdkv__float(0xff800000);
+        lse[first + h] = sum > 0 ? w->max[h] + logf(sum) : rdkv__float(0xff800000);
     }
   }
 }
@@ -3672,13 +3681,54 @@ RDKV__INLINE RDKV__VF RDKV__NAME(exp)(RDKV__VF x) {
 }
 
 RDKV__INLINE float RDKV__NAME(sum)(RDKV__VF v) {
+#if RDKV__VL == 16
+  return _mm512_reduce_add_ps(v);
+#else
   float a[RDKV__VL];
   int n, i;
   RDKV__ST(a, v);
   for (n = RDKV__VL / 2; n > 0; n /= 2)
     for (i = 0; i < n; i++) a[i] += a[i + n];
   return a[0];
+#endif
 }
+
+#if RDKV__VL == 16
+/* Four groups of 4, 8 or 16 neighbouring floats, each summed to 4. */
+RDKV__INLINE __m512 rdkv__quads_avx512(const int level, const float *p) {
+  __m512 a = _mm512_loadu_ps(p), b, c, d;
+  if (level == 1) return a;
+  b = _mm512_loadu_ps(p + 16);
+  if (level == 3) {
+    c = _mm512_loadu_ps(p + 32), d = _mm512_loadu_ps(p + 48);
+    a = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    b = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
+  }
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+/* In each quarter the sums of a's, b's, c's and d's four floats. */
+RDKV__INLINE __m512 rdkv__tree_avx512(__m512 a, __m512 b, __m512 c, __m512 d) {
+  a = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  c = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  return _mm512_add_ps(_mm512_shuffle_ps(a, c, 0x44), _mm512_shuffle_ps(a, c, 0xee));
+}
+#endif
+
+#if RDKV__VL > 1
+/* Four sums at once, [x0, x1, x2, x3] in 4 floats at `to`. */
+RDKV__INLINE void RDKV__NAME(sum4)(const RDKV__VF *x, float *to) {
+#if RDKV__VL == 4
+  vst1q_f32(to, vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3])));
+#elif RDKV__VL == 8
+  __m256 y = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));
+#else
+  __m512 y = rdkv__tree_avx512(x[0], x[1], x[2], x[3]);
+  __m256 h = _mm256_add_ps(_mm512_castps512_ps256(y), _mm512_extractf32x8_ps(y, 1));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+#endif
+}
+#endif
 
 /* VL elements of a dense row as floats; type is a constant wherever this is inlined */
 RDKV__INLINE RDKV__VF RDKV__NAME(load)(const void *p, rdkv_dtype type, int i) {
@@ -3829,23 +3879,32 @@ RDKV__INLINE RDKV__VF RDKV__NAME(error)(RDKV__VF x, RDKV__VF scale, RDKV__VF mid
   return d;
 }
 
+RDKV__FN void RDKV__NAME(ends)(const float *v, int n, float *lowest, float *highest) {
+  float lo = v[0], hi = v[0], a[RDKV__VL];
+  int i = 0;
+  if (n >= RDKV__VL) {
+    RDKV__VF x = RDKV__LD(v), y = x;
+    for (i = RDKV__VL; i + RDKV__VL <= n; i += RDKV__VL) {
+      x = RDKV__MIN(x, RDKV__LD(v + i));
+      y = RDKV__MAX(y, RDKV__LD(v + i));
+    }
+    for (n -= i, v += i, i = 0; i < n; i++) lo = v[i] < lo ? v[i] : lo, hi = v[i] > hi ? v[i] : hi;
+    RDKV__ST(a, x);
+    for (i = 0; i < RDKV__VL; i++) lo = a[i] < lo ? a[i] : lo;
+    RDKV__ST(a, y);
+    for (i = 0; i < RDKV__VL; i++) hi = a[i] > hi ? a[i] : hi;
+  } else {
+    for (i = 0; i < n; i++) lo = v[i] < lo ? v[i] : lo, hi = v[i] > hi ? v[i] : hi;
+  }
+  *lowest = lo, *highest = hi;
+}
+
 RDKV__FN void RDKV__NAME(v_error)(const float *v, const float *o, int n, float error[5]) {
-  float lane[5][16], lo = v[0], hi = v[0], tmp[RDKV__VL];
-  RDKV__VF acc[5][RDKV__LANES], vlo, vhi, x, d;
+  float lane[5][16], lo, hi;
+  RDKV__VF acc[5][RDKV__LANES], x, d;
   rdkv__affine a[3];
   int i, j, k, whole = n & ~15;
-  if (whole) {
-    vlo = vhi = RDKV__LD(v);
-    for (i = RDKV__VL; i < whole; i += RDKV__VL) {
-      x = RDKV__LD(v + i);
-      vlo = RDKV__MIN(vlo, x), vhi = RDKV__MAX(vhi, x);
-    }
-    RDKV__ST(tmp, vlo);
-    for (i = 0; i < RDKV__VL; i++) lo = tmp[i] < lo ? tmp[i] : lo;
-    RDKV__ST(tmp, vhi);
-    for (i = 0; i < RDKV__VL; i++) hi = tmp[i] > hi ? tmp[i] : hi;
-  }
-  for (i = whole; i < n; i++) lo = v[i] < lo ? v[i] : lo, hi = v[i] > hi ? v[i] : hi;
+  RDKV__NAME(ends)(v, n, &lo, &hi);
   for (j = 0; j < 3; j++) a[j] = rdkv__fit(lo, hi, 2 << j);
   for (j = 0; j < 5; j++)
     for (k = 0; k < RDKV__LANES; k++) acc[j][k] = RDKV__SET(0.0f);
@@ -4024,22 +4083,11 @@ RDKV__INLINE void RDKV__NAME(k_fold)(const int level, const float *work, float *
   int g, r;
   for (g = 0; g < 8; g += 4) {
     __m512 y, x[4];
+    for (r = 0; r < (level == 1 ? 4 : 2); r++)
+      x[r] = rdkv__quads_avx512(level, work + r * (16 << level) + g * (2 << level));
     if (level == 1) {
-      for (r = 0; r < 4; r++) x[r] = _mm512_loadu_ps(work + r * 32 + 4 * g);
-      y = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
-      x[0] = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
-      y = _mm512_add_ps(_mm512_shuffle_ps(y, x[0], 0x44), _mm512_shuffle_ps(y, x[0], 0xee));
+      y = rdkv__tree_avx512(x[0], x[1], x[2], x[3]);
     } else {
-      for (r = 0; r < 2; r++) {
-        const float *p = work + r * (level == 2 ? 64 : 128) + g * (level == 2 ? 8 : 16);
-        __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + 16);
-        if (level == 3) {
-          __m512 c = _mm512_loadu_ps(p + 32), d = _mm512_loadu_ps(p + 48);
-          a = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-          b = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
-        }
-        x[r] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-      }
       if (level == 2) /* x[r] = s0, s1, s0, s1 */
         y = _mm512_add_ps(_mm512_shuffle_ps(x[0], x[1], 0x44), _mm512_shuffle_ps(x[0], x[1], 0xee));
       else /* x[r] = s0, s0, s1, s1 */
@@ -4129,44 +4177,49 @@ RDKV__FN void RDKV__NAME(k_codes)(int level, const uint32_t *words, int n_blocks
   int h;
   if (level == 1) {
     RDKV__FOR_HEADS(RDKV__NAME(k_run), 1, words, n_blocks, coef, work)
-    for (h = 0; h < n_heads; h++) RDKV__NAME(k_fold)(1, work + h * 256, logits + h * 32);
+    for (h = 0; h < n_heads; h++) RDKV__NAME(k_fold)(1, work + h * 256, logits + h * RDKV__SLOTS);
   } else if (level == 2) {
     RDKV__FOR_HEADS(RDKV__NAME(k_run), 2, words, n_blocks, coef, work)
-    for (h = 0; h < n_heads; h++) RDKV__NAME(k_fold)(2, work + h * 256, logits + h * 32);
+    for (h = 0; h < n_heads; h++) RDKV__NAME(k_fold)(2, work + h * 256, logits + h * RDKV__SLOTS);
   } else {
     RDKV__FOR_HEADS(RDKV__NAME(k_run), 3, words, n_blocks, coef, work)
-    for (h = 0; h < n_heads; h++) RDKV__NAME(k_fold)(3, work + h * 256, logits + h * 32);
+    for (h = 0; h < n_heads; h++) RDKV__NAME(k_fold)(3, work + h * 256, logits + h * RDKV__SLOTS);
   }
 }
 
-/* V blocks of one tile and width: acc[h][block][r][word] (16 bit: [block][word]) += products summed
-   over tokens that share a word. coef [8 | 4 | 2 | 4][nh][16]. */
-RDKV__INLINE void RDKV__NAME(v_run)(const int level, const int nh, const uint32_t *words,
-                                    int n_blocks, const float *c0, float *sums, size_t stride) {
+/* V blocks of n_tiles tiles of one width, tile_words apart: acc[h][block][r][word] (16 bit:
+   [block][word]) += products summed over the tokens that share a word, in registers from tile to tile.
+   coef [tile][8][HEADS][16], of the 8 as many as the width has, packed by nh. */
+RDKV__INLINE void RDKV__NAME(v_run)(const int level, const int nh, const uint32_t *tiles,
+                                    size_t tile_words, int n_tiles, int n_blocks,
+                                    const float *coef, float *sums, size_t stride) {
   const int nw = level == 4 ? 128 : 16 << level, na = level == 4 ? 1 : 2;
-  int i, b, h, a;
+  int i, b, h, a, n;
   for (b = 0; b < n_blocks; b++) {
     for (i = 0; i < nw; i += RDKV__VL) {
-      const float *c = c0 + (i & 15);
+      const float *c = coef + (i & 15);
+      const uint32_t *words = tiles + b * nw + i;
       float *p = sums + b * na * nw + i;
       RDKV__VF acc[4][2];
       for (h = 0; h < nh; h++)
         for (a = 0; a < na; a++) acc[h][a] = RDKV__LD(p + (size_t)h * stride + a * nw);
-      if (level == 4) {
-        RDKV__VI w = RDKV__LDI(words + b * 128 + i);
-        RDKV__FIELD_MAC(RDKV__LOW_HALF(w), 0, 0);
-        RDKV__FIELD_MAC(RDKV__HIGH_HALF(w), 0, 1);
-        w = RDKV__LDI(words + (n_blocks + b) * 128 + i);
-        RDKV__FIELD_MAC(RDKV__LOW_HALF(w), 0, 2);
-        RDKV__FIELD_MAC(RDKV__HIGH_HALF(w), 0, 3);
-      } else {
-        RDKV__VI w = RDKV__FLIP(RDKV__LDI(words + b * nw + i), rdkv__top_bits[level]);
-        if (level == 1)
-          RDKV__BLOCK_2(0);
-        else if (level == 2)
-          RDKV__BLOCK_4;
-        else
-          RDKV__BLOCK_8;
+      for (n = 0; n < n_tiles; n++, words += tile_words, c += RDKV__COEF_V) {
+        if (level == 4) {
+          RDKV__VI w = RDKV__LDI(words);
+          RDKV__FIELD_MAC(RDKV__LOW_HALF(w), 0, 0);
+          RDKV__FIELD_MAC(RDKV__HIGH_HALF(w), 0, 1);
+          w = RDKV__LDI(words + n_blocks * 128);
+          RDKV__FIELD_MAC(RDKV__LOW_HALF(w), 0, 2);
+          RDKV__FIELD_MAC(RDKV__HIGH_HALF(w), 0, 3);
+        } else {
+          RDKV__VI w = RDKV__FLIP(RDKV__LDI(words), rdkv__top_bits[level]);
+          if (level == 1)
+            RDKV__BLOCK_2(0);
+          else if (level == 2)
+            RDKV__BLOCK_4;
+          else
+            RDKV__BLOCK_8;
+        }
       }
       for (h = 0; h < nh; h++)
         for (a = 0; a < na; a++) RDKV__ST(p + (size_t)h * stride + a * nw, acc[h][a]);
@@ -4174,26 +4227,44 @@ RDKV__INLINE void RDKV__NAME(v_run)(const int level, const int nh, const uint32_
   }
 }
 
-RDKV__FN void RDKV__NAME(v_codes)(int level, const uint32_t *words, int n_blocks,
-                                  const float *coef, int n_heads, float *acc,
-                                  size_t head_stride) {
+RDKV__FN void RDKV__NAME(v_codes)(int level, const uint32_t *tiles, size_t tile_words, int n_tiles,
+                                  int n_blocks, const float *coef, int n_heads, float *acc,
+                                  size_t stride) {
+#define RDKV__ARGS tiles, tile_words, n_tiles, n_blocks, coef, acc, stride
   if (level == 1) {
-    RDKV__FOR_HEADS(RDKV__NAME(v_run), 1, words, n_blocks, coef, acc, head_stride)
+    RDKV__FOR_HEADS(RDKV__NAME(v_run), 1, RDKV__ARGS)
   } else if (level == 2) {
-    RDKV__FOR_HEADS(RDKV__NAME(v_run), 2, words, n_blocks, coef, acc, head_stride)
+    RDKV__FOR_HEADS(RDKV__NAME(v_run), 2, RDKV__ARGS)
   } else if (level == 3) {
-    RDKV__FOR_HEADS(RDKV__NAME(v_run), 3, words, n_blocks, coef, acc, head_stride)
+    RDKV__FOR_HEADS(RDKV__NAME(v_run), 3, RDKV__ARGS)
   } else {
-    RDKV__FOR_HEADS(RDKV__NAME(v_run), 4, words, n_blocks, coef, acc, head_stride)
+    RDKV__FOR_HEADS(RDKV__NAME(v_run), 4, RDKV__ARGS)
   }
+#undef RDKV__ARGS
 }
 
 /* Adds acc of one run to out: sums over the words that hold different tokens of one dim. */
 RDKV__FN void RDKV__NAME(v_fold)(int level, const float *acc, int n_blocks, float *out) {
   int b, r, g, i, n = 2 << level; /* neighbours of one dim */
   for (b = 0; b < n_blocks; b++) {
+#if RDKV__VL == 16
+    if (level < 4) {
+      const float *a = acc + b * (32 << level);
+      const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      __m512 x[4];
+      for (i = 0; i < 4; i++) {
+        if (level == 1) x[i] = rdkv__quads_avx512(1, a + i * 16);
+        if (level == 2) x[i] = rdkv__quads_avx512(2, a + i * 32);
+        if (level == 3) x[i] = rdkv__quads_avx512(3, a + i * 64);
+      }
+      x[0] = rdkv__tree_avx512(x[0], x[1], x[2], x[3]);
+      x[0] = _mm512_permutexvar_ps(order, x[0]);
+      _mm512_storeu_ps(out + 16 * b, _mm512_add_ps(_mm512_loadu_ps(out + 16 * b), x[0]));
+      continue;
+    }
+#endif
     for (r = 0; r < 2; r++) {
-#if RDKV__VL > 1
+#if RDKV__VL == 4 || RDKV__VL == 8
       for (g = 0; g < 8 && level < 4; g += 4) {
         const float *a = acc + b * (32 << level) + r * (16 << level) + g * n;
         float *to = out + 16 * b + 8 * r + g;
@@ -4219,7 +4290,7 @@ RDKV__FN void RDKV__NAME(v_fold)(int level, const float *acc, int n_blocks, floa
 #endif
       }
 #endif
-      for (g = RDKV__VL > 1 && level < 4 ? 8 : 0; g < 8; g++) {
+      for (g = (RDKV__VL == 4 || RDKV__VL == 8) && level < 4 ? 8 : 0; g < 8; g++) {
         const float *a = acc + b * (32 << level) + r * (16 << level) + g * n;
         float sum = 0;
         if (level == 4) {
@@ -4254,6 +4325,16 @@ RDKV__FN void RDKV__NAME(halves)(const uint16_t *h, int n, float *x) {
   for (i = 0; i < n; i += RDKV__VL) RDKV__ST(x + i, RDKV__HALVES(h + i));
 }
 
+RDKV__FN float RDKV__NAME(inner)(const float *x, const float *y, int n) {
+  RDKV__VF acc = RDKV__SET(0.0f);
+  float sum;
+  int i;
+  for (i = 0; i + RDKV__VL <= n; i += RDKV__VL)
+    acc = RDKV__FMA(RDKV__LD(x + i), RDKV__LD(y + i), acc);
+  for (sum = RDKV__NAME(sum)(acc); i < n; i++) sum += x[i] * y[i];
+  return sum;
+}
+
 RDKV__FN float RDKV__NAME(max)(const float *x, int n) {
   float a[RDKV__VL];
   RDKV__VF m = RDKV__LD(x);
@@ -4265,26 +4346,25 @@ RDKV__FN float RDKV__NAME(max)(const float *x, int n) {
   return a[0];
 }
 
-/* From the probabilities p [h][32] in slot order: coef [k][nh][16] for v_codes, with the scales in,
-   and rest[h] += what all dims of a token share, p * mid. */
+/* From the probabilities p [h][SLOTS] of one tile, in slot order: coef [k][nh][16] for v_codes, with
+   the scales in, and rest[h][16] += what all dims of a token share, p * mid. */
 RDKV__FN void RDKV__NAME(v_coef)(int level, const uint32_t *params, const float *p, int n_heads,
                                  float *coef, float *rest) {
   float scaled[RDKV__TILE];
   const float *from = p;
   int h, i, k, n = rdkv__v_first[level + 1] - rdkv__v_first[level];
-  for (h = 0; h < n_heads; h++) {
+  for (h = 0; h < n_heads; h++, p += RDKV__SLOTS, rest += 16) {
+    from = p;
     if (level < 4) {
-      RDKV__VF sum = RDKV__SET(0.0f);
+      RDKV__VF sum = RDKV__LD(rest);
       for (i = 0; i < RDKV__TILE; i += RDKV__VL) {
         RDKV__VI w = RDKV__LDI(params + i);
-        RDKV__VF x = RDKV__LD(p + h * RDKV__TILE + i), s = RDKV__LOW_HALF(w);
+        RDKV__VF x = RDKV__LD(p + i);
         sum = RDKV__FMA(x, RDKV__HIGH_HALF(w), sum);
-        RDKV__ST(scaled + i, RDKV__MUL(x, s));
+        RDKV__ST(scaled + i, RDKV__MUL(x, RDKV__LOW_HALF(w)));
       }
-      rest[h] += RDKV__NAME(sum)(sum);
+      RDKV__ST(rest, sum);
       from = scaled;
-    } else {
-      from = p + h * RDKV__TILE;
     }
     for (k = 0; k < n; k++) {
       const int32_t *slot = rdkv__v_slot[rdkv__v_first[level] + k];
@@ -4305,15 +4385,16 @@ RDKV__FN void RDKV__NAME(v_coef)(int level, const uint32_t *params, const float 
   }
 }
 
-RDKV__FN float RDKV__NAME(exp_sum)(const float *logits, float max, float *p, int n) {
-  RDKV__VF s = RDKV__SET(0.0f), m = RDKV__SET(max);
+/* p = exp(logits - max), sum[16] += p */
+RDKV__FN void RDKV__NAME(exp_sum)(const float *logits, float max, float *p, int n, float *sum) {
+  RDKV__VF s = RDKV__LD(sum), m = RDKV__SET(max);
   int i;
   for (i = 0; i < n; i += RDKV__VL) {
     RDKV__VF x = RDKV__NAME(exp)(RDKV__SUB(RDKV__LD(logits + i), m));
     RDKV__ST(p + i, x);
     s = RDKV__ADD(s, x);
   }
-  return RDKV__NAME(sum)(s);
+  RDKV__ST(sum, s);
 }
 
 RDKV__FN void RDKV__NAME(scale)(float *x, int n, float by) {
@@ -4322,20 +4403,35 @@ RDKV__FN void RDKV__NAME(scale)(float *x, int n, float by) {
   for (i = 0; i < n; i += RDKV__VL) RDKV__ST(x + i, RDKV__MUL(RDKV__LD(x + i), v));
 }
 
-/* Dense rows of dim (a multiple of 16) elements: logits[h][row] = rows . q[h]. */
+/* Dense rows of dim (a multiple of 16) elements: logits[h][row] = rows . q[h], four rows at a time. */
 RDKV__INLINE void RDKV__NAME(k_rows)(const int type, const int nh, const void *rows, int n_rows,
                                      int dim, const float *q, float *logits) {
-  int r, i, h;
-  for (r = 0; r < n_rows; r++) {
-    const void *row = (const char *)rows + (size_t)r * (size_t)dim * (type == RDKV_F32 ? 4 : 2);
-    RDKV__VF acc[4];
-    for (h = 0; h < nh; h++) acc[h] = RDKV__SET(0.0f);
+  RDKV__VF acc[4][4];
+  int r = 0, i, h, j;
+#if RDKV__VL > 1
+  for (; r + 4 <= n_rows; r += 4) {
+    for (h = 0; h < nh; h++)
+      for (j = 0; j < 4; j++) acc[h][j] = RDKV__SET(0.0f);
     for (i = 0; i < dim; i += RDKV__VL) {
-      RDKV__VF x = RDKV__NAME(load)(row, (rdkv_dtype)type, i);
-      for (h = 0; h < nh; h++) acc[h] = RDKV__FMA(x, RDKV__LD(q + h * dim + i), acc[h]);
+      RDKV__VF x[4];
+      for (j = 0; j < 4; j++) x[j] = RDKV__NAME(load)(rows, (rdkv_dtype)type, (r + j) * dim + i);
+      for (h = 0; h < nh; h++) {
+        RDKV__VF y = RDKV__LD(q + h * dim + i);
+        for (j = 0; j < 4; j++) acc[h][j] = RDKV__FMA(x[j], y, acc[h][j]);
+      }
     }
-    for (h = 0; h < nh; h++) logits[h * RDKV__TILE + r] = RDKV__NAME(sum)(acc[h]);
+    for (h = 0; h < nh; h++) RDKV__NAME(sum4)(acc[h], logits + h * RDKV__SLOTS + r);
   }
+#endif
+  for (; r < n_rows; r++) {
+    for (h = 0; h < nh; h++) acc[h][0] = RDKV__SET(0.0f);
+    for (i = 0; i < dim; i += RDKV__VL) {
+      RDKV__VF x = RDKV__NAME(load)(rows, (rdkv_dtype)type, r * dim + i);
+      for (h = 0; h < nh; h++) acc[h][0] = RDKV__FMA(x, RDKV__LD(q + h * dim + i), acc[h][0]);
+    }
+    for (h = 0; h < nh; h++) logits[h * RDKV__SLOTS + r] = RDKV__NAME(sum)(acc[h][0]);
+  }
+  (void)j;
 }
 
 /* out[h] += sum over rows of p[h][row] * row. */
@@ -4348,7 +4444,7 @@ RDKV__INLINE void RDKV__NAME(v_rows)(const int type, const int nh, const void *r
     for (r = 0; r < n_rows; r++) {
       RDKV__VF x = RDKV__NAME(load)(rows, (rdkv_dtype)type, r * dim + i);
       for (h = 0; h < nh; h++)
-        acc[h] = RDKV__FMA(x, RDKV__SET(p[h * RDKV__TILE + r]), acc[h]);
+        acc[h] = RDKV__FMA(x, RDKV__SET(p[h * RDKV__SLOTS + r]), acc[h]);
     }
     for (h = 0; h < nh; h++) RDKV__ST(out + (size_t)h * stride + i, acc[h]);
   }
@@ -4377,12 +4473,12 @@ RDKV__FN void RDKV__NAME(v_dense)(const void *rows, rdkv_dtype type, int n_rows,
 }
 
 static const rdkv__kernels RDKV__NAME(kernels) = {
-    RDKV__NAME(row),      RDKV__NAME(logits),       RDKV__NAME(softmax), RDKV__NAME(weigh),
-    RDKV__NAME(axpy),     RDKV__NAME(v_error),      RDKV__NAME(range),   RDKV__NAME(k_error),
-    RDKV__NAME(quantise), RDKV__NAME(quantise_one), RDKV__NAME(halves),  RDKV__NAME(k_coef),
-    RDKV__NAME(k_codes),  RDKV__NAME(v_coef),       RDKV__NAME(v_codes), RDKV__NAME(v_fold),
-    RDKV__NAME(max),      RDKV__NAME(exp_sum),      RDKV__NAME(scale),   RDKV__NAME(k_dense),
-    RDKV__NAME(v_dense)};
+    RDKV__NAME(row),     RDKV__NAME(logits),   RDKV__NAME(softmax),      RDKV__NAME(weigh),
+    RDKV__NAME(axpy),    RDKV__NAME(ends),     RDKV__NAME(v_error),      RDKV__NAME(range),
+    RDKV__NAME(k_error), RDKV__NAME(quantise), RDKV__NAME(quantise_one), RDKV__NAME(halves),
+    RDKV__NAME(inner),   RDKV__NAME(k_coef),   RDKV__NAME(k_codes),      RDKV__NAME(v_coef),
+    RDKV__NAME(v_codes), RDKV__NAME(v_fold),   RDKV__NAME(max),          RDKV__NAME(exp_sum),
+    RDKV__NAME(scale),   RDKV__NAME(k_dense),  RDKV__NAME(v_dense)};
 
 #undef RDKV__NAME
 #undef RDKV__VL
