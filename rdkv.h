@@ -898,6 +898,7 @@ static const int32_t rdkv__v_slot[18][16] = {
     {2, 2, 3, 3, 10, 10, 11, 11, 18, 18, 19, 19, 26, 26, 27, 27},
     {6, 6, 7, 7, 14, 14, 15, 15, 22, 22, 23, 23, 30, 30, 31, 31}};
 static const uint32_t rdkv__top_bits[4] = {0, 0xaaaaaaaa, 0x88888888, 0x80808080};
+static const float rdkv__code_unit[4] = {0, 1, 1, 5.9604644775390625e-8f}; /* 2^-24 at 8 bits */
 static const uint8_t rdkv__v_first[6] = {0, 0, 8, 12, 14, 18}; /* rows of level 1.. */
 
 #define RDKV__SIMD_BODY 1 /* RDKV_ISA_SCALAR */
@@ -1090,7 +1091,7 @@ typedef struct rdkv__work {
   uint32_t *order; /* [n_tokens] kept tokens, by run */
   float *channel;  /* [16][MAX_DIM] small per-channel tables */
   double *total;   /* [MAX_DIM] */
-  uint8_t *codes;  /* [TILE][MAX_DIM] */
+  uint8_t *codes;  /* [TILE][PACKED] */
 } rdkv__work;
 
 static uint64_t rdkv__work_layout(const rdkv_config *cfg, uint32_t n_tokens, rdkv__arena *arena,
@@ -1107,7 +1108,7 @@ static uint64_t rdkv__work_layout(const rdkv_config *cfg, uint32_t n_tokens, rdk
   w->order = (uint32_t *)rdkv__take(arena, &bytes, n, 4);
   w->channel = (float *)rdkv__take(arena, &bytes, 16 * RDKV__MAX_DIM, 4);
   w->total = (double *)rdkv__take(arena, &bytes, RDKV__MAX_DIM, 8);
-  w->codes = (uint8_t *)rdkv__take(arena, &bytes, RDKV__TILE * RDKV__MAX_DIM, 1);
+  w->codes = (uint8_t *)rdkv__take(arena, &bytes, RDKV__TILE * RDKV__PACKED, 1);
   return bytes;
 }
 
@@ -2361,14 +2362,14 @@ static uint32_t rdkv__load_u16(const uint8_t *p) {
   return x;
 }
 
-/* Writes a K block from codes [32 tokens][MAX_DIM], 16 channels from codes on. */
+/* Writes a K block from codes [32 tokens][PACKED], 16 channels from codes on. */
 static void rdkv__put_k(uint32_t *words, int level, const uint8_t *codes) {
   int g, t, sub;
   for (g = 0; g < 8; g++) {
     for (t = 0; t < 4; t++) {
       for (sub = 0; sub < 2; sub++) {
-        const uint8_t *from = codes + (16 * sub + g) * RDKV__MAX_DIM + 4 * t;
-        uint32_t r0 = rdkv__load_u32(from), r1 = rdkv__load_u32(from + 8 * RDKV__MAX_DIM);
+        const uint8_t *from = codes + (16 * sub + g) * RDKV__PACKED + 4 * t;
+        uint32_t r0 = rdkv__load_u32(from), r1 = rdkv__load_u32(from + 8 * RDKV__PACKED);
         uint32_t *to = words + (4 * g + t) * (1 << (level - 1));
         if (level == 3) { /* bytes e of pr 0 and pr 1 */
           to[2 * sub] = (r0 & 0xffff) | r1 << 16;
@@ -2475,9 +2476,9 @@ static void rdkv__pack_head(const rdkv_config *cfg, const rdkv__kernels *kn, con
       uint32_t *words = (uint32_t *)(void *)tile;
       uint16_t *params;
       int kl;
-      memset(w->codes, 0, RDKV__TILE * RDKV__MAX_DIM);
+      memset(w->codes, 0, RDKV__TILE * RDKV__PACKED);
       for (t = 0; t < in_tile; t++) { /* in table order; pads have code 0 */
-        uint8_t *code = w->codes + t * RDKV__MAX_DIM;
+        uint8_t *code = w->codes + t * RDKV__PACKED;
         if (first + t + RDKV__AHEAD < rec->n_tokens[level - 1])
           rdkv__ahead(&kv->k, order[t + RDKV__AHEAD], head, kd);
         rdkv__row(kn, &kv->k, order[t], head, kd, w->rows);
@@ -2662,19 +2663,17 @@ RDKV_DEF size_t rdkv_stream_scratch(const rdkv_config *cfg, uint32_t n_tokens) {
   return bytes ? rdkv__size(rdkv__add(bytes, 2 * sizeof(rdkv_histogram))) : 0;
 }
 
-/* score, measure, allocate; then, where K was measured over a guess, once more over what was kept. */
+/* score, measure, allocate. K is measured over the tokens likely to be kept: measuring it again over
+   those that were kept, and allocating again, was no better in the answers of a trained model. */
 static rdkv_status rdkv__choose(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_layer *layers,
                                 int n_layers, void *scratch, size_t bytes) {
   rdkv_status st = RDKV_OK;
-  int a, round;
-  for (a = 0; a < n_layers && st == RDKV_OK; a++)
+  int a;
+  for (a = 0; a < n_layers && st == RDKV_OK; a++) {
     st = rdkv_score(cfg, &kv[a], &layers[a], scratch, bytes);
-  for (round = 0; round < (cfg->profile == RDKV_PAPER ? 1 : 2) && st == RDKV_OK; round++) {
-    for (a = 0; a < n_layers && st == RDKV_OK; a++)
-      st = rdkv_measure(cfg, &kv[a], &layers[a], scratch, bytes);
-    if (st == RDKV_OK) st = rdkv_allocate(cfg, layers, n_layers, scratch, bytes);
+    if (st == RDKV_OK) st = rdkv_measure(cfg, &kv[a], &layers[a], scratch, bytes);
   }
-  return st;
+  return st == RDKV_OK ? rdkv_allocate(cfg, layers, n_layers, scratch, bytes) : st;
 }
 
 RDKV_DEF rdkv_status rdkv_compress(const rdkv_config *cfg, const rdkv_kv *kv, uint32_t n_tokens,
@@ -2723,7 +2722,7 @@ RDKV_DEF rdkv_status rdkv_stream_layer(const rdkv_config *cfg, rdkv_stream *stre
   uint8_t *mem, *work;
   uint64_t work_bytes, fixed, left, after;
   double lambda = 0;
-  int round, i;
+  int i;
   if (!rdkv__resolved(cfg) || stream == NULL || kv == NULL || block == NULL || bytes == NULL ||
       stream->next_layer < 0 || stream->next_layer >= cfg->n_layers)
     return RDKV_ERR_ARGUMENT;
@@ -2743,41 +2742,31 @@ RDKV_DEF rdkv_status rdkv_stream_layer(const rdkv_config *cfg, rdkv_stream *stre
   after = (uint64_t)(cfg->n_layers - stream->next_layer - 1);
   if (cfg->profile == RDKV_PAPER && cfg->token_budget == 0 && cfg->budget_bytes > 0)
     one.budget_bytes = left / (after + 1);
-  for (round = 0; round < (cfg->profile == RDKV_PAPER ? 1 : 2) && st == RDKV_OK; round++) {
-    st = rdkv_measure(&one, kv, layer, work, (size_t)work_bytes);
-    if (st == RDKV_OK && cfg->profile == RDKV_JOINT && cfg->scope != RDKV_SCOPE_LAMBDA) {
-      /* the layers to come are taken to be like those seen: this one's slopes and the mean of all
-         share what is left, and this layer gets what lies above the common threshold */
-      uint64_t free_bytes = left, tables, own = 0, reach;
-      rdkv__parts p;
-      uint32_t count[5], channels[4];
-      memset(own_bins, 0, sizeof *own_bins);
-      st = rdkv_histogram_add(&one, layer, own_bins);
-      if (st != RDKV_OK) break;
-      for (i = 0, tables = 0; i < cfg->n_kv_heads; i++) {
-        rdkv__head_counts(&one, layer, i, count, channels);
-        rdkv__head_bytes(cfg->v_dim, 0, count, channels, &p);
-        tables += p.table;
-      }
-      tables = (tables + fixed) * (after + 1);
-      free_bytes = free_bytes > tables ? free_bytes - tables : 0;
-      for (i = 0; i < RDKV_HISTOGRAM_BINS; i++) {
-        double mean = (double)(stream->seen.bytes[i] + own_bins->bytes[i]) / (stream->next_layer + 1);
-        both->bytes[i] = own_bins->bytes[i] + (uint64_t)(mean * (double)after);
-      }
-      lambda = rdkv_histogram_lambda(both, free_bytes);
-      for (i = (int)(rdkv__bits((float)lambda) >> 20); i < RDKV_HISTOGRAM_BINS; i++)
-        own += own_bins->bytes[i];
-      /* what the common bin leaves is shared evenly */
-      for (i = (int)(rdkv__bits((float)lambda) >> 20), reach = 0; i < RDKV_HISTOGRAM_BINS; i++)
-        reach += both->bytes[i];
-      if (free_bytes > reach) own += (free_bytes - reach) / (after + 1);
-      one.budget_bytes = after == 0 ? left : own + tables / (after + 1);
-      if (one.budget_bytes > left) one.budget_bytes = left;
-      if (one.budget_bytes == 0) one.budget_bytes = 1; /* 0 would mean keep */
+  if (st == RDKV_OK) st = rdkv_measure(&one, kv, layer, work, (size_t)work_bytes);
+  if (st == RDKV_OK && cfg->profile == RDKV_JOINT && cfg->scope != RDKV_SCOPE_LAMBDA) {
+    /* the layers to come are taken to be like those seen: this one's slopes and the mean of all
+       share what is left, and this layer gets what lies above the common threshold */
+    uint64_t free_bytes = left, tables, own = 0, reach = 0;
+    memset(own_bins, 0, sizeof *own_bins);
+    rdkv_histogram_add(&one, layer, own_bins);
+    /* every channel's entry, most of them not dropped */
+    tables = (uint64_t)cfg->n_kv_heads * rdkv__round_up(5 * (uint64_t)rdkv__pad16(cfg->k_dim), 128);
+    tables = (tables + fixed) * (after + 1);
+    free_bytes = free_bytes > tables ? free_bytes - tables : 0;
+    for (i = 0; i < RDKV_HISTOGRAM_BINS; i++) {
+      double mean = (double)(stream->seen.bytes[i] + own_bins->bytes[i]) / (stream->next_layer + 1);
+      both->bytes[i] = own_bins->bytes[i] + (uint64_t)(mean * (double)after);
     }
-    if (st == RDKV_OK) st = rdkv_allocate(&one, layer, 1, work, (size_t)work_bytes);
+    lambda = rdkv_histogram_lambda(both, free_bytes);
+    for (i = rdkv__bin((float)lambda); i < RDKV_HISTOGRAM_BINS; i++)
+      own += own_bins->bytes[i], reach += both->bytes[i];
+    /* what the common threshold leaves is shared evenly */
+    if (free_bytes > reach) own += (free_bytes - reach) / (after + 1);
+    one.budget_bytes = after == 0 ? left : own + tables / (after + 1);
+    if (one.budget_bytes > left) one.budget_bytes = left;
+    if (one.budget_bytes == 0) one.budget_bytes = 1; /* 0 would mean keep */
   }
+  if (st == RDKV_OK) st = rdkv_allocate(&one, layer, 1, work, (size_t)work_bytes);
   if (st == RDKV_OK)
     st = rdkv_pack(&one, kv, layer, 1, stream->next_layer, 0, block, capacity, bytes, work,
                    (size_t)work_bytes);
@@ -3142,10 +3131,12 @@ static void rdkv__attend_table(const rdkv__kernels *kn, const rdkv_segment *s, c
     const float *qh = q + h * w->kp;
     for (i = 0; i < all; i++) x[i] = qh[channel[i]];
     w->konst[h] = kn->inner(x, mids, all);
-    for (i = 0; i < n; i++) x[i] *= scales[i];
-    for (level = 1, b = 0; level < 4; level++)
-      for (j = 0; j < parts->k_blocks[level]; j++, b++)
+    for (level = 1, b = 0; level < 4; level++) {
+      for (j = 0; j < parts->k_blocks[level]; j++, b++) {
+        for (i = 16 * b; i < 16 * b + 16; i++) x[i] *= scales[i] * rdkv__code_unit[level];
         kn->k_coef(level, x + 16 * b, w->coef_k + (b * 4 * n_heads + h) * 16, n_heads * 16);
+      }
+    }
   }
 }
 
@@ -3459,7 +3450,8 @@ RDKV_DEF rdkv_status rdkv_measure_error(const rdkv_config *cfg, const rdkv_cache
 
 /* Vectors of VL floats: LD, ST, SET; LDI loads VL words; KEEP stops the compiler from fusing a
    product into a later sum. CODE_b(w, s) is the b-bit field of each word from bit s on as a
-   signed number; FLIP inverts each field's top bit first, which turns code into code - 2^(b-1). */
+   signed number; FLIP inverts each field's top bit first, which turns code into code - 2^(b-1).
+   CODE_8 gives 2^24 times that (a byte moved to a word's top); rdkv__code_unit takes it back. */
 #if RDKV__SIMD_BODY == 1
 #define RDKV__NAME(f) rdkv__##f##_scalar
 #define RDKV__VL 1
@@ -3491,7 +3483,7 @@ RDKV_DEF rdkv_status rdkv_measure_error(const rdkv_config *cfg, const rdkv_cache
 #define RDKV__SIGNED(w, s, b) (float)((int32_t)((uint32_t)(w) << (32 - (b) - (s))) >> (32 - (b)))
 #define RDKV__CODE_2(w, s) RDKV__SIGNED(w, s, 2)
 #define RDKV__CODE_4(w, s) RDKV__SIGNED(w, s, 4)
-#define RDKV__CODE_8(w, s) RDKV__SIGNED(w, s, 8)
+#define RDKV__CODE_8(w, s) ((float)(int32_t)((uint32_t)(w) << (24 - (s)) & 0xff000000))
 #define RDKV__LOW_HALF(w) rdkv__from_half((uint16_t)((uint32_t)(w) & 0xffff))
 #define RDKV__HIGH_HALF(w) rdkv__from_half((uint16_t)((uint32_t)(w) >> 16))
 #elif RDKV__SIMD_BODY == 2
@@ -3542,7 +3534,11 @@ RDKV_DEF rdkv_status rdkv_measure_error(const rdkv_config *cfg, const rdkv_cache
 #define RDKV__CODE_2(w, s) /* 0, 1, -2, -1: the flipped code's own order */                      \
   _mm256_permutevar_ps(_mm256_setr_ps(0, 1, -2, -1, 0, 1, -2, -1), _mm256_srli_epi32(w, s))
 #define RDKV__CODE_4(w, s) RDKV__SIGNED(w, s, 4)
-#define RDKV__CODE_8(w, s) RDKV__SIGNED(w, s, 8)
+#define RDKV__CODE_8(w, s) /* byte s/8 to the top of each word, zeros below */                   \
+  _mm256_cvtepi32_ps(_mm256_shuffle_epi8(                                                        \
+      w, _mm256_add_epi32(_mm256_setr_epi32(0x00808080, 0x04808080, 0x08808080, 0x0c808080,      \
+                                            0x00808080, 0x04808080, 0x08808080, 0x0c808080),     \
+                          _mm256_set1_epi32((s) / 8 << 24))))
 #define RDKV__PACK16(w) /* the low halves of 8 words */                                          \
   _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(w, w), 0x08))
 #define RDKV__LOW_HALF(w) \
@@ -3595,8 +3591,10 @@ RDKV_DEF rdkv_status rdkv_measure_error(const rdkv_config *cfg, const rdkv_cache
   _mm512_permutexvar_ps(                                                                         \
       _mm512_srli_epi32(w, s),                                                                   \
       _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1))
-#define RDKV__CODE_8(w, s) \
-  _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(w, 24 - (s)), 24))
+#define RDKV__CODE_8(w, s) /* byte s/8 to the top of each word, zeros below */                   \
+  _mm512_cvtepi32_ps(_mm512_shuffle_epi8(                                                        \
+      w, _mm512_add_epi32(_mm512_set4_epi32(0x0c808080, 0x08808080, 0x04808080, 0x00808080),     \
+                          _mm512_set1_epi32((s) / 8 << 24))))
 #define RDKV__LOW_HALF(w) _mm512_cvtph_ps(_mm512_cvtepi32_epi16(w))
 #define RDKV__HIGH_HALF(w) _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(w, 16)))
 #elif RDKV__SIMD_BODY == 4
@@ -3645,7 +3643,8 @@ RDKV_DEF rdkv_status rdkv_measure_error(const rdkv_config *cfg, const rdkv_cache
   vcvtq_f32_s32(vshrq_n_s32(vshlq_s32(w, vdupq_n_s32(32 - (b) - (s))), 32 - (b)))
 #define RDKV__CODE_2(w, s) RDKV__SIGNED(w, s, 2)
 #define RDKV__CODE_4(w, s) RDKV__SIGNED(w, s, 4)
-#define RDKV__CODE_8(w, s) RDKV__SIGNED(w, s, 8)
+#define RDKV__CODE_8(w, s)                                                          \
+  vcvtq_f32_s32(vandq_s32(vshlq_s32(w, vdupq_n_s32(24 - (s))), vdupq_n_s32((int)0xff000000)))
 #define RDKV__LOW_HALF(w) vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(vreinterpretq_u32_s32(w))))
 #define RDKV__HIGH_HALF(w) \
   vcvt_f32_f16(vreinterpret_f16_u16(vshrn_n_u32(vreinterpretq_u32_s32(w), 16)))
@@ -4356,12 +4355,12 @@ RDKV__FN void RDKV__NAME(v_coef)(int level, const uint32_t *params, const float 
   for (h = 0; h < n_heads; h++, p += RDKV__SLOTS, rest += 16) {
     from = p;
     if (level < 4) {
-      RDKV__VF sum = RDKV__LD(rest);
+      RDKV__VF sum = RDKV__LD(rest), unit = RDKV__SET(rdkv__code_unit[level]);
       for (i = 0; i < RDKV__TILE; i += RDKV__VL) {
         RDKV__VI w = RDKV__LDI(params + i);
         RDKV__VF x = RDKV__LD(p + i);
         sum = RDKV__FMA(x, RDKV__HIGH_HALF(w), sum);
-        RDKV__ST(scaled + i, RDKV__MUL(x, RDKV__LOW_HALF(w)));
+        RDKV__ST(scaled + i, RDKV__MUL(RDKV__MUL(x, RDKV__LOW_HALF(w)), unit));
       }
       RDKV__ST(rest, sum);
       from = scaled;
