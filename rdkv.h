@@ -218,12 +218,11 @@ RDKV_API rdkv_status rdkv_calibrate(const rdkv_config *cfg, const rdkv_kv *kv, u
 
 /* One layer between scoring and packing: weights, distortions and widths. The arrays lie in the
    caller's memory and may be read and written between calls: to bring your own weights fill token,
-   energy, q_square and mean_out and skip rdkv_score; to bring your own widths fill v_bits and k_bits
+   q_square and mean_out and skip rdkv_score; to bring your own widths fill v_bits and k_bits
    and skip rdkv_allocate. */
 typedef struct rdkv_layer {
   uint32_t n_tokens;
   float *token;       /* [n_kv_heads][n_tokens] pooled window attention, summed over the group, >= 0 */
-  float *energy;      /* [n_kv_heads][n_tokens] mean over queries of squared window attention */
   float *q_square;    /* [n_kv_heads][k_dim] mean over queries of q^2 */
   float *k_square;    /* [n_kv_heads][k_dim] mean over tokens of k^2 */
   float *mean_out;    /* [n_kv_heads][v_dim] mean output of the window's attention */
@@ -248,7 +247,7 @@ RDKV_API size_t rdkv_layer_scratch(const rdkv_config *cfg, uint32_t n_tokens);
 
 /* Scores one layer: how much the window's queries attend to each token and use each channel.
    cfg resolved; kv as described there (V is read by RDKV_JOINT alone); layer initialised, its token,
-   energy, q_square, k_square and mean_out are written.
+   q_square, k_square and mean_out are written.
    scratch [scratch_bytes] 64-byte aligned, rdkv_layer_scratch bytes.
    Returns RDKV_OK, RDKV_ERR_ARGUMENT, _MEMORY, _ALIGNMENT, or _NONFINITE (then the arrays of layer
    are undefined). Threads: calls on different layers and scratch are independent.
@@ -257,7 +256,7 @@ RDKV_API rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_
                                 void *scratch, size_t scratch_bytes);
 
 /* Measures the layer's distortions at each width (RDKV_JOINT; RDKV_PAPER needs none: a no-op).
-   Reads layer->token, energy, q_square, mean_out and K, V; writes v_distortion, k_distortion. K is
+   Reads layer->token, q_square, mean_out and K, V; writes v_distortion, k_distortion. K is
    measured over the tokens that v_bits keeps, or, where v_bits keeps none yet, over the tokens that
    are likely to be kept at this budget. Calling it again after rdkv_allocate refines K.
    Other things as for rdkv_score. Source: design.md 3.2. */
@@ -598,6 +597,7 @@ extern "C" {
 #define RDKV__BATCH 4       /* tiles that share one step of the softmax */
 #define RDKV__SLOTS (RDKV__BATCH * RDKV__TILE)
 #define RDKV__COEF_V (8 * RDKV__HEADS * 16) /* V coefficients of a tile */
+#define RDKV__CHUNK 256     /* tokens whose slopes are computed at a time */
 #define RDKV__ROWS 96             /* rows scored at a time: a multiple of the micro-kernel's 6 */
 #define RDKV__MAX_HALF 0x477fe000 /* bits of 65504.0f, the largest half */
 
@@ -802,15 +802,17 @@ typedef struct rdkv__kernels {
                  float *out);
   /* running maximum and sum of exp of nq columns */
   void (*softmax)(const float *logits, int n_rows, size_t nq, float *max, float *sum);
-  /* per row: sum and sum of squares over columns of a = exp(logit - max) * inv */
+  /* per row: sum over columns of exp(logit - max) * inv */
   void (*weigh)(const float *logits, int n_rows, size_t nq, const float *max, const float *inv,
-                float *sum, float *square);
+                float *sum);
   /* y += a * x; n a multiple of 16 */
   void (*axpy)(float a, const float *x, int n, float *y);
   /* smallest and largest of x [n], n > 0 */
   void (*ends)(const float *x, int n, float *lo, float *hi);
   /* squared error of v [n] at 0 (replaced by o), 2, 4, 8, 16 bits */
   void (*v_error)(const float *v, const float *o, int n, float error[5]);
+  /* slopes [4][CHUNK] of n tokens' hulls, n a multiple of 16 */
+  void (*hull)(const float *d, size_t stride, int n, const float *inv, float *slope);
   /* running minimum, maximum and sum of n channels; n a multiple of 16 */
   void (*range)(const float *x, int n, float *lo, float *hi, float *sum);
   /* error[j][c] += g * (x[c] - q_j(x[c]))^2, widths j = 0, 2, 4, 8; arrays [4][256] */
@@ -1038,7 +1040,6 @@ static uint64_t rdkv__layer_layout(const rdkv_config *cfg, uint32_t n_tokens, rd
   uint64_t bytes = 0, h = (uint64_t)cfg->n_kv_heads, t = rdkv__mul(h, n_tokens);
   uint64_t kd = h * (uint64_t)cfg->k_dim, vd = h * (uint64_t)cfg->v_dim;
   l->token = (float *)rdkv__take(arena, &bytes, t, 4);
-  l->energy = (float *)rdkv__take(arena, &bytes, t, 4);
   l->q_square = (float *)rdkv__take(arena, &bytes, kd, 4);
   l->k_square = (float *)rdkv__take(arena, &bytes, kd, 4);
   l->mean_out = (float *)rdkv__take(arena, &bytes, vd, 4);
@@ -1072,8 +1073,7 @@ RDKV_DEF rdkv_status rdkv_layer_init(const rdkv_config *cfg, uint32_t n_tokens, 
 }
 
 static int rdkv__layer_ok(const rdkv_layer *l) {
-  return l && l->n_tokens <= RDKV__MAX_TOKENS && l->token && l->energy && l->q_square &&
-         l->k_square && l->mean_out && l->v_distortion && l->k_distortion && l->v_bits && l->k_bits;
+  return l && l->n_tokens <= RDKV__MAX_TOKENS && l->token && l->q_square && l->k_square && l->mean_out && l->v_distortion && l->k_distortion && l->v_bits && l->k_bits;
 }
 
 static void rdkv__clear(const rdkv_config *cfg, rdkv_layer *l) {
@@ -1185,7 +1185,7 @@ RDKV_DEF rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_
   used = (size_t)group * (size_t)window, nq = (used + 15) / 16 * 16;
   rdkv__clear(cfg, layer); /* widths of older scores */
   for (head = 0; head < cfg->n_kv_heads && n > 0; head++) {
-    float *token = layer->token + (size_t)head * n, *energy = layer->energy + (size_t)head * n;
+    float *token = layer->token + (size_t)head * n;
     float *q2 = layer->q_square + (size_t)head * (size_t)kd, *part = w.channel;
     float *k2 = layer->k_square + (size_t)head * (size_t)kd;
     /* queries as columns i * group + g: those that do not see token first + j are the first j * group */
@@ -1207,7 +1207,7 @@ RDKV_DEF rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_
     /* pass 0: maximum and sum of each column's softmax; pass 1: the weights */
     for (pass = 0; pass < 2; pass++) {
       for (t0 = 0; t0 < n; t0 += rows) {
-        float sum[RDKV__ROWS], square[RDKV__ROWS];
+        float sum[RDKV__ROWS];
         rows = rdkv__min_u32(n - t0, RDKV__ROWS);
         memset(part, 0, RDKV__MAX_DIM * sizeof(float));
         for (t = 0; t < rows; t++) {
@@ -1228,11 +1228,10 @@ RDKV_DEF rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_
           kn->softmax(w.logits, (int)rows, nq, w.max, w.sum);
           continue;
         }
-        kn->weigh(w.logits, (int)rows, nq, w.max, w.sum, sum, square);
+        kn->weigh(w.logits, (int)rows, nq, w.max, w.sum, sum);
         for (t = 0; t < rows; t++) {
           uint32_t see = t0 + t > first ? n - (t0 + t) : (uint32_t)window;
           w.mean[t0 + t] = sum[t];
-          energy[t0 + t] = square[t] / (float)used;
           token[t0 + t] = sum[t] / (float)see;
         }
       }
@@ -1286,6 +1285,13 @@ static uint32_t rdkv__likely(const float *d0, uint32_t n, double part, uint32_t 
 
 static double rdkv__keep(const rdkv_config *cfg, uint32_t n_tokens);
 
+/* What an error of a token's logit costs, against evicting the token. The output moves by
+   a (1 - a) (v - o) for each unit of the logit, a the attention; a^2 (1 - a)^2 <= 4/27 a, and a on the
+   right makes it w |v - o|^2, V's own D(0), up to the factor. 1/4 is the best of 0.03 .. 1 in the answers
+   of a trained model and in the output error of synthetic layers; a^2 itself, which trusts the window
+   to attend as every later query will, starves K. */
+#define RDKV__K_WEIGHT 0.25f
+
 RDKV_DEF rdkv_status rdkv_measure(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_layer *layer,
                                   void *scratch, size_t scratch_bytes) {
   const rdkv__kernels *kn;
@@ -1301,7 +1307,6 @@ RDKV_DEF rdkv_status rdkv_measure(const rdkv_config *cfg, const rdkv_kv *kv, rdk
   kn = rdkv__kernels_of(cfg->isa), kd = cfg->k_dim, vd = cfg->v_dim, kp = rdkv__pad16(kd);
   for (head = 0; head < cfg->n_kv_heads; head++) {
     const float *token = layer->token + (size_t)head * n;
-    const float *energy = layer->energy + (size_t)head * n;
     const uint8_t *v_bits = layer->v_bits + (size_t)head * n;
     float *dv = layer->v_distortion + (size_t)head * 5 * n;
     float *dk = layer->k_distortion + (size_t)head * 4 * (size_t)kd;
@@ -1341,7 +1346,7 @@ RDKV_DEF rdkv_status rdkv_measure(const rdkv_config *cfg, const rdkv_kv *kv, rdk
     for (i = 0; i < kept; i++) {
       float g;
       t = w.order[i];
-      g = token[t] > 0 ? rdkv__f(energy[t] * rdkv__f(dv[t] / token[t])) : 0;
+      g = dv[t] * RDKV__K_WEIGHT;
       if (i + RDKV__AHEAD < kept) rdkv__ahead(&kv->k, w.order[i + RDKV__AHEAD], head, kd);
       if (g <= 0) continue;
       if (!rdkv__row(kn, &kv->k, t, head, kd, w.rows)) return RDKV_ERR_NONFINITE;
@@ -1373,7 +1378,8 @@ static rdkv__zero_point rdkv__fit_paper(float lo, float hi, int bits) {
 }
 static int rdkv__code_paper(float x, rdkv__zero_point z, int bits) {
   float top = (float)((1 << bits) - 1), c;
-  c = rdkv__f(rdkv__f(x / rdkv__f(z.scale)) + z.zero); /* rdkv__f: no hoisted reciprocal */
+  volatile float scale = z.scale; /* a true division: no reciprocal may be hoisted out of a loop */
+  c = rdkv__f(rdkv__f(x / scale) + z.zero);
   return (int)lrintf(c < 0 ? 0 : c > top ? top : c);
 }
 /* As the format stores it: the middle of the range as a half. */
@@ -1543,10 +1549,12 @@ typedef struct rdkv__head {
 
 typedef struct rdkv__solver {
   const rdkv_config *cfg;
+  const rdkv__kernels *kn;
   rdkv__head *heads;
   uint64_t n_heads;
   uint32_t *key, *index, *key2, *index2; /* [n_tokens] sorting */
   uint8_t *pin;                          /* [n_tokens] lowest level, NULL = no pins */
+  float k_bias;                          /* on the threshold that K widths are chosen at; 1 */
 } rdkv__solver;
 
 /* Slopes of the lower convex hull of a unit's distortion over cumulated cost, as bits of floats >= 0
@@ -1579,28 +1587,45 @@ static void rdkv__v_costs(const rdkv__solver *s, const rdkv__head *h, float cost
   cost[2] = (float)(2 * block) / RDKV__TILE, cost[3] = (float)(4 * block) / RDKV__TILE;
 }
 
-/* Slopes of one token; 0 for all if none can reach floor (a slope). */
-static void rdkv__v_slopes(const rdkv__solver *s, const rdkv__head *h, uint32_t t,
-                           const float cost[4], float floor, uint32_t slope[4]) {
-  const float *p = h->v_distortion + t;
-  size_t n = h->n_tokens;
-  float d[5];
-  int first = s->pin ? s->pin[t] : 0;
-  d[0] = p[0];
-  if (first == 0 && d[0] < floor * cost[0]) { /* every hull from level 0 pays cost[0] */
-    slope[0] = slope[1] = slope[2] = slope[3] = 0;
-    return;
+/* Slopes of tokens [t0, t0 + n), n <= CHUNK: slope[l][i], floats >= 0. */
+static void rdkv__v_slopes(const rdkv__solver *s, const rdkv__head *h, uint32_t t0, uint32_t n,
+                           const float cost[4], float slope[4][RDKV__CHUNK]) {
+  const float *d = h->v_distortion + t0;
+  size_t stride = h->n_tokens;
+  float inv[10], last[5 * 16];
+  uint32_t whole = n & ~15u, i;
+  int a, b, l, k = 0;
+  for (a = 3; a >= 0; a--) { /* cost_ab for a = 3, then 2 ...; b from 4 down, as the kernel wants it */
+    for (b = 4; b > a; b--) {
+      float sum = 0;
+      for (l = a; l < b; l++) sum += cost[l]; /* exact: multiples of 4 */
+      inv[k++] = rdkv__f(1 / sum);
+    }
   }
-  d[1] = p[n], d[2] = p[2 * n], d[3] = p[3 * n], d[4] = p[4 * n];
-  rdkv__hull(d, cost, 4, first, slope);
+  s->kn->hull(d, stride, (int)whole, inv, slope[0]);
+  if (whole < n) { /* a copy, so that nothing is read past the last row */
+    memset(last, 0, sizeof last);
+    for (l = 0; l < 5; l++)
+      memcpy(last + 16 * l, d + (size_t)l * stride + whole, (n - whole) * sizeof *d);
+    s->kn->hull(last, 16, 16, inv, slope[0] + whole);
+  }
+  for (i = 0; i < n && s->pin; i++) {
+    uint32_t pinned[4];
+    float x[5];
+    if (s->pin[t0 + i] == 0) continue;
+    for (l = 0; l < 5; l++) x[l] = d[(size_t)l * stride + i];
+    rdkv__hull(x, cost, 4, s->pin[t0 + i], pinned);
+    for (l = 0; l < 4; l++) slope[l][i] = rdkv__float(pinned[l]);
+  }
 }
 
 /* K widths of a head for a threshold and a number of kept tokens. Every run but the last is whole
    blocks of 16: the count at each level is rounded to the nearest, the best channels first. */
-static void rdkv__choose_k(const rdkv__solver *s, rdkv__head *h, float lambda, uint32_t n_tokens) {
+static void rdkv__choose_k(const rdkv__solver *s, rdkv__head *h, float threshold,
+                           uint32_t n_tokens) {
   uint32_t slope[RDKV__MAX_DIM][3], c, kd = (uint32_t)s->cfg->k_dim, count, want, level;
   uint32_t tiles = (rdkv__max_u32(n_tokens, 1) + RDKV__TILE - 1) / RDKV__TILE;
-  float cost[3], d[4];
+  float cost[3], d[4], lambda = threshold < 1e37f ? threshold * s->k_bias : threshold;
   int l;
   /* a tile has 8 bytes for each channel and 2 bits */
   cost[0] = cost[1] = (float)(tiles * 8), cost[2] = (float)(tiles * 16);
@@ -1686,15 +1711,18 @@ static void rdkv__sort(const rdkv__solver *s, uint32_t n) {
 /* Gives a head its widths at the threshold: each level takes the at_least[] best of the tokens that
    reached the level below; the next best are kept in fill[] for the greedy steps. */
 static void rdkv__assign(const rdkv__solver *s, rdkv__head *h, float floor) {
-  float cost[4];
-  uint32_t t, n, i, slope[4], taken, able;
+  float cost[4], slope[4][RDKV__CHUNK];
+  uint32_t t, n, i, chunk, taken, able;
   int l;
   rdkv__v_costs(s, h, cost);
   memset(h->v_bits, 0, h->n_tokens);
   for (l = 0; l < 4; l++) {
-    for (t = 0, n = 0; t < h->n_tokens; t++) {
-      rdkv__v_slopes(s, h, t, cost, floor, slope);
-      if (slope[l] > 0 && slope[l] >= rdkv__bits(floor)) s->key[n] = slope[l], s->index[n++] = t;
+    for (t = 0, n = 0; t < h->n_tokens; t += chunk) {
+      chunk = rdkv__min_u32(h->n_tokens - t, RDKV__CHUNK);
+      rdkv__v_slopes(s, h, t, chunk, cost, slope);
+      for (i = 0; i < chunk; i++)
+        if (slope[l][i] > 0 && slope[l][i] >= floor)
+          s->key[n] = rdkv__bits(slope[l][i]), s->index[n++] = t + i;
     }
     rdkv__sort(s, n);
     h->n_fill[l] = 0;
@@ -1797,16 +1825,20 @@ static void rdkv__spend(const rdkv__solver *s, uint64_t left) {
 
 /* Adds what a head would spend at each slope to hist; counts its tokens by level-1 slope in h->bins. */
 static void rdkv__spectrum(const rdkv__solver *s, rdkv__head *h, float floor, uint64_t *hist) {
-  float cost[4];
-  uint32_t slope[4], t, l;
+  float cost[4], slope[4][RDKV__CHUNK];
+  uint32_t t, i, l, chunk;
   RDKV_ASSERT(sizeof h->bins == RDKV_HISTOGRAM_BINS * sizeof(uint32_t));
   memset(h->bins, 0, sizeof h->bins);
   rdkv__v_costs(s, h, cost);
-  for (t = 0; t < h->n_tokens; t++) {
-    rdkv__v_slopes(s, h, t, cost, floor, slope);
-    if (slope[0] == 0) continue;
-    h->bins[slope[0] >> 20]++;
-    for (l = 0; l < 4; l++) hist[slope[l] >> 20] += (uint64_t)cost[l]; /* whole: 128 / 32 divides */
+  for (t = 0; t < h->n_tokens; t += chunk) {
+    chunk = rdkv__min_u32(h->n_tokens - t, RDKV__CHUNK);
+    rdkv__v_slopes(s, h, t, chunk, cost, slope);
+    for (i = 0; i < chunk; i++) {
+      if (slope[0][i] <= floor) continue;
+      h->bins[rdkv__bin(slope[0][i])]++;
+      for (l = 0; l < 4; l++)
+        hist[rdkv__bin(slope[l][i])] += (uint64_t)cost[l]; /* whole: 128 / 32 divides */
+    }
   }
   hist[0] = 0; /* what gains nothing is never bought */
 }
@@ -1824,7 +1856,8 @@ static float rdkv__spectrum_edge(const uint64_t *hist, uint64_t bytes) {
 
 /* Tokens of every head by slope in 1/128 octaves from base up, cumulated from the top. */
 static void rdkv__fine_bins(const rdkv__solver *s, float base) {
-  uint32_t bottom = rdkv__bits(base) >> 16, slope[4], t, b;
+  uint32_t bottom = rdkv__bits(base) >> 16, t, b, j, chunk;
+  float slope[4][RDKV__CHUNK];
   uint64_t i;
   for (i = 0; i < s->n_heads; i++) {
     rdkv__head *h = &s->heads[i];
@@ -1832,12 +1865,15 @@ static void rdkv__fine_bins(const rdkv__solver *s, float base) {
     int l, bin;
     memset(h->bins, 0, sizeof h->bins);
     rdkv__v_costs(s, h, cost);
-    for (t = 0; t < h->n_tokens; t++) {
-      rdkv__v_slopes(s, h, t, cost, base, slope);
-      for (l = 0; l < 4; l++) {
-        b = slope[l] >> 16;
-        if (slope[l] == 0 || b < bottom) break;
-        h->bins[l * RDKV__FINE + (int)rdkv__min_u32(b - bottom, RDKV__FINE - 1)]++;
+    for (t = 0; t < h->n_tokens; t += chunk) {
+      chunk = rdkv__min_u32(h->n_tokens - t, RDKV__CHUNK);
+      rdkv__v_slopes(s, h, t, chunk, cost, slope);
+      for (j = 0; j < chunk; j++) {
+        for (l = 0; l < 4; l++) {
+          b = rdkv__bits(slope[l][j]) >> 16;
+          if (slope[l][j] <= 0 || b < bottom) break;
+          h->bins[l * RDKV__FINE + (int)rdkv__min_u32(b - bottom, RDKV__FINE - 1)]++;
+        }
       }
     }
     for (l = 0; l < 4; l++)
@@ -1920,6 +1956,45 @@ static void rdkv__solve(const rdkv__solver *s, uint64_t budget, double *threshol
   rdkv__spend(s, budget - sum);
 }
 
+/* Predicted distortion of a head's widths. K of a head without tokens does not matter. */
+static void rdkv__predict(const rdkv_config *cfg, const rdkv__head *h, double *v, double *k) {
+  size_t n = h->n_tokens, kd = (size_t)cfg->k_dim, i, kept = 0;
+  *v = *k = 0;
+  for (i = 0; i < n; i++) {
+    *v += (double)h->v_distortion[(size_t)rdkv__level(h->v_bits[i]) * n + i];
+    kept += h->v_bits[i] != 0;
+  }
+  for (i = 0; i < kd && kept > 0; i++)
+    *k += (double)h->k_distortion[(size_t)rdkv__level(h->k_bits[i]) * kd + i];
+}
+
+static double rdkv__predict_all(const rdkv__solver *s) {
+  double sum = 0, v, k;
+  uint64_t i;
+  for (i = 0; i < s->n_heads; i++) rdkv__predict(s->cfg, &s->heads[i], &v, &k), sum += v + k;
+  return sum;
+}
+
+/* Where the budget is only a few tiles a step of K is large against it and the threshold a poor guide:
+   then K is tried dearer and cheaper, and the best is taken. */
+static void rdkv__solve_best(rdkv__solver *s, uint64_t budget, double *threshold_used) {
+  static const float bias[5] = {1, 4, 0.25f, 16, 64};
+  uint64_t tile = (uint64_t)rdkv__pad16(s->cfg->k_dim + s->cfg->v_dim) / 16 * 256;
+  double best = 0;
+  int i, which = 0, last = budget / tile < 64 * s->n_heads ? 5 : 1;
+  for (i = 0; i < last; i++) {
+    double sum;
+    s->k_bias = bias[i];
+    rdkv__solve(s, budget, threshold_used);
+    sum = rdkv__predict_all(s);
+    if (i == 0 || sum < best) best = sum, which = i;
+  }
+  if (which != last - 1) {
+    s->k_bias = bias[which];
+    rdkv__solve(s, budget, threshold_used);
+  }
+}
+
 /* The least that heads can take: what is pinned, K dropped. */
 static uint64_t rdkv__least_bytes(const rdkv__solver *s, uint64_t n_heads, uint32_t n_tokens,
                                   const uint32_t pinned[5]) {
@@ -1953,31 +2028,6 @@ static void rdkv__solve_at(const rdkv__solver *s, float threshold) {
   rdkv__bytes_at(s, 0);
   for (i = 0; i < s->n_heads; i++) rdkv__assign(s, &s->heads[i], threshold);
   rdkv__spend(s, 0); /* steps that cost nothing */
-}
-
-/* Predicted distortion of the widths chosen. K of a head without tokens does not matter. */
-static void rdkv__predict(const rdkv_config *cfg, const rdkv_layer *l, int head, double *v, double *k) {
-  size_t n = l->n_tokens, kd = (size_t)cfg->k_dim, t, kept = 0;
-  const uint8_t *vb = l->v_bits + (size_t)head * n, *kb = l->k_bits + (size_t)head * kd;
-  const float *dv = l->v_distortion + (size_t)head * 5 * n, *dk = l->k_distortion + (size_t)head * 4 * kd;
-  *v = *k = 0;
-  for (t = 0; t < n; t++) {
-    *v += (double)dv[(size_t)rdkv__level(vb[t]) * n + t];
-    kept += vb[t] != 0;
-  }
-  for (t = 0; t < kd && kept; t++) {
-    int level = rdkv__level(kb[t]);
-    *k += (double)dk[(size_t)(level < 3 ? level : 3) * kd + t];
-  }
-}
-
-static double rdkv__predict_all(const rdkv_config *cfg, const rdkv_layer *layers, int n_layers) {
-  double sum = 0, v, k;
-  int a, head;
-  for (a = 0; a < n_layers; a++)
-    for (head = 0; head < cfg->n_kv_heads; head++)
-      rdkv__predict(cfg, &layers[a], head, &v, &k), sum += v + k;
-  return sum;
 }
 
 /* ---- the authors' solver (design.md 3.1): float throughout, product and sum rounded apart ---- */
@@ -2125,7 +2175,7 @@ RDKV_DEF rdkv_status rdkv_allocate(const rdkv_config *cfg, rdkv_layer *layers, i
   st = rdkv__scratch(scratch, scratch_bytes, rdkv_allocate_scratch(cfg, n_layers, n), &arena);
   if (st != RDKV_OK) return st;
   rdkv__allocate_layout(cfg, n_layers, n, &arena, &s);
-  s.cfg = cfg;
+  s.k_bias = 1, s.cfg = cfg, s.kn = rdkv__kernels_of(cfg->isa);
   for (a = 0; a < n_layers; a++) {
     size_t h = (size_t)cfg->n_kv_heads, kd = (size_t)cfg->k_dim;
     if (cfg->profile == RDKV_PAPER
@@ -2180,14 +2230,14 @@ RDKV_DEF rdkv_status rdkv_allocate(const rdkv_config *cfg, rdkv_layer *layers, i
       for (l = 0; l < n; l++) target += (double)s.heads[i].v_distortion[l];
     target *= cfg->max_error;
     rdkv__solve(&s, hi * 128, &used);
-    if (rdkv__predict_all(cfg, layers, n_layers) > target) { /* beyond 16-bit V and 8-bit K */
+    if (rdkv__predict_all(&s) > target) { /* beyond 16-bit V and 8-bit K */
       for (a = 0; a < n_layers; a++) rdkv__clear(cfg, &layers[a]);
       return RDKV_ERR_BUDGET;
     }
     while (hi - lo > hi / 1024) {
       mid = lo + (hi - lo) / 2;
       rdkv__solve(&s, mid * 128, &used);
-      if (rdkv__predict_all(cfg, layers, n_layers) <= target)
+      if (rdkv__predict_all(&s) <= target)
         hi = mid;
       else
         lo = mid + 1;
@@ -2209,7 +2259,7 @@ RDKV_DEF rdkv_status rdkv_allocate(const rdkv_config *cfg, rdkv_layer *layers, i
     rdkv__parts p;
     part = s;
     part.heads = s.heads + i * each, part.n_heads = each;
-    rdkv__solve(&part, left / (n_parts - i) / 128 * 128, &used);
+    rdkv__solve_best(&part, left / (n_parts - i) / 128 * 128, &used);
     for (h = i * each; h < (i + 1) * each; h++) {
       left -= rdkv__head_bytes(cfg->v_dim, cfg->positions, s.heads[h].count, s.heads[h].channels, &p);
       layers[h / (uint64_t)cfg->n_kv_heads].lambda = used;
@@ -2225,7 +2275,7 @@ RDKV_DEF rdkv_status rdkv_histogram_add(const rdkv_config *cfg, const rdkv_layer
   int head;
   if (!rdkv__resolved(cfg) || !rdkv__layer_ok(layer) || histogram == NULL) return RDKV_ERR_ARGUMENT;
   memset(&s, 0, sizeof s);
-  s.cfg = cfg;
+  s.cfg = cfg, s.kn = rdkv__kernels_of(cfg->isa);
   for (head = 0; head < cfg->n_kv_heads; head++) {
     rdkv__head_begin(cfg, layer, head, &h);
     rdkv__count(h.k_bits, (uint32_t)cfg->k_dim, h.channels, 4);
@@ -2550,6 +2600,7 @@ RDKV_DEF rdkv_status rdkv_pack(const rdkv_config *cfg, const rdkv_kv *kv, const 
   rdkv_status st;
   rdkv_header *h = (rdkv_header *)block;
   rdkv_record *rec;
+  rdkv__head state;
   uint8_t *out = (uint8_t *)block;
   uint64_t table, position, tile;
   uint32_t n, count[5], channels[4], t;
@@ -2610,7 +2661,8 @@ RDKV_DEF rdkv_status rdkv_pack(const rdkv_config *cfg, const rdkv_kv *kv, const 
           for (l = 0; l < 3; l++) r->n_channels[l] = (uint16_t)channels[l + 1];
           r->n_dropped = (uint16_t)channels[0];
           if (cfg->profile == RDKV_JOINT) {
-            rdkv__predict(cfg, &layers[a], head, &v, &k);
+            rdkv__head_begin(cfg, &layers[a], head, &state);
+            rdkv__predict(cfg, &state, &v, &k);
             r->v_distortion = (float)v, r->k_distortion = (float)k;
           }
           r->table = *at, *at += p.table;
@@ -3838,19 +3890,17 @@ RDKV__FN void RDKV__NAME(softmax)(const float *logits, int n_rows, size_t nq, fl
 }
 
 RDKV__FN void RDKV__NAME(weigh)(const float *logits, int n_rows, size_t nq, const float *max,
-                                const float *inv, float *sum, float *square) {
+                                const float *inv, float *sum) {
   size_t c;
   int r;
   for (r = 0; r < n_rows; r++) {
-    RDKV__VF s = RDKV__SET(0.0f), s2 = RDKV__SET(0.0f);
+    RDKV__VF s = RDKV__SET(0.0f);
     for (c = 0; c < nq; c += RDKV__VL) {
       RDKV__VF l = RDKV__LD(logits + (size_t)r * nq + c);
-      RDKV__VF a = RDKV__MUL(RDKV__NAME(exp)(RDKV__SUB(l, RDKV__LD(max + c))), RDKV__LD(inv + c));
-      s = RDKV__ADD(s, a);
-      s2 = RDKV__FMA(a, a, s2);
+      l = RDKV__NAME(exp)(RDKV__SUB(l, RDKV__LD(max + c)));
+      s = RDKV__FMA(l, RDKV__LD(inv + c), s);
     }
     sum[r] = RDKV__NAME(sum)(s);
-    square[r] = RDKV__NAME(sum)(s2);
   }
 }
 
@@ -3939,6 +3989,29 @@ RDKV__FN void RDKV__NAME(v_error)(const float *v, const float *o, int n, float e
     lane[4][i & 15] = rdkv__f(lane[4][i & 15] + rdkv__f(e * e));
   }
   for (j = 0; j < 5; j++) error[j] = rdkv__lanes(lane[j]);
+}
+
+/* Hull slopes of n tokens, slope[l][i] = min over a <= l of max over b > l of (d_a - d_b) / cost_ab:
+   what pooling adjacent steps gives, without branches. d [5][stride], inv the ten 1 / cost_ab. */
+RDKV__FN void RDKV__NAME(hull)(const float *d, size_t stride, int n, const float *inv,
+                               float *slope) {
+  int i, a, b, l, k;
+  for (i = 0; i < n; i += RDKV__VL) {
+    RDKV__VF x[5], m[4];
+    for (l = 0; l < 5; l++) x[l] = RDKV__LD(d + (size_t)l * stride + i);
+    for (a = 0, k = 10; a < 4; a++) {
+      RDKV__VF top = RDKV__SET(0.0f);
+      k -= 4 - a; /* the pairs (a, 4), (a, 3) ... end the list for a = 0 */
+      for (b = 4; b > a; b--, k++) {
+        RDKV__VF s = RDKV__SUB(x[a], x[b]);
+        RDKV__KEEP(s);
+        top = RDKV__MAX(top, RDKV__MUL(s, RDKV__SET(inv[k])));
+        m[b - 1] = a ? RDKV__MIN(m[b - 1], top) : top;
+      }
+      k -= 4 - a;
+    }
+    for (l = 0; l < 4; l++) RDKV__ST(slope + l * RDKV__CHUNK + i, m[l]);
+  }
 }
 
 RDKV__FN void RDKV__NAME(range)(const float *x, int n, float *lo, float *hi, float *sum) {
@@ -4473,11 +4546,11 @@ RDKV__FN void RDKV__NAME(v_dense)(const void *rows, rdkv_dtype type, int n_rows,
 
 static const rdkv__kernels RDKV__NAME(kernels) = {
     RDKV__NAME(row),     RDKV__NAME(logits),   RDKV__NAME(softmax),      RDKV__NAME(weigh),
-    RDKV__NAME(axpy),    RDKV__NAME(ends),     RDKV__NAME(v_error),      RDKV__NAME(range),
-    RDKV__NAME(k_error), RDKV__NAME(quantise), RDKV__NAME(quantise_one), RDKV__NAME(halves),
-    RDKV__NAME(inner),   RDKV__NAME(k_coef),   RDKV__NAME(k_codes),      RDKV__NAME(v_coef),
-    RDKV__NAME(v_codes), RDKV__NAME(v_fold),   RDKV__NAME(max),          RDKV__NAME(exp_sum),
-    RDKV__NAME(scale),   RDKV__NAME(k_dense),  RDKV__NAME(v_dense)};
+    RDKV__NAME(axpy),     RDKV__NAME(ends),         RDKV__NAME(v_error), RDKV__NAME(hull),
+    RDKV__NAME(range),    RDKV__NAME(k_error),      RDKV__NAME(quantise), RDKV__NAME(quantise_one),
+    RDKV__NAME(halves),   RDKV__NAME(inner),        RDKV__NAME(k_coef),  RDKV__NAME(k_codes),
+    RDKV__NAME(v_coef),   RDKV__NAME(v_codes),      RDKV__NAME(v_fold),  RDKV__NAME(max),
+    RDKV__NAME(exp_sum),  RDKV__NAME(scale),        RDKV__NAME(k_dense), RDKV__NAME(v_dense)};
 
 #undef RDKV__NAME
 #undef RDKV__VL
