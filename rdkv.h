@@ -21,27 +21,30 @@
        rdkv_cache cache = { &seg, 1, NULL, cfg.isa };
        rdkv_attend(&cache, 0, q_now, out, NULL, work, rdkv_attend_scratch(&cfg));
 
-   examples/minimal.c is that program in full; examples/needle.c is a whole language model around it.
+   examples/minimal.c is that program in full; examples/needle.c is a whole language model around
+   it.
 
    CONTENTS (search for the tag)
        >>types  >>config  >>score  >>allocate  >>pack  >>open  >>tail  >>attend  >>report    the API
-       >>impl-util  >>impl-half  >>impl-kernels  >>impl-score  >>impl-allocate  >>impl-pack
-       >>impl-open  >>impl-tail  >>impl-attend  >>impl-report  >>simd                   the code
+       >>impl-util  >>impl-half  >>impl-kernels  >>impl-config  >>impl-score  >>impl-allocate
+       >>impl-pack  >>impl-open  >>impl-tail  >>impl-attend  >>impl-report  >>simd      the code
 
    WHAT IT COMPUTES. The error of the attention output is written as a sum over V tokens and K
    channels, each a function of the bits that the unit gets (16, 8, 4, 2 or 0). Bits go where a byte
-   removes most error: one threshold (lambda) over all heads and layers, until an exact byte budget is
-   spent. Method: arXiv 2605.08317 (profile RDKV_PAPER); the default, RDKV_JOINT, measures each unit's
-   distortion and shares lambda over the whole model.
+   removes most error: one threshold (lambda) over all heads and layers, until an exact byte budget
+   is spent. Method: arXiv 2605.08317 (profile RDKV_PAPER); the default, RDKV_JOINT, measures each
+   unit's distortion and shares lambda over the whole model.
 
    WHAT IT DOES NOT DO. It does not run a model, apply RoPE, allocate memory, print, make threads or
-   read files. It does not compress while you prefill with an unfinished prompt: K and V of the token
-   range must be there when it is scored. GPU: see rdkv_cuda.cuh.
+   read files. It does not compress while you prefill with an unfinished prompt: K and V of the
+   token range must be there when it is scored. GPU: see rdkv_cuda.cuh.
 
    GUARANTEES
-     memory       no malloc; every buffer is the caller's, every size has a query, all sums are checked
+     memory       no malloc; every buffer is the caller's, every size has a query, all sums are
+                  checked
      errors       a status; on error no output is written (scratch may be)
-     threads      no globals; a const cache may be attended from many threads, layers may be appended
+     threads      no globals; a const cache may be attended from many threads, layers may be
+                  appended
                   and packed concurrently
      untrusted    rdkv_open checks every offset, count and checksum before anything is used
      determinism  from the same weights the same widths and the same bytes on every instruction set
@@ -120,8 +123,8 @@ static inline rdkv_tensor rdkv_dense(const void *data, rdkv_dtype dtype, int n_h
   return t;
 }
 
-/* One layer's input: K after RoPE and V of the tokens to compress, and the queries (after RoPE) that
-   tell which of them matter, usually those of the last tokens. */
+/* One layer's input: K after RoPE and V of the tokens to compress, and the queries (after RoPE)
+   that tell which of them matter, usually those of the last tokens. */
 typedef struct rdkv_kv {
   rdkv_tensor k; /* [n_tokens][n_kv_heads][k_dim] */
   rdkv_tensor v; /* [n_tokens][n_kv_heads][v_dim] */
@@ -132,7 +135,7 @@ typedef struct rdkv_kv {
 /* ---- >>config : one struct, zero means default ----------------------------------------------- */
 
 typedef enum rdkv_profile {
-  RDKV_JOINT = 0, /* measured distortions, K and V under one lambda (design.md 3.2); the default */
+  RDKV_JOINT = 0, /* measured distortions, K and V under one lambda (see README); the default */
   RDKV_PAPER = 1  /* the authors' published default, bit for bit (arXiv 2605.08317) */
 } rdkv_profile;
 
@@ -169,7 +172,7 @@ typedef struct rdkv_config {
   int32_t v_dim;         /* 1..256: head dimension of V; 0 = k_dim */
   float softmax_scale;   /* factor on q.k; 0 = 1/sqrt(k_dim) */
   rdkv_profile profile;  /* 0 = RDKV_JOINT */
-  rdkv_scope scope;      /* 0 = RDKV_SCOPE_MODEL; RDKV_PAPER has a budget per head whatever is said */
+  rdkv_scope scope; /* 0 = RDKV_SCOPE_MODEL; RDKV_PAPER has a budget per head whatever is said */
   rdkv_isa isa;          /* 0 = best of this machine */
   int32_t window;        /* queries that score, 1..1024; 0 = 32 */
   int32_t pool;          /* odd width of the average pooling over tokens, 1..255; 0 = 5, 1 = none */
@@ -179,7 +182,7 @@ typedef struct rdkv_config {
   double max_error;      /* in (0, 1): instead of a budget, the smallest cache whose predicted
                             distortion is at most this part of that of an empty one; 0 = off */
   double lambda;         /* RDKV_SCOPE_LAMBDA: distortion that a byte must save, >= 0 */
-  double token_budget;   /* RDKV_PAPER: B, fp16-equivalent tokens a head (design.md 3.1);
+  double token_budget;   /* RDKV_PAPER: B, fp16-equivalent tokens a head;
                             0 = from budget_bytes or keep */
   double k_share;        /* RDKV_PAPER: rho, the part of the bits for K, in (0, 1); 0 = 0.5 */
   float eps_k[3];        /* RDKV_PAPER: normalised MSE at 2, 4, 8 bits; {0} = published default */
@@ -205,7 +208,7 @@ static const float RDKV_EPS_K_MISTRAL_7B_V0_2[3] = {0.28014f, 0.011569f, 6.8658e
 static const float RDKV_EPS_V_MISTRAL_7B_V0_2[3] = {0.29571f, 0.013022f, 4.5239e-5f};
 
 /* Measures such a table on real data: squared error of fake quantisation over squared value, K per
-   channel over tokens, V per token over channels, with the quantiser of RDKV_PAPER (design.md 3.1).
+   channel over tokens, V per token over channels, with the quantiser of RDKV_PAPER.
    cfg resolved; kv the layer's K and V (q is not read); eps_k, eps_v [3] written, for 2, 4, 8 bits.
    Average over layers and prompts yourself: the values are means.
    scratch as rdkv_layer_scratch(cfg, n_tokens).
@@ -222,7 +225,7 @@ RDKV_API rdkv_status rdkv_calibrate(const rdkv_config *cfg, const rdkv_kv *kv, u
    and skip rdkv_allocate. */
 typedef struct rdkv_layer {
   uint32_t n_tokens;
-  float *token;       /* [n_kv_heads][n_tokens] pooled window attention, summed over the group, >= 0 */
+  float *token; /* [n_kv_heads][n_tokens] pooled window attention, summed over the group, >= 0 */
   float *q_square;    /* [n_kv_heads][k_dim] mean over queries of q^2 */
   float *k_square;    /* [n_kv_heads][k_dim] mean over tokens of k^2 */
   float *mean_out;    /* [n_kv_heads][v_dim] mean output of the window's attention */
@@ -246,12 +249,12 @@ RDKV_API rdkv_status rdkv_layer_init(const rdkv_config *cfg, uint32_t n_tokens, 
 RDKV_API size_t rdkv_layer_scratch(const rdkv_config *cfg, uint32_t n_tokens);
 
 /* Scores one layer: how much the window's queries attend to each token and use each channel.
-   cfg resolved; kv as described there (V is read by RDKV_JOINT alone); layer initialised, its token,
-   q_square, k_square and mean_out are written.
+   cfg resolved; kv as described there (V is read by RDKV_JOINT alone); layer initialised, its
+   token, q_square, k_square and mean_out are written.
    scratch [scratch_bytes] 64-byte aligned, rdkv_layer_scratch bytes.
    Returns RDKV_OK, RDKV_ERR_ARGUMENT, _MEMORY, _ALIGNMENT, or _NONFINITE (then the arrays of layer
    are undefined). Threads: calls on different layers and scratch are independent.
-   Source: design.md 3.1, first four points; 3.2, first point. */
+   Source: arXiv 2605.08317 and its published code. */
 RDKV_API rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_layer *layer,
                                 void *scratch, size_t scratch_bytes);
 
@@ -259,7 +262,7 @@ RDKV_API rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_
    Reads layer->token, q_square, mean_out and K, V; writes v_distortion, k_distortion. K is
    measured over the tokens that v_bits keeps, or, where v_bits keeps none yet, over the tokens that
    are likely to be kept at this budget. Calling it again after rdkv_allocate refines K.
-   Other things as for rdkv_score. Source: design.md 3.2. */
+   Other things as for rdkv_score. Source: README, How it works. */
 RDKV_API rdkv_status rdkv_measure(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_layer *layer,
                                   void *scratch, size_t scratch_bytes);
 
@@ -270,17 +273,19 @@ RDKV_API size_t rdkv_allocate_scratch(const rdkv_config *cfg, int n_layers, uint
 
 /* Chooses v_bits and k_bits of every layer.
    layers [n_layers] scored and measured, all of the same n_tokens; their widths and lambda are
-   written (where it fails they are as before or all 0). The budget is cfg's times n_layers / cfg->n_layers: pass all layers at once for the model
-   scope. RDKV_JOINT never goes over it, counting everything rdkv_pack stores.
+   written (where it fails they are as before or all 0). The budget is cfg's times n_layers /
+   cfg->n_layers: pass all layers at once for the model scope. RDKV_JOINT never goes over it,
+   counting everything rdkv_pack stores.
    scratch [scratch_bytes] 64-byte aligned.
-   Returns RDKV_OK, RDKV_ERR_ARGUMENT, _MEMORY, _ALIGNMENT, _NONFINITE (a weight or distortion that is
-   NaN, Inf or negative), _BUDGET (pins and tables alone are over the budget; or, RDKV_PAPER with
-   budget_bytes, no token fits). Source: design.md 3.1 and 3.2. */
+   Returns RDKV_OK, RDKV_ERR_ARGUMENT, _MEMORY, _ALIGNMENT, _NONFINITE (a weight or distortion that
+   is NaN, Inf or negative), _BUDGET (pins and tables alone are over the budget; or, RDKV_PAPER with
+   budget_bytes, no token fits). Source: README, How it works; RDKV_PAPER as the
+   authors' code. */
 RDKV_API rdkv_status rdkv_allocate(const rdkv_config *cfg, rdkv_layer *layers, int n_layers,
                                    void *scratch, size_t scratch_bytes);
 
 /* Slopes of the rate-distortion hulls against bytes, in bins of 1/8 octave: the mergeable summary
-   from which any number of machines solve one lambda together (design.md 8). A plain value: zero it,
+   from which any number of machines solve one lambda together. A plain value: zero it,
    add layers, sum bytes[] over machines, solve. 16 KiB. */
 #define RDKV_HISTOGRAM_BINS 2048
 typedef struct rdkv_histogram {
@@ -307,7 +312,8 @@ typedef struct rdkv_header {
   uint64_t total_bytes;
   uint64_t head_bytes; /* header, records and channel tables: what must be read to open */
   uint64_t head_sum;   /* rdkv_checksum of [0, head_bytes), head_sum itself taken as 0 */
-  uint64_t body_sum;   /* the same of [head_bytes, total_bytes), words counted from the block's start */
+  uint64_t
+      body_sum; /* the same of [head_bytes, total_bytes), words counted from the block's start */
   uint32_t first_layer, n_layers;
   uint32_t n_q_heads, n_kv_heads, k_dim, v_dim;
   uint64_t token_begin; /* position of the first token of the range */
@@ -332,7 +338,7 @@ typedef struct rdkv_record {
   uint64_t table;         /* offset of the channel table: with n the padded channels of the 3 runs,
                              half scale[n], half mid[n + n_dropped], u8 channel[n + n_dropped];
                              a pad has scale 0, mid 0, channel 0 */
-  uint64_t position;      /* offset of u32 position[32 * tiles], UINT32_MAX in pads; 0 if not stored */
+  uint64_t position; /* offset of u32 position[32 * tiles], UINT32_MAX in pads; 0 if not stored */
   uint64_t tile;          /* offset of the tiles: runs of 2, 4, 8, 16 one after the other */
   float v_distortion, k_distortion; /* predicted; 0 with RDKV_PAPER */
   uint64_t reserved;
@@ -358,12 +364,14 @@ RDKV_API size_t rdkv_block_bound(const rdkv_config *cfg, uint32_t n_tokens);
 RDKV_API size_t rdkv_block_bytes(const rdkv_config *cfg, const rdkv_layer *layers, int n_layers);
 
 /* Quantises and packs layers whose widths are chosen.
-   kv, layers [n_layers]; first_layer the model's index of layers[0]; token_begin the position of the
-   first token. block [capacity] 128-byte aligned, *bytes its length; both written only on success.
+   kv, layers [n_layers]; first_layer the model's index of layers[0]; token_begin the position of
+   the first token. block [capacity] 128-byte aligned, *bytes its length; both written only on
+   success.
    scratch [scratch_bytes] 64-byte aligned, rdkv_layer_scratch bytes. block must not overlap K or V.
    Returns RDKV_OK, RDKV_ERR_ARGUMENT, _CONFIG (a width that does not exist), _MEMORY (capacity is
    below rdkv_block_bytes, or scratch), _ALIGNMENT, _OVERFLOW, _NONFINITE.
-   Source: design.md 3.1 (quantiser of RDKV_PAPER), 3.2 and 4. */
+   Source: README, Format; RDKV_PAPER's quantiser is
+   that of the authors' code. */
 RDKV_API rdkv_status rdkv_pack(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv_layer *layers,
                                int n_layers, int first_layer, uint64_t token_begin, void *block,
                                size_t capacity, size_t *bytes, void *scratch, size_t scratch_bytes);
@@ -371,15 +379,17 @@ RDKV_API rdkv_status rdkv_pack(const rdkv_config *cfg, const rdkv_kv *kv, const 
 /* Scratch bytes for rdkv_compress; 0 on overflow. */
 RDKV_API size_t rdkv_compress_scratch(const rdkv_config *cfg, uint32_t n_tokens);
 
-/* score, measure, allocate and pack of a whole model in one call: kv [cfg->n_layers], token_begin 0.
-   Other things as for rdkv_pack and rdkv_allocate; capacity rdkv_block_bound is always enough. */
+/* score, measure, allocate and pack of a whole model in one call: kv [cfg->n_layers], token_begin
+   0. Other things as for rdkv_pack and rdkv_allocate; capacity rdkv_block_bound is always enough.
+   */
 RDKV_API rdkv_status rdkv_compress(const rdkv_config *cfg, const rdkv_kv *kv, uint32_t n_tokens,
                                    void *block, size_t capacity, size_t *bytes, void *scratch,
                                    size_t scratch_bytes);
 
-/* Layer-by-layer compression of a prompt: call rdkv_stream_layer for layer 0, 1, ... right after its
-   prefill attention, then free or overwrite its dense K and V. Lambda is solved on the layers seen so
-   far and carried on; the last layer ends on the budget. State of one prompt, zero-initialised. */
+/* Layer-by-layer compression of a prompt: call rdkv_stream_layer for layer 0, 1, ... right after
+   its prefill attention, then free or overwrite its dense K and V. Lambda is solved on the layers
+   seen so far and carried on; the last layer ends on the budget. State of one prompt,
+   zero-initialised. */
 typedef struct rdkv_stream {
   int32_t next_layer;
   double lambda;
@@ -417,14 +427,15 @@ typedef enum rdkv_open_mode {
 
 /* Checks an untrusted block and gives a view of it.
    block [bytes] 128-byte aligned, not written; bytes may be larger than the block.
-   Returns RDKV_OK, RDKV_ERR_ARGUMENT, _ALIGNMENT, _TRUNCATED, _FORMAT, _VERSION, _CHECKSUM; segment is
-   written only when RDKV_OK. After RDKV_OK no call on the segment reads outside the block. */
+   Returns RDKV_OK, RDKV_ERR_ARGUMENT, _ALIGNMENT, _TRUNCATED, _FORMAT, _VERSION, _CHECKSUM; segment
+   is written only when RDKV_OK. After RDKV_OK no call on the segment reads outside the block. */
 RDKV_API rdkv_status rdkv_open(const void *block, size_t bytes, rdkv_open_mode mode,
                                rdkv_segment *segment);
 
 /* Checksum of the format: the sum over 8-byte words w_i (the last one filled up with zeros) of
-   mix(w_i + (i + 1) * 0x9e3779b97f4a7c15), mod 2^64, mix being splitmix64's finaliser. A sum, so that
-   parts can be computed in any order. data 8-byte aligned, first_word the index of its first word. */
+   mix(w_i + (i + 1) * 0x9e3779b97f4a7c15), mod 2^64, mix being splitmix64's finaliser. A sum, so
+   that parts can be computed in any order. data 8-byte aligned, first_word the index of its first
+   word. */
 RDKV_API uint64_t rdkv_checksum(const void *data, size_t bytes, uint64_t first_word);
 
 /* The dequantised K and V of one head, in stored order, pads left out.
@@ -437,8 +448,8 @@ RDKV_API rdkv_status rdkv_unpack(const rdkv_segment *segment, int layer, int kv_
 /* ---- >>tail : new tokens, dense -------------------------------------------------------------- */
 
 /* Tokens that are not compressed: K and V of each layer in one caller's buffer, as
-   [layer][kv head][capacity][dim], K then V of each layer, in f16 (or f32, bf16). Layers count their
-   tokens apart, so that they may be appended concurrently. */
+   [layer][kv head][capacity][dim], K then V of each layer, in f16 (or f32, bf16). Layers count
+   their tokens apart, so that they may be appended concurrently. */
 typedef struct rdkv_tail {
   void *memory;
   uint32_t *n_tokens; /* [n_layers], inside memory */
@@ -487,7 +498,7 @@ RDKV_API size_t rdkv_attend_scratch(const rdkv_config *cfg);
    logits, to merge with attention over other tokens. With nothing to attend to out is 0, lse -Inf.
    scratch [scratch_bytes] 64-byte aligned, one for each thread.
    Returns RDKV_OK, RDKV_ERR_ARGUMENT (also shapes that do not match), _MEMORY, _ALIGNMENT.
-   fp32 accumulation. Threads: any number on one const cache. Source: design.md 2 and 5. */
+   fp32 accumulation. Threads: any number on one const cache. */
 RDKV_API rdkv_status rdkv_attend(const rdkv_config *cfg, const rdkv_cache *cache, int layer,
                                  const float *q, float *out, float *lse, void *scratch,
                                  size_t scratch_bytes);
@@ -519,9 +530,9 @@ typedef struct rdkv_report {
 RDKV_API rdkv_status rdkv_report_segment(const rdkv_segment *segment, int layer, int kv_head,
                                          rdkv_report *report);
 
-/* Measures what compression really did to one layer: the relative L2 distance between attention over
-   the cache and attention over the dense K and V of the same tokens (fp64), for given queries that
-   see all tokens. q [n_q_heads][k_dim] f32 rows, n_queries of them; *error written.
+/* Measures what compression really did to one layer: the relative L2 distance between attention
+   over the cache and attention over the dense K and V of the same tokens (fp64), for given queries
+   that see all tokens. q [n_q_heads][k_dim] f32 rows, n_queries of them; *error written.
    Returns as rdkv_attend, and RDKV_ERR_NONFINITE. */
 RDKV_API rdkv_status rdkv_measure_error(const rdkv_config *cfg, const rdkv_cache *cache, int layer,
                                         const rdkv_kv *kv, uint32_t n_tokens, const float *q,
@@ -589,11 +600,11 @@ extern "C" {
 
 #define RDKV__MAGIC 0x564b4452u
 #define RDKV__TILE 32       /* tokens of a tile */
-#define RDKV__MAX_DIM 256   /* design.md 5 */
+#define RDKV__MAX_DIM 256   /* as config says */
 #define RDKV__MAX_BLOCKS 19 /* K blocks of a head: 16 and a partly filled one for each run */
 #define RDKV__PACKED (16 * RDKV__MAX_BLOCKS)
 #define RDKV__MAX_TOKENS 0x7fffffffu
-#define RDKV__HEADS 4       /* query heads that go through a cache together: their sums fit registers */
+#define RDKV__HEADS 4 /* query heads that go through a cache together: their sums fit registers */
 #define RDKV__BATCH 4       /* tiles that share one step of the softmax */
 #define RDKV__SLOTS (RDKV__BATCH * RDKV__TILE)
 #define RDKV__COEF_V (8 * RDKV__HEADS * 16) /* V coefficients of a tile */
@@ -619,7 +630,9 @@ static int rdkv__level(int bits) {
 }
 
 /* Saturating sums and products: a size that does not fit ends as UINT64_MAX and is refused once. */
-static uint64_t rdkv__add(uint64_t a, uint64_t b) { return a > UINT64_MAX - b ? UINT64_MAX : a + b; }
+static uint64_t rdkv__add(uint64_t a, uint64_t b) {
+  return a > UINT64_MAX - b ? UINT64_MAX : a + b;
+}
 static uint64_t rdkv__mul(uint64_t a, uint64_t b) {
   return b && a > UINT64_MAX / b ? UINT64_MAX : a * b;
 }
@@ -778,7 +791,7 @@ typedef struct rdkv__affine {
 } rdkv__affine;
 
 /* Scale and mid for values in [lo, hi]: mid is rounded to a half first, and scale is then the
-   smallest half with which both ends are in range, so nothing saturates (design.md 3.2). */
+   smallest half with which both ends are in range, so nothing saturates. */
 static rdkv__affine rdkv__fit(float lo, float hi, int bits) {
   float n = (float)(1 << (bits - 1)), up, down;
   rdkv__affine a;
@@ -863,8 +876,8 @@ static float rdkv__error(float x, rdkv__affine a, float lo, float hi) {
   return rdkv__f(d * d);
 }
 
-/* Channel of a K block that word i (mod 16) holds, for each coefficient: 4 at 2 and 4 bits (k = 2 pr +
-   e), 2 at 8 bits (k = e). */
+/* Channel of a K block that word i (mod 16) holds, for each coefficient: 4 at 2 and 4 bits (k = 2
+   pr + e), 2 at 8 bits (k = e). */
 static const int32_t rdkv__k_slot[10][16] = {
     {0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12},
     {1, 5, 9, 13, 1, 5, 9, 13, 1, 5, 9, 13, 1, 5, 9, 13},
@@ -878,8 +891,8 @@ static const int32_t rdkv__k_slot[10][16] = {
     {1, 3, 1, 3, 5, 7, 5, 7, 9, 11, 9, 11, 13, 15, 13, 15}};
 static const uint8_t rdkv__k_first[5] = {0, 0, 4, 8, 10}; /* rows of level 1.. */
 
-/* Slot of the token that multiplies word j (mod 16) of a V block, for each coefficient: 8 at 2 bits,
-   4 at 4, 2 at 8, 4 at 16. Slot 4g + k is token g + 8k of the tile. */
+/* Slot of the token that multiplies word j (mod 16) of a V block, for each coefficient: 8 at 2
+   bits, 4 at 4, 2 at 8, 4 at 16. Slot 4g + k is token g + 8k of the tile. */
 static const int32_t rdkv__v_slot[18][16] = {
     {0, 8, 16, 24, 0, 8, 16, 24, 0, 8, 16, 24, 0, 8, 16, 24},
     {4, 12, 20, 28, 4, 12, 20, 28, 4, 12, 20, 28, 4, 12, 20, 28},
@@ -965,7 +978,7 @@ static const rdkv__kernels *rdkv__kernels_of(rdkv_isa isa) {
   }
 }
 
-/* ---- >>impl-config ----------------------------------------------------------------------------- */
+/* ---- >>impl-config --------------------------------------------------------------------------- */
 
 /* 1 if lo <= x <= hi, on bits of a double, so that NaN is refused under -ffast-math too; lo >= 0 */
 static int rdkv__within(double x, double lo, double hi) {
@@ -976,7 +989,7 @@ static int rdkv__within(double x, double lo, double hi) {
 }
 
 RDKV_DEF rdkv_status rdkv_resolve(const rdkv_config *in, rdkv_config *out) {
-  /* design.md 3.1: means over models, by the authors */
+  /* means over models, by the authors */
   static const float eps_k[3] = {0.277f, 0.011f, 6.1e-5f}, eps_v[3] = {0.312f, 0.0138f, 4.8e-5f};
   rdkv_config c;
   int i, isa;
@@ -1026,7 +1039,7 @@ RDKV_DEF rdkv_status rdkv_resolve(const rdkv_config *in, rdkv_config *out) {
   return RDKV_OK;
 }
 
-/* ---- >>impl-score : weights of tokens and channels -------------------------------------------- */
+/* ---- >>impl-score : weights of tokens and channels ------------------------------------------- */
 
 /* A config that rdkv_resolve has not seen has zeroes where resolved ones have none. */
 static int rdkv__resolved(const rdkv_config *c) {
@@ -1073,7 +1086,8 @@ RDKV_DEF rdkv_status rdkv_layer_init(const rdkv_config *cfg, uint32_t n_tokens, 
 }
 
 static int rdkv__layer_ok(const rdkv_layer *l) {
-  return l && l->n_tokens <= RDKV__MAX_TOKENS && l->token && l->q_square && l->k_square && l->mean_out && l->v_distortion && l->k_distortion && l->v_bits && l->k_bits;
+  return l && l->n_tokens <= RDKV__MAX_TOKENS && l->token && l->q_square && l->k_square &&
+         l->mean_out && l->v_distortion && l->k_distortion && l->v_bits && l->k_bits;
 }
 
 static void rdkv__clear(const rdkv_config *cfg, rdkv_layer *l) {
@@ -1126,7 +1140,8 @@ static rdkv_status rdkv__work_begin(const rdkv_config *cfg, uint32_t n_tokens, v
   return st;
 }
 
-/* One row of a tensor as float, zero-padded to 16; 0 if a value is NaN, Inf or beyond the half range */
+/* One row of a tensor as float, zero-padded to 16; 0 if a value is NaN, Inf or beyond the half
+   range */
 static int rdkv__row(const rdkv__kernels *kn, const rdkv_tensor *t, uint32_t token, int head, int n,
                      float *dst) {
   ptrdiff_t stride = t->dim_stride == 0 ? 1 : t->dim_stride;
@@ -1146,7 +1161,8 @@ static void rdkv__ahead(const rdkv_tensor *t, uint32_t token, int head, int n) {
 #endif
 }
 
-/* Averages over `pool` neighbours; the ends are reflected; a wider kernel than 2T-1 shrinks to it. */
+/* Averages over `pool` neighbours; the ends are reflected; a wider kernel than 2T-1 shrinks to it.
+   */
 static void rdkv__pool(const float *in, uint32_t n, int pool, float *out) {
   int64_t half = (pool - 1) / 2, t, i, last = (int64_t)n - 1;
   if (half > last) half = last;
@@ -1188,7 +1204,8 @@ RDKV_DEF rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_
     float *token = layer->token + (size_t)head * n;
     float *q2 = layer->q_square + (size_t)head * (size_t)kd, *part = w.channel;
     float *k2 = layer->k_square + (size_t)head * (size_t)kd;
-    /* queries as columns i * group + g: those that do not see token first + j are the first j * group */
+    /* queries as columns i * group + g: those that do not see token first + j are the first j *
+       group */
     memset(w.qt, 0, nq * (size_t)kd * sizeof(float));
     for (d = 0; d < kd; d++) w.total[d] = 0;
     for (i = 0; i < window; i++) {
@@ -1286,10 +1303,10 @@ static uint32_t rdkv__likely(const float *d0, uint32_t n, double part, uint32_t 
 static double rdkv__keep(const rdkv_config *cfg, uint32_t n_tokens);
 
 /* What an error of a token's logit costs, against evicting the token. The output moves by
-   a (1 - a) (v - o) for each unit of the logit, a the attention; a^2 (1 - a)^2 <= 4/27 a, and a on the
-   right makes it w |v - o|^2, V's own D(0), up to the factor. 1/4 is the best of 0.03 .. 1 in the answers
-   of a trained model and in the output error of synthetic layers; a^2 itself, which trusts the window
-   to attend as every later query will, starves K. */
+   a (1 - a) (v - o) for each unit of the logit, a the attention; a^2 (1 - a)^2 <= 4/27 a, and a on
+   the right makes it w |v - o|^2, V's own D(0), up to the factor. 1/4 is the best of 0.03 .. 1 in
+   the answers of a trained model and in the output error of synthetic layers; a^2 itself, which
+   trusts the window to attend as every later query will, starves K. */
 #define RDKV__K_WEIGHT 0.25f
 
 RDKV_DEF rdkv_status rdkv_measure(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_layer *layer,
@@ -1362,7 +1379,7 @@ RDKV_DEF rdkv_status rdkv_measure(const rdkv_config *cfg, const rdkv_kv *kv, rdk
   return RDKV_OK;
 }
 
-/* The authors' quantiser (design.md 3.1): value = (code - zero) * scale. */
+/* The authors' quantiser (Junkai1860/RDKV): value = (code - zero) * scale. */
 typedef struct rdkv__zero_point {
   float scale, zero; /* before they are stored as halves */
 } rdkv__zero_point;
@@ -1387,7 +1404,8 @@ static rdkv__affine rdkv__affine_paper(rdkv__zero_point z, int bits) {
   rdkv__affine a;
   float scale = rdkv__from_half(rdkv__to_half(z.scale));
   a.scale = scale, a.inv = 0;
-  a.mid = rdkv__from_half(rdkv__to_half(rdkv__f(scale * (float)(1 << (bits - 1)) - scale * z.zero)));
+  a.mid =
+      rdkv__from_half(rdkv__to_half(rdkv__f(scale * (float)(1 << (bits - 1)) - scale * z.zero)));
   return a;
 }
 
@@ -1450,7 +1468,7 @@ RDKV_DEF rdkv_status rdkv_calibrate(const rdkv_config *cfg, const rdkv_kv *kv, u
   return RDKV_OK;
 }
 
-/* ---- >>impl-allocate : widths under a byte budget --------------------------------------------- */
+/* ---- >>impl-allocate : widths under a byte budget -------------------------------------------- */
 
 /* What one head takes in a block. count [5] tokens and channels [4] channels at each level. */
 typedef struct rdkv__parts {
@@ -1518,7 +1536,8 @@ static double rdkv__keep(const rdkv_config *cfg, uint32_t n_tokens) {
   return (double)cfg->budget_bytes / (double)rdkv__fp16_bytes(cfg, n_tokens, cfg->n_layers);
 }
 
-/* No block of n_layers can be larger: every K channel at 8 bits, every V token at 16, and the pads. */
+/* No block of n_layers can be larger: every K channel at 8 bits, every V token at 16, and the pads.
+   */
 static uint64_t rdkv__max_block(const rdkv_config *cfg, uint32_t n_tokens, int n_layers) {
   uint64_t heads = (uint64_t)n_layers * (uint64_t)cfg->n_kv_heads, tile, head;
   uint64_t kb = (uint64_t)rdkv__pad16(cfg->k_dim) / 16, vb = (uint64_t)rdkv__pad16(cfg->v_dim) / 16;
@@ -1557,8 +1576,8 @@ typedef struct rdkv__solver {
   float k_bias;                          /* on the threshold that K widths are chosen at; 1 */
 } rdkv__solver;
 
-/* Slopes of the lower convex hull of a unit's distortion over cumulated cost, as bits of floats >= 0
-   (which compare like the floats): slope[l] is what reaching level l+1 saves per unit of cost.
+/* Slopes of the lower convex hull of a unit's distortion over cumulated cost, as bits of floats >=
+   0 (which compare like the floats): slope[l] is what reaching level l+1 saves per unit of cost.
    Adjacent steps are pooled until slopes fall. first: levels below it are not optional. */
 static void rdkv__hull(const float *d, const float *cost, int levels, int first, uint32_t *slope) {
   float gain[4], width[4], s[4];
@@ -1595,7 +1614,8 @@ static void rdkv__v_slopes(const rdkv__solver *s, const rdkv__head *h, uint32_t 
   float inv[10], last[5 * 16];
   uint32_t whole = n & ~15u, i;
   int a, b, l, k = 0;
-  for (a = 3; a >= 0; a--) { /* cost_ab for a = 3, then 2 ...; b from 4 down, as the kernel wants it */
+  for (a = 3; a >= 0;
+       a--) { /* cost_ab for a = 3, then 2 ...; b from 4 down, as the kernel wants it */
     for (b = 4; b > a; b--) {
       float sum = 0;
       for (l = a; l < b; l++) sum += cost[l]; /* exact: multiples of 4 */
@@ -1656,7 +1676,8 @@ static uint32_t rdkv__whole_tiles(uint32_t n, uint32_t all) {
   return n >= all ? all : n / RDKV__TILE * RDKV__TILE;
 }
 
-/* Tokens at_least each level if the threshold lies at the lower edge of a fine bin; bytes of the head. */
+/* Tokens at_least each level if the threshold lies at the lower edge of a fine bin; bytes of the
+   head. */
 static uint64_t rdkv__at_threshold(const rdkv__solver *s, rdkv__head *h, const uint32_t *reach) {
   rdkv__parts parts;
   uint32_t n = h->n_tokens, count[5];
@@ -1677,7 +1698,8 @@ static uint64_t rdkv__bytes_at(const rdkv__solver *s, int bin) {
   for (i = 0; i < s->n_heads; i++) {
     uint32_t reach[4];
     int l;
-    for (l = 0; l < 4; l++) reach[l] = s->heads[i].bins[l * RDKV__FINE + bin]; /* slopes >= the bin */
+    for (l = 0; l < 4; l++)
+      reach[l] = s->heads[i].bins[l * RDKV__FINE + bin]; /* slopes >= the bin */
     bytes += rdkv__at_threshold(s, &s->heads[i], reach);
   }
   return bytes;
@@ -1823,7 +1845,8 @@ static void rdkv__spend(const rdkv__solver *s, uint64_t left) {
   }
 }
 
-/* Adds what a head would spend at each slope to hist; counts its tokens by level-1 slope in h->bins. */
+/* Adds what a head would spend at each slope to hist; counts its tokens by level-1 slope in
+   h->bins. */
 static void rdkv__spectrum(const rdkv__solver *s, rdkv__head *h, float floor, uint64_t *hist) {
   float cost[4], slope[4][RDKV__CHUNK];
   uint32_t t, i, l, chunk;
@@ -1975,8 +1998,8 @@ static double rdkv__predict_all(const rdkv__solver *s) {
   return sum;
 }
 
-/* Where the budget is only a few tiles a step of K is large against it and the threshold a poor guide:
-   then K is tried dearer and cheaper, and the best is taken. */
+/* Where the budget is only a few tiles a step of K is large against it and the threshold a poor
+   guide: then K is tried dearer and cheaper, and the best is taken. */
 static void rdkv__solve_best(rdkv__solver *s, uint64_t budget, double *threshold_used) {
   static const float bias[5] = {1, 4, 0.25f, 16, 64};
   uint64_t tile = (uint64_t)rdkv__pad16(s->cfg->k_dim + s->cfg->v_dim) / 16 * 256;
@@ -2030,7 +2053,7 @@ static void rdkv__solve_at(const rdkv__solver *s, float threshold) {
   rdkv__spend(s, 0); /* steps that cost nothing */
 }
 
-/* ---- the authors' solver (design.md 3.1): float throughout, product and sum rounded apart ---- */
+/* ---- the authors' solver (Junkai1860/RDKV): float throughout, product and sum rounded apart -- */
 
 /* Widths of a row at lambda; returns their sum. */
 static uint64_t rdkv__paper_widths(const float *w, uint32_t n, const float eps[5], float lambda,
@@ -2095,7 +2118,8 @@ static void rdkv__paper_layer(const rdkv_config *cfg, rdkv_layer *l, double toke
                       (float)((1 - cfg->k_share) * 2 * tokens * 16 / (double)n), vb);
     for (t = 0; t < n; t++) kept += vb[t] != 0;
     for (d = 0; d < kd; d++)
-      channel[d] = rdkv__f(l->q_square[(size_t)(head * kd + d)] * l->k_square[(size_t)(head * kd + d)]);
+      channel[d] =
+          rdkv__f(l->q_square[(size_t)(head * kd + d)] * l->k_square[(size_t)(head * kd + d)]);
     for (d = 0; d < kd; d++) kb[d] = 0;
     if (kept)
       rdkv__paper_solve(channel, (uint32_t)kd, ek,
@@ -2178,11 +2202,11 @@ RDKV_DEF rdkv_status rdkv_allocate(const rdkv_config *cfg, rdkv_layer *layers, i
   s.k_bias = 1, s.cfg = cfg, s.kn = rdkv__kernels_of(cfg->isa);
   for (a = 0; a < n_layers; a++) {
     size_t h = (size_t)cfg->n_kv_heads, kd = (size_t)cfg->k_dim;
-    if (cfg->profile == RDKV_PAPER
-            ? !rdkv__all_finite(layers[a].token, h * n) || !rdkv__all_finite(layers[a].q_square, h * kd) ||
-                  !rdkv__all_finite(layers[a].k_square, h * kd)
-            : !rdkv__all_finite(layers[a].v_distortion, 5 * h * n) ||
-                  !rdkv__all_finite(layers[a].k_distortion, 4 * h * kd))
+    if (cfg->profile == RDKV_PAPER ? !rdkv__all_finite(layers[a].token, h * n) ||
+                                         !rdkv__all_finite(layers[a].q_square, h * kd) ||
+                                         !rdkv__all_finite(layers[a].k_square, h * kd)
+                                   : !rdkv__all_finite(layers[a].v_distortion, 5 * h * n) ||
+                                         !rdkv__all_finite(layers[a].k_distortion, 4 * h * kd))
       return RDKV_ERR_NONFINITE;
   }
   budget = rdkv__budget(cfg, n, n_layers);
@@ -2261,7 +2285,8 @@ RDKV_DEF rdkv_status rdkv_allocate(const rdkv_config *cfg, rdkv_layer *layers, i
     part.heads = s.heads + i * each, part.n_heads = each;
     rdkv__solve_best(&part, left / (n_parts - i) / 128 * 128, &used);
     for (h = i * each; h < (i + 1) * each; h++) {
-      left -= rdkv__head_bytes(cfg->v_dim, cfg->positions, s.heads[h].count, s.heads[h].channels, &p);
+      left -=
+          rdkv__head_bytes(cfg->v_dim, cfg->positions, s.heads[h].count, s.heads[h].channels, &p);
       layers[h / (uint64_t)cfg->n_kv_heads].lambda = used;
     }
   }
@@ -2298,7 +2323,7 @@ RDKV_DEF double rdkv_histogram_lambda(const rdkv_histogram *histogram, uint64_t 
   return (double)rdkv__spectrum_edge(histogram->bytes, budget_bytes);
 }
 
-/* ---- >>impl-pack : format v1 ------------------------------------------------------------------ */
+/* ---- >>impl-pack : format v1 ----------------------------------------------------------------- */
 
 RDKV_DEF size_t rdkv_block_bound(const rdkv_config *cfg, uint32_t n_tokens) {
   uint64_t bytes, budget;
@@ -2594,7 +2619,8 @@ static void rdkv__pack_head(const rdkv_config *cfg, const rdkv__kernels *kn, con
 
 RDKV_DEF rdkv_status rdkv_pack(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv_layer *layers,
                                int n_layers, int first_layer, uint64_t token_begin, void *block,
-                               size_t capacity, size_t *bytes, void *scratch, size_t scratch_bytes) {
+                               size_t capacity, size_t *bytes, void *scratch,
+                               size_t scratch_bytes) {
   const rdkv__kernels *kn;
   rdkv__work w;
   rdkv_status st;
@@ -2612,7 +2638,8 @@ RDKV_DEF rdkv_status rdkv_pack(const rdkv_config *cfg, const rdkv_kv *kv, const 
   n = layers[0].n_tokens;
   for (a = 0; a < n_layers; a++) {
     if (!rdkv__layer_ok(&layers[a]) || layers[a].n_tokens != n) return RDKV_ERR_ARGUMENT;
-    if (n > 0 && (!rdkv__tensor_ok(&kv[a].k) || !rdkv__tensor_ok(&kv[a].v))) return RDKV_ERR_ARGUMENT;
+    if (n > 0 && (!rdkv__tensor_ok(&kv[a].k) || !rdkv__tensor_ok(&kv[a].v)))
+      return RDKV_ERR_ARGUMENT;
     for (head = 0; head < cfg->n_kv_heads; head++)
       if (!rdkv__head_counts(cfg, &layers[a], head, count, channels)) return RDKV_ERR_CONFIG;
   }
@@ -2678,7 +2705,8 @@ RDKV_DEF rdkv_status rdkv_pack(const rdkv_config *cfg, const rdkv_kv *kv, const 
   for (a = 0; a < n_layers; a++)
     for (head = 0; head < cfg->n_kv_heads; head++)
       rdkv__pack_head(cfg, kn, &kv[a], &layers[a], head, &rec[a * cfg->n_kv_heads + head], out, &w);
-  h->body_sum = rdkv_checksum(out + h->head_bytes, total - (size_t)h->head_bytes, h->head_bytes / 8);
+  h->body_sum =
+      rdkv_checksum(out + h->head_bytes, total - (size_t)h->head_bytes, h->head_bytes / 8);
   h->head_sum = rdkv__head_sum(out, h);
   *bytes = total;
   return RDKV_OK;
@@ -2689,7 +2717,8 @@ static uint64_t rdkv__compress_layout(const rdkv_config *cfg, int n_layers, uint
                                       rdkv__arena *arena, rdkv_layer **layers, uint8_t **mem,
                                       uint8_t **scratch, uint64_t *scratch_bytes) {
   uint64_t bytes = 0, each = rdkv__round_up(rdkv_layer_bytes(cfg, n_tokens), 64);
-  uint64_t a = rdkv_layer_scratch(cfg, n_tokens), b = rdkv_allocate_scratch(cfg, n_layers, n_tokens);
+  uint64_t a = rdkv_layer_scratch(cfg, n_tokens),
+           b = rdkv_allocate_scratch(cfg, n_layers, n_tokens);
   if (each == 0 || a == 0 || b == 0) return UINT64_MAX;
   *scratch_bytes = a > b ? a : b;
   *layers = (rdkv_layer *)rdkv__take(arena, &bytes, (uint64_t)n_layers, sizeof(rdkv_layer));
@@ -2703,7 +2732,8 @@ static size_t rdkv__compress_bytes(const rdkv_config *cfg, int n_layers, uint32_
   uint8_t *mem, *scratch;
   uint64_t sb;
   if (!rdkv__resolved(cfg) || n_tokens > RDKV__MAX_TOKENS) return 0;
-  return rdkv__size(rdkv__compress_layout(cfg, n_layers, n_tokens, NULL, &layers, &mem, &scratch, &sb));
+  return rdkv__size(
+      rdkv__compress_layout(cfg, n_layers, n_tokens, NULL, &layers, &mem, &scratch, &sb));
 }
 
 RDKV_DEF size_t rdkv_compress_scratch(const rdkv_config *cfg, uint32_t n_tokens) {
@@ -2715,8 +2745,9 @@ RDKV_DEF size_t rdkv_stream_scratch(const rdkv_config *cfg, uint32_t n_tokens) {
   return bytes ? rdkv__size(rdkv__add(bytes, 2 * sizeof(rdkv_histogram))) : 0;
 }
 
-/* score, measure, allocate. K is measured over the tokens likely to be kept: measuring it again over
-   those that were kept, and allocating again, was no better in the answers of a trained model. */
+/* score, measure, allocate. K is measured over the tokens likely to be kept: measuring it again
+   over those that were kept, and allocating again, was no better in the answers of a trained model.
+   */
 static rdkv_status rdkv__choose(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_layer *layers,
                                 int n_layers, void *scratch, size_t bytes) {
   rdkv_status st = RDKV_OK;
@@ -2738,7 +2769,8 @@ RDKV_DEF rdkv_status rdkv_compress(const rdkv_config *cfg, const rdkv_kv *kv, ui
   uint64_t work_bytes;
   size_t each;
   int a;
-  if (!rdkv__resolved(cfg) || kv == NULL || block == NULL || bytes == NULL) return RDKV_ERR_ARGUMENT;
+  if (!rdkv__resolved(cfg) || kv == NULL || block == NULL || bytes == NULL)
+    return RDKV_ERR_ARGUMENT;
   st = rdkv__scratch(scratch, scratch_bytes, rdkv_compress_scratch(cfg, n_tokens), &arena);
   if (st != RDKV_OK) return st;
   rdkv__compress_layout(cfg, cfg->n_layers, n_tokens, &arena, &layers, &mem, &work, &work_bytes);
@@ -2830,12 +2862,13 @@ RDKV_DEF rdkv_status rdkv_stream_layer(const rdkv_config *cfg, rdkv_stream *stre
   return RDKV_OK;
 }
 
-/* ---- >>impl-open : a block as a segment -------------------------------------------------------- */
+/* ---- >>impl-open : a block as a segment ------------------------------------------------------ */
 
 static int rdkv__half_ok(uint16_t h) { return (h & 0x7c00) != 0x7c00; }
 
 /* One channel table: every channel once, pads empty, numbers finite. */
-static int rdkv__table_ok(const uint8_t *p, const rdkv_record *r, int k_dim, const rdkv__parts *parts) {
+static int rdkv__table_ok(const uint8_t *p, const rdkv_record *r, int k_dim,
+                          const rdkv__parts *parts) {
   const uint16_t *scale = (const uint16_t *)(const void *)p, *mid;
   const uint8_t *channel;
   uint8_t seen[RDKV__MAX_DIM];
@@ -3013,7 +3046,8 @@ RDKV_DEF rdkv_status rdkv_unpack(const rdkv_segment *segment, int layer, int kv_
         for (d = 0; d < vd; d++) {
           float *to = &v[(size_t)(n + t) * vd + d];
           if (level == 4) {
-            uint32_t lane = 4 * (d & 7) + ((t >> 1) & 3), word = ((d >> 3) & 1) + 2 * ((t >> 3) & 1);
+            uint32_t lane = 4 * (d & 7) + ((t >> 1) & 3),
+                     word = ((d >> 3) & 1) + 2 * ((t >> 3) & 1);
             uint32_t block = (t >> 4) * ((vd + 15) / 16) + d / 16;
             *to = rdkv__from_half(half[2 * ((block * 32 + lane) * 4 + word) + (t & 1)]);
           } else {
@@ -3032,7 +3066,7 @@ RDKV_DEF rdkv_status rdkv_unpack(const rdkv_segment *segment, int layer, int kv_
   return RDKV_OK;
 }
 
-/* ---- >>impl-tail : new tokens, dense ----------------------------------------------------------- */
+/* ---- >>impl-tail : new tokens, dense --------------------------------------------------------- */
 
 /* Bytes of one layer's K or V in a tail: rows are padded to 16 elements. */
 static uint64_t rdkv__tail_part(int n_kv_heads, uint32_t capacity, int dim, rdkv_dtype dtype) {
@@ -3120,7 +3154,7 @@ RDKV_DEF void rdkv_tail_rewind(rdkv_tail *tail, uint32_t n_tokens) {
     tail->n_tokens[i] = rdkv__min_u32(tail->n_tokens[i], n_tokens);
 }
 
-/* ---- >>impl-attend : decode from the compressed form ------------------------------------------- */
+/* ---- >>impl-attend : decode from the compressed form ----------------------------------------- */
 
 /* The running maximum is raised, and all sums rescaled, only when a logit exceeds it by this much:
    exp(8) leaves float far from overflow. */
@@ -3174,7 +3208,8 @@ static void rdkv__attend_table(const rdkv__kernels *kn, const rdkv_segment *s, c
   const uint16_t *scale = (const uint16_t *)(const void *)(s->block + r->table);
   const uint8_t *channel;
   int n = 16 * parts->k_blocks[0], all = n + r->n_dropped, h, i, j, b, level;
-  float *scales = w->packed, *mids = scales + RDKV__PACKED, *x = mids + RDKV__PACKED + RDKV__MAX_DIM;
+  float *scales = w->packed, *mids = scales + RDKV__PACKED,
+        *x = mids + RDKV__PACKED + RDKV__MAX_DIM;
   channel = (const uint8_t *)(scale + n + all);
   kn->halves(scale, n, scales);
   kn->halves(scale + n, n, mids);
@@ -3213,8 +3248,9 @@ static void rdkv__attend_softmax(const rdkv__kernels *kn, rdkv__attend_work *w, 
 }
 
 /* One head's packed tokens. */
-static void rdkv__attend_segment(const rdkv__kernels *kn, const rdkv_segment *s, const rdkv_record *r,
-                                 const float *q, int n_heads, rdkv__attend_work *w) {
+static void rdkv__attend_segment(const rdkv__kernels *kn, const rdkv_segment *s,
+                                 const rdkv_record *r, const float *q, int n_heads,
+                                 rdkv__attend_work *w) {
   const uint8_t *batch = s->block + r->tile;
   int blocks = w->vp / 16, h, level, kl, b, i;
   uint32_t t, n;
@@ -3247,7 +3283,8 @@ static void rdkv__attend_segment(const rdkv__kernels *kn, const rdkv_segment *s,
           words += parts.k_blocks[kl] * (16 << kl), b += parts.k_blocks[kl];
         }
       }
-      if (n == left && r->n_tokens[level - 1] % RDKV__TILE) { /* pads: slot i is token i/4 + 8 (i%4) */
+      if (n == left &&
+          r->n_tokens[level - 1] % RDKV__TILE) { /* pads: slot i is token i/4 + 8 (i%4) */
         uint32_t real = r->n_tokens[level - 1] % RDKV__TILE;
         for (i = 0; i < RDKV__TILE; i++)
           for (h = 0; h < n_heads && (uint32_t)(i / 4 + 8 * (i % 4)) >= real; h++)
@@ -3258,8 +3295,8 @@ static void rdkv__attend_segment(const rdkv__kernels *kn, const rdkv_segment *s,
       for (t = 0; t < n; t++)
         kn->v_coef(level, (const uint32_t *)(const void *)(batch + t * tile_bytes),
                    w->p + t * RDKV__TILE, n_heads, w->coef_v + t * RDKV__COEF_V, w->rest);
-      kn->v_codes(level, (const uint32_t *)(const void *)(batch + 128), tile_bytes / 4, (int)n, blocks,
-                  w->coef_v, n_heads, w->acc, w->acc_stride);
+      kn->v_codes(level, (const uint32_t *)(const void *)(batch + 128), tile_bytes / 4, (int)n,
+                  blocks, w->coef_v, n_heads, w->acc, w->acc_stride);
       batch -= parts.k_tile;
     }
     for (h = 0; h < n_heads; h++)
@@ -3335,7 +3372,8 @@ static void rdkv__attend_heads(const rdkv_config *cfg, const rdkv_cache *c, int 
   }
 }
 
-static void rdkv__attend_queries(const rdkv_config *cfg, const float *q, int n, rdkv__attend_work *w) {
+static void rdkv__attend_queries(const rdkv_config *cfg, const float *q, int n,
+                                 rdkv__attend_work *w) {
   int h, d;
   for (h = 0; h < n; h++)
     for (d = 0; d < w->kp; d++)
@@ -3351,7 +3389,8 @@ RDKV_DEF rdkv_status rdkv_attend_head(const rdkv_config *cfg, const rdkv_cache *
   rdkv_status st = rdkv__cache_ok(cfg, cache, layer);
   int group;
   if (st != RDKV_OK) return st;
-  if (q == NULL || out == NULL || kv_head < 0 || kv_head >= cfg->n_kv_heads) return RDKV_ERR_ARGUMENT;
+  if (q == NULL || out == NULL || kv_head < 0 || kv_head >= cfg->n_kv_heads)
+    return RDKV_ERR_ARGUMENT;
   st = rdkv__scratch(scratch, scratch_bytes, rdkv_attend_scratch(cfg), &arena);
   if (st != RDKV_OK) return st;
   rdkv__attend_layout(cfg, &arena, &w);
@@ -3382,7 +3421,7 @@ RDKV_DEF rdkv_status rdkv_attend(const rdkv_config *cfg, const rdkv_cache *cache
   return RDKV_OK;
 }
 
-/* ---- >>impl-report : what was spent, what it cost ----------------------------------------------- */
+/* ---- >>impl-report : what was spent, what it cost -------------------------------------------- */
 
 RDKV_DEF rdkv_status rdkv_report_segment(const rdkv_segment *segment, int layer, int kv_head,
                                          rdkv_report *report) {
@@ -3991,8 +4030,9 @@ RDKV__FN void RDKV__NAME(v_error)(const float *v, const float *o, int n, float e
   for (j = 0; j < 5; j++) error[j] = rdkv__lanes(lane[j]);
 }
 
-/* Hull slopes of n tokens, slope[l][i] = min over a <= l of max over b > l of (d_a - d_b) / cost_ab:
-   what pooling adjacent steps gives, without branches. d [5][stride], inv the ten 1 / cost_ab. */
+/* Hull slopes of n tokens, slope[l][i] = min over a <= l of max over b > l of (d_a - d_b) /
+   cost_ab: what pooling adjacent steps gives, without branches. d [5][stride], inv the ten 1 /
+   cost_ab. */
 RDKV__FN void RDKV__NAME(hull)(const float *d, size_t stride, int n, const float *inv,
                                float *slope) {
   int i, a, b, l, k;
@@ -4260,8 +4300,8 @@ RDKV__FN void RDKV__NAME(k_codes)(int level, const uint32_t *words, int n_blocks
 }
 
 /* V blocks of n_tiles tiles of one width, tile_words apart: acc[h][block][r][word] (16 bit:
-   [block][word]) += products summed over the tokens that share a word, in registers from tile to tile.
-   coef [tile][8][HEADS][16], of the 8 as many as the width has, packed by nh. */
+   [block][word]) += products summed over the tokens that share a word, in registers from tile to
+   tile. coef [tile][8][HEADS][16], of the 8 as many as the width has, packed by nh. */
 RDKV__INLINE void RDKV__NAME(v_run)(const int level, const int nh, const uint32_t *tiles,
                                     size_t tile_words, int n_tiles, int n_blocks,
                                     const float *coef, float *sums, size_t stride) {
@@ -4377,8 +4417,8 @@ RDKV__FN void RDKV__NAME(v_fold)(int level, const float *acc, int n_blocks, floa
   }
 }
 
-/* Coefficients of one K block for k_codes, [k][16] with a stride of `next` floats between k, from the
-   scaled queries x [16] of its channels. */
+/* Coefficients of one K block for k_codes, [k][16] with a stride of `next` floats between k, from
+   the scaled queries x [16] of its channels. */
 RDKV__FN void RDKV__NAME(k_coef)(int level, const float *x, float *to, int next) {
   int k, n = rdkv__k_first[level + 1] - rdkv__k_first[level];
   for (k = 0; k < n; k++, to += next) {
@@ -4418,8 +4458,8 @@ RDKV__FN float RDKV__NAME(max)(const float *x, int n) {
   return a[0];
 }
 
-/* From the probabilities p [h][SLOTS] of one tile, in slot order: coef [k][nh][16] for v_codes, with
-   the scales in, and rest[h][16] += what all dims of a token share, p * mid. */
+/* From the probabilities p [h][SLOTS] of one tile, in slot order: coef [k][nh][16] for v_codes,
+   with the scales in, and rest[h][16] += what all dims of a token share, p * mid. */
 RDKV__FN void RDKV__NAME(v_coef)(int level, const uint32_t *params, const float *p, int n_heads,
                                  float *coef, float *rest) {
   float scaled[RDKV__TILE];
@@ -4475,7 +4515,8 @@ RDKV__FN void RDKV__NAME(scale)(float *x, int n, float by) {
   for (i = 0; i < n; i += RDKV__VL) RDKV__ST(x + i, RDKV__MUL(RDKV__LD(x + i), v));
 }
 
-/* Dense rows of dim (a multiple of 16) elements: logits[h][row] = rows . q[h], four rows at a time. */
+/* Dense rows of dim (a multiple of 16) elements: logits[h][row] = rows . q[h], four rows at a time.
+   */
 RDKV__INLINE void RDKV__NAME(k_rows)(const int type, const int nh, const void *rows, int n_rows,
                                      int dim, const float *q, float *logits) {
   RDKV__VF acc[4][4];
@@ -4598,3 +4639,46 @@ static const rdkv__kernels RDKV__NAME(kernels) = {
 #undef RDKV__FOR_HEADS
 
 #endif /* RDKV__SIMD_BODY */
+
+/* ---- licence ---------------------------------------------------------------------------------
+   This software is available under two licences; choose the one you prefer.
+
+   ALTERNATIVE A - MIT License
+
+   Copyright (c) 2026 the RDKV authors
+
+   Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+   associated documentation files (the "Software"), to deal in the Software without restriction,
+   including without limitation the rights to use, copy, modify, merge, publish, distribute,
+   sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+   furnished to do so, subject to the following conditions:
+
+   The above copyright notice and this permission notice shall be included in all copies or
+   substantial portions of the Software.
+
+   THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+   NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+   NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES
+   OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+   CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+
+   ALTERNATIVE B - Public Domain (www.unlicense.org)
+
+   This is free and unencumbered software released into the public domain.
+
+   Anyone is free to copy, modify, publish, use, compile, sell, or distribute this software, either in
+   source code form or as a compiled binary, for any purpose, commercial or non-commercial, and by any
+   means.
+
+   In jurisdictions that recognize copyright laws, the author or authors of this software dedicate any
+   and all copyright interest in the software to the public domain. We make this dedication for the
+   benefit of the public at large and to the detriment of our heirs and successors. We intend this
+   dedication to be an overt act of relinquishment in perpetuity of all present and future rights to
+   this software under copyright law.
+
+   THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+   NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+   NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY,
+   WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE
+   SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+*/
