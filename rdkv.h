@@ -1998,26 +1998,6 @@ static double rdkv__predict_all(const rdkv__solver *s) {
   return sum;
 }
 
-/* Where the budget is only a few tiles a step of K is large against it and the threshold a poor
-   guide: then K is tried dearer and cheaper, and the best is taken. */
-static void rdkv__solve_best(rdkv__solver *s, uint64_t budget, double *threshold_used) {
-  static const float bias[5] = {1, 4, 0.25f, 16, 64};
-  uint64_t tile = (uint64_t)rdkv__pad16(s->cfg->k_dim + s->cfg->v_dim) / 16 * 256;
-  double best = 0;
-  int i, which = 0, last = budget / tile < 64 * s->n_heads ? 5 : 1;
-  for (i = 0; i < last; i++) {
-    double sum;
-    s->k_bias = bias[i];
-    rdkv__solve(s, budget, threshold_used);
-    sum = rdkv__predict_all(s);
-    if (i == 0 || sum < best) best = sum, which = i;
-  }
-  if (which != last - 1) {
-    s->k_bias = bias[which];
-    rdkv__solve(s, budget, threshold_used);
-  }
-}
-
 /* The least that heads can take: what is pinned, K dropped. */
 static uint64_t rdkv__least_bytes(const rdkv__solver *s, uint64_t n_heads, uint32_t n_tokens,
                                   const uint32_t pinned[5]) {
@@ -2051,6 +2031,33 @@ static void rdkv__solve_at(const rdkv__solver *s, float threshold) {
   rdkv__bytes_at(s, 0);
   for (i = 0; i < s->n_heads; i++) rdkv__assign(s, &s->heads[i], threshold);
   rdkv__spend(s, 0); /* steps that cost nothing */
+}
+
+/* Where the budget is only a few tiles a step of K is large against it and the threshold a poor
+   guide: then K is tried dearer and cheaper, on tiny problems every smaller budget too (so that more
+   bytes are never worse), and the best is taken. */
+static void rdkv__solve_best(rdkv__solver *s, uint64_t budget, double *threshold_used) {
+  static const float bias[5] = {1, 4, 0.25f, 16, 64};
+  uint64_t tile = (uint64_t)rdkv__pad16(s->cfg->k_dim + s->cfg->v_dim) / 16 * 256, b;
+  uint64_t n = s->heads[0].n_tokens, least, best_budget = budget;
+  double best = 0;
+  int i, which = -1, n_bias = budget / tile < 64 * s->n_heads ? 5 : 1;
+  least = rdkv__least_bytes(s, s->n_heads, (uint32_t)n, s->heads[0].pinned);
+  if (n * s->n_heads * (budget / 128) > 1 << 14) least = budget;
+  for (b = budget;; b -= 128) {
+    for (i = 0; i < n_bias; i++) {
+      double sum;
+      s->k_bias = bias[i];
+      rdkv__solve(s, b, threshold_used);
+      sum = rdkv__predict_all(s);
+      if (which < 0 || sum < best) best = sum, which = i, best_budget = b;
+    }
+    if (b < least + 128) break;
+  }
+  if (n_bias > 1 || best_budget != budget) { /* the last one tried is not the one to keep */
+    s->k_bias = bias[which];
+    rdkv__solve(s, best_budget, threshold_used);
+  }
 }
 
 /* ---- the authors' solver (Junkai1860/RDKV): float throughout, product and sum rounded apart -- */
@@ -4116,51 +4123,46 @@ RDKV__FN void RDKV__NAME(quantise_one)(const float *x, int n, const float *mid, 
   RDKV__NAME(codes)(x, n, mid, inv, lo, hi, code, 0);
 }
 
-/* One field of a word vector: x = code, acc[h][a] += x * coefficient k of head h. */
+/* Two fields of a word vector, r = 0 and 1, share a coefficient: acc[h][a + r] += code * coefficient
+   k of head h. */
+#define RDKV__FIELDS(x0_, x1_, a_, k_)                                                     \
+  do {                                                                                     \
+    RDKV__VF x0__ = x0_, x1__ = x1_;                                                       \
+    for (h = 0; h < nh; h++) {                                                             \
+      RDKV__VF c__ = RDKV__LD(c + ((k_)*nh + h) * 16);                                     \
+      RDKV__KEEP(c__);                                                                     \
+      acc[h][a_] = RDKV__FMA(x0__, c__, acc[h][a_]);                                       \
+      acc[h][(a_) + 1] = RDKV__FMA(x1__, c__, acc[h][(a_) + 1]);                           \
+    }                                                                                      \
+  } while (0)
 #define RDKV__FIELD_MAC(x_, a_, k_)                                                        \
   do {                                                                                     \
     RDKV__VF x__ = x_;                                                                     \
     for (h = 0; h < nh; h++)                                                               \
       acc[h][a_] = RDKV__FMA(x__, RDKV__LD(c + ((k_)*nh + h) * 16), acc[h][a_]);           \
   } while (0)
-/* All fields of a vector of words. Sums are kept apart by r, and at 2 bits by sub too where
-   sub_sums is 1 (K: sub is part of the token) and not where it is 0 (V: sub is summed over). */
 #define RDKV__BLOCK_2(s_)                                                                  \
   do {                                                                                     \
-    RDKV__FIELD_MAC(RDKV__CODE_2(w, 0), 0, 0);                                             \
-    RDKV__FIELD_MAC(RDKV__CODE_2(w, 8), 1, 0);                                             \
-    RDKV__FIELD_MAC(RDKV__CODE_2(w, 16), 0, 1);                                            \
-    RDKV__FIELD_MAC(RDKV__CODE_2(w, 24), 1, 1);                                            \
-    RDKV__FIELD_MAC(RDKV__CODE_2(w, 2), 0, 2);                                             \
-    RDKV__FIELD_MAC(RDKV__CODE_2(w, 10), 1, 2);                                            \
-    RDKV__FIELD_MAC(RDKV__CODE_2(w, 18), 0, 3);                                            \
-    RDKV__FIELD_MAC(RDKV__CODE_2(w, 26), 1, 3);                                            \
-    RDKV__FIELD_MAC(RDKV__CODE_2(w, 4), 2 * (s_), 4 - 4 * (s_));                           \
-    RDKV__FIELD_MAC(RDKV__CODE_2(w, 12), 2 * (s_) + 1, 4 - 4 * (s_));                      \
-    RDKV__FIELD_MAC(RDKV__CODE_2(w, 20), 2 * (s_), 5 - 4 * (s_));                          \
-    RDKV__FIELD_MAC(RDKV__CODE_2(w, 28), 2 * (s_) + 1, 5 - 4 * (s_));                      \
-    RDKV__FIELD_MAC(RDKV__CODE_2(w, 6), 2 * (s_), 6 - 4 * (s_));                           \
-    RDKV__FIELD_MAC(RDKV__CODE_2(w, 14), 2 * (s_) + 1, 6 - 4 * (s_));                      \
-    RDKV__FIELD_MAC(RDKV__CODE_2(w, 22), 2 * (s_), 7 - 4 * (s_));                          \
-    RDKV__FIELD_MAC(RDKV__CODE_2(w, 30), 2 * (s_) + 1, 7 - 4 * (s_));                      \
+    RDKV__FIELDS(RDKV__CODE_2(w, 0), RDKV__CODE_2(w, 8), 0, 0);                            \
+    RDKV__FIELDS(RDKV__CODE_2(w, 16), RDKV__CODE_2(w, 24), 0, 1);                          \
+    RDKV__FIELDS(RDKV__CODE_2(w, 2), RDKV__CODE_2(w, 10), 0, 2);                           \
+    RDKV__FIELDS(RDKV__CODE_2(w, 18), RDKV__CODE_2(w, 26), 0, 3);                          \
+    RDKV__FIELDS(RDKV__CODE_2(w, 4), RDKV__CODE_2(w, 12), 2 * (s_), 4 - 4 * (s_));         \
+    RDKV__FIELDS(RDKV__CODE_2(w, 20), RDKV__CODE_2(w, 28), 2 * (s_), 5 - 4 * (s_));        \
+    RDKV__FIELDS(RDKV__CODE_2(w, 6), RDKV__CODE_2(w, 14), 2 * (s_), 6 - 4 * (s_));         \
+    RDKV__FIELDS(RDKV__CODE_2(w, 22), RDKV__CODE_2(w, 30), 2 * (s_), 7 - 4 * (s_));        \
   } while (0)
 #define RDKV__BLOCK_4                                                                      \
   do {                                                                                     \
-    RDKV__FIELD_MAC(RDKV__CODE_4(w, 0), 0, 0);                                             \
-    RDKV__FIELD_MAC(RDKV__CODE_4(w, 8), 1, 0);                                             \
-    RDKV__FIELD_MAC(RDKV__CODE_4(w, 16), 0, 1);                                            \
-    RDKV__FIELD_MAC(RDKV__CODE_4(w, 24), 1, 1);                                            \
-    RDKV__FIELD_MAC(RDKV__CODE_4(w, 4), 0, 2);                                             \
-    RDKV__FIELD_MAC(RDKV__CODE_4(w, 12), 1, 2);                                            \
-    RDKV__FIELD_MAC(RDKV__CODE_4(w, 20), 0, 3);                                            \
-    RDKV__FIELD_MAC(RDKV__CODE_4(w, 28), 1, 3);                                            \
+    RDKV__FIELDS(RDKV__CODE_4(w, 0), RDKV__CODE_4(w, 8), 0, 0);                            \
+    RDKV__FIELDS(RDKV__CODE_4(w, 16), RDKV__CODE_4(w, 24), 0, 1);                          \
+    RDKV__FIELDS(RDKV__CODE_4(w, 4), RDKV__CODE_4(w, 12), 0, 2);                           \
+    RDKV__FIELDS(RDKV__CODE_4(w, 20), RDKV__CODE_4(w, 28), 0, 3);                          \
   } while (0)
 #define RDKV__BLOCK_8                                                                      \
   do {                                                                                     \
-    RDKV__FIELD_MAC(RDKV__CODE_8(w, 0), 0, 0);                                             \
-    RDKV__FIELD_MAC(RDKV__CODE_8(w, 16), 1, 0);                                            \
-    RDKV__FIELD_MAC(RDKV__CODE_8(w, 8), 0, 1);                                             \
-    RDKV__FIELD_MAC(RDKV__CODE_8(w, 24), 1, 1);                                            \
+    RDKV__FIELDS(RDKV__CODE_8(w, 0), RDKV__CODE_8(w, 16), 0, 0);                           \
+    RDKV__FIELDS(RDKV__CODE_8(w, 8), RDKV__CODE_8(w, 24), 0, 1);                           \
   } while (0)
 
 /* K blocks of one width: work[h][a][word] = products summed over blocks and fields. coef

@@ -1,0 +1,64 @@
+#!/bin/sh
+# Builds, tests, sanitizes and measures the CUDA header on this machine's GPU. Full output goes to
+# FOLDER, a summary is printed. Exit code 0: everything passed.
+# tests/cuda/run_all.sh FOLDER [test] [sanitize] [bench] [peers] [profile]   (no words: all)
+cd "$(dirname "$0")/../.." || exit 2
+out=${1:?usage: run_all.sh FOLDER [parts]}
+mkdir -p "$out"
+shift
+parts=" ${*:-test sanitize bench peers profile} "
+bin=$(mktemp -d)
+arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
+flags="-O3 -std=c++17 -lineinfo -gencode arch=compute_$arch,code=sm_$arch"
+failed=0
+has() { case $parts in *" $1 "*) return 0 ;; esac; return 1; }
+
+{
+  date -u
+  nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+  nvcc --version | tail -2
+} > "$out/machine.txt"
+for source in tests/cuda/test_cuda.cu bench/bench_cuda.cu examples/decode.cu; do
+  name=$(basename $source .cu)
+  nvcc $flags $source -o "$bin/$name" > "$bin/$name.log" 2>&1 &
+done
+wait
+cat "$bin"/*.log
+
+if has test; then
+  "$bin/test_cuda" > "$out/test.txt" 2>&1 || failed=1
+  tail -1 "$out/test.txt"
+  grep FAIL "$out/test.txt"
+  "$bin/decode" > "$out/decode.txt" 2>&1 || failed=1
+  cat "$out/decode.txt"
+fi
+if has sanitize; then
+  : > "$out/sanitizer.txt"
+  for tool in memcheck racecheck initcheck synccheck; do
+    options="--error-exitcode 9 --tool $tool"
+    [ $tool = synccheck ] && options="$options --num-cuda-barriers 65536" # every warp has three
+    compute-sanitizer $options "$bin/test_cuda" small > "$bin/log" 2>&1 || failed=1
+    { echo "== $tool"; head -200 "$bin/log"; } >> "$out/sanitizer.txt"
+    echo "$tool: $(tail -1 "$bin/log")"
+  done
+fi
+if has bench; then
+  "$bin/bench_cuda" --csv > "$out/bench.csv" || failed=1
+  cat "$out/bench.csv"
+fi
+if has peers; then
+  python3 bench/peers.py "$out/bench.csv" > "$out/peers.txt" 2>&1
+  cat "$out/peers.txt"
+fi
+if has profile; then # what bounds the kernel: counters of one launch in the middle of a graph
+  for row in "budget 1024, batch 1," "budget 1024, batch 64" "2-bit mix"; do
+    echo "== $row"
+    ncu --clock-control none --set full --import-source no -k regex:attend -s 8 -c 1 \
+      "$bin/bench_cuda" --replays 1 "$row" 2>&1 |
+      grep -E "Duration|DRAM Through|Ipc Active|Issue Slots Busy|Registers Per|Spilling" |
+      grep -vE "OPT|INF"
+  done > "$out/ncu.txt"
+fi
+rm -r "$bin"
+[ $failed = 0 ] && echo "all passed" || echo "FAILED"
+exit $failed

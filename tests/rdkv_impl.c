@@ -1,0 +1,3 @@
+/* The library, compiled once for all tests. */
+#define RDKV_IMPLEMENTATION
+#include "../rdkv.h"
