@@ -1302,13 +1302,6 @@ static uint32_t rdkv__likely(const float *d0, uint32_t n, double part, uint32_t 
 
 static double rdkv__keep(const rdkv_config *cfg, uint32_t n_tokens);
 
-/* What an error of a token's logit costs, against evicting the token. The output moves by
-   a (1 - a) (v - o) for each unit of the logit, a the attention; a^2 (1 - a)^2 <= 4/27 a, and a on
-   the right makes it w |v - o|^2, V's own D(0), up to the factor. 1/4 is the best of 0.03 .. 1 in
-   the answers of a trained model and in the output error of synthetic layers; a^2 itself, which
-   trusts the window to attend as every later query will, starves K. */
-#define RDKV__K_WEIGHT 0.25f
-
 RDKV_DEF rdkv_status rdkv_measure(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_layer *layer,
                                   void *scratch, size_t scratch_bytes) {
   const rdkv__kernels *kn;
@@ -1361,12 +1354,13 @@ RDKV_DEF rdkv_status rdkv_measure(const rdkv_config *cfg, const rdkv_kv *kv, rdk
     }
     memset(error, 0, 4 * RDKV__MAX_DIM * sizeof(float));
     for (i = 0; i < kept; i++) {
-      float g;
-      t = w.order[i];
-      g = dv[t] * RDKV__K_WEIGHT;
+      /* An error e of the token's logit moves the output by about a e (v - o), a the attention. The
+         square is at most a e^2 |v - o|^2, first power as for V: with w for a, e^2 times D(0) of V.
+         a^2, which trusts every later query to attend as the window does, starves K. */
+      float g = dv[w.order[i]];
       if (i + RDKV__AHEAD < kept) rdkv__ahead(&kv->k, w.order[i + RDKV__AHEAD], head, kd);
       if (g <= 0) continue;
-      if (!rdkv__row(kn, &kv->k, t, head, kd, w.rows)) return RDKV_ERR_NONFINITE;
+      if (!rdkv__row(kn, &kv->k, w.order[i], head, kd, w.rows)) return RDKV_ERR_NONFINITE;
       kn->k_error(w.rows, kp, g, scale, mid, inv, error);
     }
     norm = rdkv__f(cfg->softmax_scale * cfg->softmax_scale);
