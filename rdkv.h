@@ -1568,6 +1568,7 @@ typedef struct rdkv__solver {
   uint32_t *key, *index, *key2, *index2; /* [n_tokens] sorting */
   uint8_t *pin;                          /* [n_tokens] lowest level, NULL = no pins */
   float k_bias;                          /* on the threshold that K widths are chosen at; 1 */
+  uint32_t round_up;                     /* tokens that a tile may lack */
 } rdkv__solver;
 
 /* Slopes of the lower convex hull of a unit's distortion over cumulated cost, as bits of floats >=
@@ -1693,7 +1694,7 @@ static uint64_t rdkv__bytes_at(const rdkv__solver *s, int bin) {
     uint32_t reach[4];
     int l;
     for (l = 0; l < 4; l++)
-      reach[l] = s->heads[i].bins[l * RDKV__FINE + bin]; /* slopes >= the bin */
+      reach[l] = s->heads[i].bins[l * RDKV__FINE + bin] + s->round_up; /* slopes >= the bin */
     bytes += rdkv__at_threshold(s, &s->heads[i], reach);
   }
   return bytes;
@@ -2006,13 +2007,13 @@ static uint64_t rdkv__least_bytes(const rdkv__solver *s, uint64_t n_heads, uint3
 }
 
 /* Widths at a given threshold, whole tiles. */
-static void rdkv__solve_at(const rdkv__solver *s, float threshold) {
+static void rdkv__solve_at(rdkv__solver *s, float threshold) {
   uint64_t hist[RDKV_HISTOGRAM_BINS], i;
   int round, bin;
   for (i = 0; i < s->n_heads; i++)
     s->heads[i].k_tile = (uint32_t)rdkv__pad16(s->cfg->k_dim) / 16 * 256;
   memset(hist, 0, sizeof hist);
-  for (round = 0; round < 2; round++) {
+  for (round = 0; round < 3; round++) {
     for (i = 0; i < s->n_heads; i++) {
       uint32_t n = 0;
       rdkv__spectrum(s, &s->heads[i], threshold / 2, hist);
@@ -2022,14 +2023,15 @@ static void rdkv__solve_at(const rdkv__solver *s, float threshold) {
     }
   }
   rdkv__fine_bins(s, threshold);
+  s->round_up = RDKV__TILE / 4; /* a tile may lack a quarter: no budget is exceeded */
   rdkv__bytes_at(s, 0);
-  for (i = 0; i < s->n_heads; i++) rdkv__assign(s, &s->heads[i], threshold);
+  for (i = 0; i < s->n_heads; i++) rdkv__assign(s, &s->heads[i], threshold / 2);
   rdkv__spend(s, 0); /* steps that cost nothing */
 }
 
 /* Where the budget is only a few tiles a step of K is large against it and the threshold a poor
-   guide: then K is tried dearer and cheaper, on tiny problems every smaller budget too (so that more
-   bytes are never worse), and the best is taken. */
+   guide: then K is tried dearer and cheaper, on tiny problems somewhat smaller budgets too (so that
+   more bytes are not worse), and the best is taken. */
 static void rdkv__solve_best(rdkv__solver *s, uint64_t budget, double *threshold_used) {
   static const float bias[5] = {1, 4, 0.25f, 16, 64};
   uint64_t tile = (uint64_t)rdkv__pad16(s->cfg->k_dim + s->cfg->v_dim) / 16 * 256, b;
@@ -2037,7 +2039,8 @@ static void rdkv__solve_best(rdkv__solver *s, uint64_t budget, double *threshold
   double best = 0;
   int i, which = -1, n_bias = budget / tile < 64 * s->n_heads ? 5 : 1;
   least = rdkv__least_bytes(s, s->n_heads, (uint32_t)n, s->heads[0].pinned);
-  if (n * s->n_heads * (budget / 128) > 1 << 14) least = budget;
+  if (least < budget / 4 * 3) least = budget / 4 * 3; /* far smaller ones are worse anyway */
+  if (n * s->n_heads * (budget / 128) > 1 << 17) least = budget;
   for (b = budget;; b -= 128) {
     for (i = 0; i < n_bias; i++) {
       double sum;
@@ -2200,7 +2203,7 @@ RDKV_DEF rdkv_status rdkv_allocate(const rdkv_config *cfg, rdkv_layer *layers, i
   st = rdkv__scratch(scratch, scratch_bytes, rdkv_allocate_scratch(cfg, n_layers, n), &arena);
   if (st != RDKV_OK) return st;
   rdkv__allocate_layout(cfg, n_layers, n, &arena, &s);
-  s.k_bias = 1, s.cfg = cfg, s.kn = rdkv__kernels_of(cfg->isa);
+  s.k_bias = 1, s.round_up = 0, s.cfg = cfg, s.kn = rdkv__kernels_of(cfg->isa);
   for (a = 0; a < n_layers; a++) {
     size_t h = (size_t)cfg->n_kv_heads, kd = (size_t)cfg->k_dim;
     if (cfg->profile == RDKV_PAPER ? !rdkv__all_finite(layers[a].token, h * n) ||

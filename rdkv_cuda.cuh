@@ -152,10 +152,11 @@ cudaError_t rdkv_cuda_advance(uint32_t *tail_tokens, int batch, cudaStream_t str
 /* ---- >>cuda-blocks : device functions for kernels of your own --------------------------------
 
    All are warp-collective: 32 lanes call them together, with warp-uniform arguments. None has a
-   block barrier or shared memory of its own. A warp that wants to attend: rdkv_cuda_head_of where a
-   head's tiles lie rdkv_cuda_query        query -> fragments in memory of yours (shared memory is
-   best) rdkv_cuda_tile         attends to one tile, which may lie in global or shared memory
-     rdkv_cuda_finish       sums over the warp
+   block barrier or shared memory of its own. A warp that wants to attend calls
+   - rdkv_cuda_head_of: where a head's tiles lie;
+   - rdkv_cuda_query: a query to fragments, in memory of the caller's (shared memory is best);
+   - rdkv_cuda_tile: attends to one tile, which may lie in global or shared memory;
+   - rdkv_cuda_finish: sums over the warp.
    D is v_dim / 16. A warp takes up to 8 query heads, called columns, of one kv head. */
 
 /* One (layer, kv head) of a block. */
