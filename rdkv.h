@@ -988,6 +988,13 @@ static int rdkv__within(double x, double lo, double hi) {
   return u < 0x7ff0000000000000u && x >= lo && x <= hi;
 }
 
+/* x == 0 on bits: under -ffast-math a NaN may compare equal to 0 */
+static int rdkv__zero(double x) {
+  uint64_t u;
+  memcpy(&u, &x, 8);
+  return u << 1 == 0;
+}
+
 RDKV_DEF rdkv_status rdkv_resolve(const rdkv_config *in, rdkv_config *out) {
   /* means over models, by the authors */
   static const float eps_k[3] = {0.277f, 0.011f, 6.1e-5f}, eps_v[3] = {0.312f, 0.0138f, 4.8e-5f};
@@ -1007,9 +1014,9 @@ RDKV_DEF rdkv_status rdkv_resolve(const rdkv_config *in, rdkv_config *out) {
       (unsigned)c.profile > RDKV_PAPER || (unsigned)c.scope > RDKV_SCOPE_LAMBDA ||
       (unsigned)c.positions > 1)
     return RDKV_ERR_CONFIG;
-  if (c.softmax_scale == 0) c.softmax_scale = (float)(1 / sqrt((double)c.k_dim));
-  if (c.keep == 0) c.keep = 0.10;
-  if (c.k_share == 0) c.k_share = 0.5;
+  if (rdkv__zero((double)c.softmax_scale)) c.softmax_scale = (float)(1 / sqrt((double)c.k_dim));
+  if (rdkv__zero(c.keep)) c.keep = 0.10;
+  if (rdkv__zero(c.k_share)) c.k_share = 0.5;
   for (i = 0; i < 3; i++) {
     if (in->eps_k[0] == 0 && in->eps_k[1] == 0 && in->eps_k[2] == 0) c.eps_k[i] = eps_k[i];
     if (in->eps_v[0] == 0 && in->eps_v[1] == 0 && in->eps_v[2] == 0) c.eps_v[i] = eps_v[i];

@@ -1,16 +1,19 @@
-/* quality.c - what compression costs in answers: this library against the usual methods at equal bytes
+/* quality.c - what compression costs in answers: this library against the usual methods at equal
+   bytes
 
      cc -O3 -fopenmp -o quality bench/quality.c -lm && ./quality
 
-   One small model (examples/needle-4m.q8.bin), the same prompts for all, every byte counted. rdkv rows
-   go through the library's pack and attend; the others quantise or evict in place, their scales kept
-   in float, which can only flatter them. --help lists the options; README.md beside this has results.
+   One small model (examples/needle-4m.q8.bin), the same prompts for all, every byte counted. rdkv
+   rows go through the library's pack and attend; the others quantise or evict in place, their
+   scales kept in float, which can only flatter them. --help lists the options; README.md beside
+   this has results.
 
    A question counts as right if greedy decoding would give exactly the answer. It is measured by
    forcing the right answer: the greedy answer is right if and only if each byte is the likeliest
-   after the right ones before it. So all methods run as rows of one pass, and the divergence of their
-   logits from those of the full cache (KL, in nats) is taken on the same inputs. The first byte of an
-   answer comes from the prompt's own pass where the question is part of it, and is not measured. */
+   after the right ones before it. So all methods run as rows of one pass, and the divergence of
+   their logits from those of the full cache (KL, in nats) is taken on the same inputs. The first
+   byte of an answer comes from the prompt's own pass where the question is part of it, and is not
+   measured. */
 
 #define RDKV_IMPLEMENTATION
 #include "../examples/packed.h"
@@ -29,14 +32,29 @@
 #endif
 
 #define MAX_KEEPS 12
-#define PROSE_BYTES 128                     /* that follow the prompt of the prose task */
-#define ROOM (PROSE_BYTES + 64)             /* tokens that a sequence may grow by */
-#define N_TASKS (TASK_KINDS + 1)            /* and prose */
+#define PROSE_BYTES 128          /* that follow the prompt of the prose task */
+#define ROOM (PROSE_BYTES + 64)  /* tokens that a sequence may grow by */
+#define N_TASKS (TASK_KINDS + 1) /* and prose */
 #define PROSE TASK_KINDS
 
 enum method {
-  FULL, SNAPKV, SINK, H2O, ADAKV, SNAPKV_4, SNAPKV_2, KIVI_4, KIVI_2, Q8_0, Q4_0,
-  RDKV_PAPER_, RDKV_HEAD, RDKV_LAYER, RDKV_MODEL, RDKV_STREAM, METHODS
+  FULL,
+  SNAPKV,
+  SINK,
+  H2O,
+  ADAKV,
+  SNAPKV_4,
+  SNAPKV_2,
+  KIVI_4,
+  KIVI_2,
+  Q8_0,
+  Q4_0,
+  RDKV_PAPER_,
+  RDKV_HEAD,
+  RDKV_LAYER,
+  RDKV_MODEL,
+  RDKV_STREAM,
+  METHODS
 };
 
 static const struct {
@@ -65,7 +83,8 @@ static const char *task_name(int kind) { return kind == PROSE ? "prose" : TASK_N
 
 /* The tasks of which means are taken. */
 static int is_mean_task(int kind) {
-  return kind == TASK_MULTIKEY || kind == TASK_MULTIQUERY || kind == TASK_MULTIVALUE || kind == TASK_KV;
+  return kind == TASK_MULTIKEY || kind == TASK_MULTIQUERY || kind == TASK_MULTIVALUE ||
+         kind == TASK_KV;
 }
 
 typedef struct options {
@@ -96,7 +115,8 @@ static void *need(void *memory) {
   return memory;
 }
 
-/* ---- the other methods: eviction and fake quantisation of a kv_list --------------------------- */
+/* ---- the other methods: eviction and fake quantisation of a kv_list ---------------------------
+ */
 
 /* n values of x, stride apart, to b bits between their minimum and maximum. */
 static void quantise(float *x, int n, int stride, int bits) {
@@ -111,8 +131,9 @@ static void quantise(float *x, int n, int stride, int bits) {
     x[i * stride] = low + scale * rintf((x[i * stride] - low) / scale);
 }
 
-/* KIVI (arXiv 2402.02750): K by channel in groups of 32 tokens, V by token in groups of 32 channels;
-   the last `dense` tokens stay. Returns the bytes, with a half scale and minimum for each group. */
+/* KIVI (arXiv 2402.02750): K by channel in groups of 32 tokens, V by token in groups of 32
+   channels; the last `dense` tokens stay. Returns the bytes, with a half scale and minimum for each
+   group. */
 static double kivi(kv_list *list, int bits, int dense) {
   const model *m = list->m;
   int heads = m->n_layers * m->n_kv_heads, dim = m->head_dim, h;
@@ -157,7 +178,8 @@ static double ggml_blocks(kv_list *list, int bits) {
   return bytes;
 }
 
-/* ---- a prompt, and what every method makes of it ---------------------------------------------- */
+/* ---- a prompt, and what every method makes of it ----------------------------------------------
+ */
 
 typedef struct prompt {
   kv_cache cache;
@@ -197,16 +219,18 @@ static void prompt_score(prompt *p, const options *o) {
   free(mass);
 }
 
-/* AdaKV (arXiv 2407.11550): the heads of a layer share their tokens: the best scores of all, where a
-   fifth is dealt out evenly first. keep [n_kv_heads] of this layer. */
-static void adakv_share(const model *m, const float *score, int n, int window, int each, int *keep) {
+/* AdaKV (arXiv 2407.11550): the heads of a layer share their tokens: the best scores of all, where
+   a fifth is dealt out evenly first. keep [n_kv_heads] of this layer. */
+static void adakv_share(const model *m, const float *score, int n, int window, int each,
+                        int *keep) {
   kv__ranked *rank = (kv__ranked *)need(malloc((size_t)(m->n_kv_heads * n) * sizeof *rank));
   int left, all = 0, h, t, i;
   int base = each < window ? each : window + (each - window) / 5;
   for (h = 0; h < m->n_kv_heads; h++) {
     float sum = 0;
     for (t = 0; t < n; t++) sum += score[h * n + t];
-    for (t = 0; t < n - window; t++, all++) rank[all].score = score[h * n + t] / sum, rank[all].token = h;
+    for (t = 0; t < n - window; t++, all++)
+      rank[all].score = score[h * n + t] / sum, rank[all].token = h;
     keep[h] = base;
   }
   qsort(rank, (size_t)all, sizeof *rank, kv__by_score);
@@ -241,7 +265,7 @@ static void variant_evict(variant *v, const prompt *p, const options *o, double 
     for (h = 0; h < m->n_kv_heads; h++) share[h] = keep;
     if (v->method == ADAKV) adakv_share(m, score, n, window, keep, share);
     for (h = 0; h < m->n_kv_heads; h++) {
-      const float *by = v->method == SINK ? first
+      const float *by = v->method == SINK  ? first
                         : v->method == H2O ? p->all + (l * m->n_kv_heads + h) * n
                                            : score + h * n;
       int always = v->method == SINK ? keep - 4 : v->method == H2O ? keep / 2 : window;
@@ -253,8 +277,10 @@ static void variant_evict(variant *v, const prompt *p, const options *o, double 
   v->bytes = 0;
   for (h = 0; h < heads; h++) v->bytes += v->list.n[h] * 4.0 * dim;
   if (bits) v->bytes = kivi(&v->list, bits, 0);
-  if (v->method == KIVI_4 || v->method == KIVI_2) v->bytes = kivi(&v->list, v->method == KIVI_4 ? 4 : 2, 128);
-  if (v->method == Q8_0 || v->method == Q4_0) v->bytes = ggml_blocks(&v->list, v->method == Q8_0 ? 8 : 4);
+  if (v->method == KIVI_4 || v->method == KIVI_2)
+    v->bytes = kivi(&v->list, v->method == KIVI_4 ? 4 : 2, 128);
+  if (v->method == Q8_0 || v->method == Q4_0)
+    v->bytes = ggml_blocks(&v->list, v->method == Q8_0 ? 8 : 4);
   v->length = (int *)need(malloc((size_t)heads * sizeof(int)));
   memcpy(v->length, v->list.n, (size_t)heads * sizeof(int));
   v->attend = kv_list_attend, v->context = &v->list;
@@ -276,10 +302,13 @@ static int variant_init(variant *v, int method, int keep, prompt *p, const optio
     memset(&want, 0, sizeof want);
     want.window = o->window, want.pool = o->pool, want.budget_bytes = (uint64_t)budget;
     want.profile = method == RDKV_PAPER_ ? RDKV_PAPER : RDKV_JOINT;
-    want.scope = method == RDKV_HEAD ? RDKV_SCOPE_HEAD : method == RDKV_LAYER ? RDKV_SCOPE_LAYER : RDKV_SCOPE_MODEL;
+    want.scope = method == RDKV_HEAD    ? RDKV_SCOPE_HEAD
+                 : method == RDKV_LAYER ? RDKV_SCOPE_LAYER
+                                        : RDKV_SCOPE_MODEL;
     st = packed_init(&v->packed, &p->cache, &want, method == RDKV_STREAM, ROOM);
     if (st == RDKV_ERR_BUDGET) return 0;
-    if (st != RDKV_OK) die("%s at %g %%: %s", METHOD[method].name, o->keep[keep], rdkv_status_string(st));
+    if (st != RDKV_OK)
+      die("%s at %g %%: %s", METHOD[method].name, o->keep[keep], rdkv_status_string(st));
     v->bytes = (double)v->packed.bytes;
     v->attend = packed_attend, v->context = &v->packed;
   }
@@ -288,7 +317,8 @@ static int variant_init(variant *v, int method, int keep, prompt *p, const optio
 
 static void variant_rewind(variant *v) {
   if (v->attend == kv_list_attend)
-    memcpy(v->list.n, v->length, (size_t)(v->list.m->n_layers * v->list.m->n_kv_heads) * sizeof(int));
+    memcpy(v->list.n, v->length,
+           (size_t)(v->list.m->n_layers * v->list.m->n_kv_heads) * sizeof(int));
   else if (v->attend == packed_attend)
     rdkv_tail_rewind(&v->packed.tail, 0);
 }
@@ -298,7 +328,8 @@ static void variant_free(variant *v) {
   if (v->attend == packed_attend) packed_free(&v->packed);
 }
 
-/* ---- forcing an answer ------------------------------------------------------------------------ */
+/* ---- forcing an answer ------------------------------------------------------------------------
+ */
 
 typedef struct batch {
   variant *v;
@@ -356,7 +387,8 @@ static void force(model *m, batch *b, int position, const char *text, int bytes,
   }
 }
 
-/* ---- the table -------------------------------------------------------------------------------- */
+/* ---- the table --------------------------------------------------------------------------------
+ */
 
 static result results[N_TASKS][METHODS][MAX_KEEPS];
 
@@ -397,8 +429,10 @@ static void print_table(const options *o) {
   int kind, method, k;
   for (k = -1; k < o->n_keeps; k++) {
     if (k < 0)
-      printf("\n%d bytes of context, question %s; exact answers by task, KL as the mean of *\n%-28s bytes",
-             o->length, o->agnostic ? "unknown when compressing" : "in the compressed prompt", "");
+      printf(
+          "\n%d bytes of context, question %s; exact answers by task, KL as the mean of *\n%-28s "
+          "bytes",
+          o->length, o->agnostic ? "unknown when compressing" : "in the compressed prompt", "");
     else
       printf("keep %g %%", o->keep[k]);
     for (kind = 0; kind < TASK_KINDS && k < 0; kind++)
@@ -429,14 +463,18 @@ static void print_table(const options *o) {
   }
 }
 
-/* ---- pictures --------------------------------------------------------------------------------- */
+/* ---- pictures ---------------------------------------------------------------------------------
+ */
 
 static FILE *svg_open(const char *path, int width, int height) {
   FILE *f = fopen(path, "w");
   if (!f) die("%s: cannot be written", path);
-  fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" width=\"%d\" height=\"%d\" "
-             "font-family=\"Helvetica,Arial,sans-serif\" font-size=\"12\" fill=\"#333\">\n"
-             "<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n", width, height, width, height);
+  fprintf(
+      f,
+      "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" width=\"%d\" height=\"%d\" "
+      "font-family=\"Helvetica,Arial,sans-serif\" font-size=\"12\" fill=\"#333\">\n"
+      "<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n",
+      width, height, width, height);
   return f;
 }
 
@@ -449,7 +487,8 @@ static double plot_x(double left, double ratio) {
   return left + PLOT_WIDTH * log(ratio / 0.02) / log(1 / 0.02);
 }
 
-static double plot_y(int kl, double value) { /* exact from 0 to 1; KL from 1e-4 to 10, logarithmic */
+static double plot_y(int kl,
+                     double value) { /* exact from 0 to 1; KL from 1e-4 to 10, logarithmic */
   double part = kl ? log(value / 1e-4) / log(1e5) : value;
   part = part < 0 ? 0 : part > 1 ? 1 : part;
   return PLOT_TOP + PLOT_HEIGHT * (1 - part);
@@ -465,23 +504,28 @@ static void save_curves(const options *o) {
             kl ? "KL divergence from the full cache (nats)" : "Questions answered exactly");
     for (i = 0; i < 6; i++) {
       double x = plot_x(left, x_tick[i]);
-      fprintf(f, "<path d=\"M%.1f %d V%d\" stroke=\"#eee\"/><text x=\"%.1f\" y=\"%d\" "
-                 "text-anchor=\"middle\">%g %%</text>\n", x, PLOT_TOP, PLOT_TOP + PLOT_HEIGHT, x,
-              PLOT_TOP + PLOT_HEIGHT + 18, 100 * x_tick[i]);
+      fprintf(f,
+              "<path d=\"M%.1f %d V%d\" stroke=\"#eee\"/><text x=\"%.1f\" y=\"%d\" "
+              "text-anchor=\"middle\">%g %%</text>\n",
+              x, PLOT_TOP, PLOT_TOP + PLOT_HEIGHT, x, PLOT_TOP + PLOT_HEIGHT + 18, 100 * x_tick[i]);
     }
     for (i = 0; i < 6; i++) {
       double value = kl ? 1e-4 * pow(10, i) : i / 5.0, y = plot_y(kl, value);
-      fprintf(f, "<path d=\"M%g %.1f h%d\" stroke=\"#eee\"/><text x=\"%g\" y=\"%.1f\" "
-                 "text-anchor=\"end\">%g</text>\n", left, y, PLOT_WIDTH, left - 6, y + 4, value);
+      fprintf(f,
+              "<path d=\"M%g %.1f h%d\" stroke=\"#eee\"/><text x=\"%g\" y=\"%.1f\" "
+              "text-anchor=\"end\">%g</text>\n",
+              left, y, PLOT_WIDTH, left - 6, y + 4, value);
     }
-    fprintf(f, "<text x=\"%g\" y=\"%d\" text-anchor=\"middle\">bytes kept, of the fp16 cache</text>\n",
+    fprintf(f,
+            "<text x=\"%g\" y=\"%d\" text-anchor=\"middle\">bytes kept, of the fp16 cache</text>\n",
             left + PLOT_WIDTH / 2.0, PLOT_TOP + PLOT_HEIGHT + 40);
     for (method = 1; method < METHODS; method++) {
       const char *colour = METHOD[method].colour;
       double width = method == RDKV_MODEL ? 3.5 : method >= RDKV_PAPER_ ? 2 : 1.5;
       int points = 0;
-      fprintf(f, "<path fill=\"none\" stroke=\"%s\" stroke-width=\"%g\" stroke-linejoin=\"round\" d=\"",
-              colour, width);
+      fprintf(
+          f, "<path fill=\"none\" stroke=\"%s\" stroke-width=\"%g\" stroke-linejoin=\"round\" d=\"",
+          colour, width);
       for (k = 0; k < o->n_keeps; k++) {
         result mean;
         if (mean_of(method, k, &mean))
@@ -501,8 +545,9 @@ static void save_curves(const options *o) {
   for (method = METHODS - 1, i = 0; method > 0; method--) {
     result mean;
     if (!mean_of(method, 0, &mean) && !mean_of(method, o->n_keeps - 1, &mean)) continue;
-    fprintf(f, "<circle cx=\"930\" cy=\"%d\" r=\"5\" fill=\"%s\"/><text x=\"944\" y=\"%d\">%s</text>\n",
-            60 + 20 * i, METHOD[method].colour, 64 + 20 * i, METHOD[method].title);
+    fprintf(
+        f, "<circle cx=\"930\" cy=\"%d\" r=\"5\" fill=\"%s\"/><text x=\"944\" y=\"%d\">%s</text>\n",
+        60 + 20 * i, METHOD[method].colour, 64 + 20 * i, METHOD[method].title);
     i++;
   }
   fputs("</svg>\n", f);
@@ -513,8 +558,9 @@ static void save_curves(const options *o) {
 static void map_bar(FILE *f, const uint8_t *bits, int n, int width, double x, double y, double w) {
   int below = 0, count = 0, i;
   for (i = 0; i < n; i++) below += bits[i] > width, count += bits[i] == width;
-  if (count) fprintf(f, "M%.4g %.4gh%.3gv%.3gh-%.3gz", x, y + 18.0 * (n - below - count) / n, w,
-                     18.0 * count / n, w);
+  if (count)
+    fprintf(f, "M%.4g %.4gh%.3gv%.3gh-%.3gz", x, y + 18.0 * (n - below - count) / n, w,
+            18.0 * count / n, w);
 }
 
 /* Which tokens and channels of what the cache holds get which width, by layer and head. */
@@ -532,7 +578,8 @@ static void save_map(const kv_cache *cache, const options *o) {
   FILE *f;
   memset(&c, 0, sizeof c);
   c.n_layers = m->n_layers, c.n_q_heads = m->n_heads, c.n_kv_heads = m->n_kv_heads;
-  c.k_dim = m->head_dim, c.window = o->window, c.pool = o->pool, c.keep = o->keep[o->n_keeps / 2] / 100;
+  c.k_dim = m->head_dim, c.window = o->window, c.pool = o->pool,
+  c.keep = o->keep[o->n_keeps / 2] / 100;
   st = rdkv_resolve(&c, &c);
   bytes = rdkv_layer_bytes(&c, tokens), room = rdkv_layer_scratch(&c, tokens);
   if (rdkv_allocate_scratch(&c, c.n_layers, tokens) > room)
@@ -549,9 +596,12 @@ static void save_map(const kv_cache *cache, const options *o) {
   if (st != RDKV_OK) die("--map: %s", rdkv_status_string(st));
 
   f = svg_open(o->map, 1120, 90 + 22 * heads);
-  fprintf(f, "<text x=\"70\" y=\"24\" font-size=\"15\" font-weight=\"bold\">Widths at %g %% of the bytes: "
-             "%d V tokens</text><text x=\"860\" y=\"24\" font-size=\"15\" font-weight=\"bold\">%d K "
-             "channels</text>\n", 100 * c.keep, n, m->head_dim);
+  fprintf(
+      f,
+      "<text x=\"70\" y=\"24\" font-size=\"15\" font-weight=\"bold\">Widths at %g %% of the bytes: "
+      "%d V tokens</text><text x=\"860\" y=\"24\" font-size=\"15\" font-weight=\"bold\">%d K "
+      "channels</text>\n",
+      100 * c.keep, n, m->head_dim);
   for (h = 0; h < heads; h++)
     fprintf(f, "<text x=\"62\" y=\"%d\" text-anchor=\"end\">%d.%d</text>\n", 54 + 22 * h,
             h / m->n_kv_heads, h % m->n_kv_heads);
@@ -566,20 +616,27 @@ static void save_map(const kv_cache *cache, const options *o) {
         map_bar(f, v + first, end - first, WIDTH[w], 70 + 4 * i, 40 + 22 * h, 4);
       }
       for (i = 0; i < m->head_dim; i++)
-        map_bar(f, k + i, 1, WIDTH[w], 860 + 240.0 / m->head_dim * i, 40 + 22 * h, 240.0 / m->head_dim);
+        map_bar(f, k + i, 1, WIDTH[w], 860 + 240.0 / m->head_dim * i, 40 + 22 * h,
+                240.0 / m->head_dim);
     }
     fputs("\"/>\n", f);
-    fprintf(f, "<rect x=\"%d\" y=\"%d\" width=\"14\" height=\"14\" fill=\"%s\"/><text x=\"%d\" y=\"%d\">"
-               "%d bits</text>\n", 70 + 90 * w, 58 + 22 * heads, COLOUR[w], 90 + 90 * w, 70 + 22 * heads,
-            WIDTH[w]);
+    fprintf(
+        f,
+        "<rect x=\"%d\" y=\"%d\" width=\"14\" height=\"14\" fill=\"%s\"/><text x=\"%d\" y=\"%d\">"
+        "%d bits</text>\n",
+        70 + 90 * w, 58 + 22 * heads, COLOUR[w], 90 + 90 * w, 70 + 22 * heads, WIDTH[w]);
   }
-  fprintf(f, "<text x=\"560\" y=\"%d\">rows: layer.head; left to right: position in the prompt</text>\n"
-             "</svg>\n", 70 + 22 * heads);
+  fprintf(
+      f,
+      "<text x=\"560\" y=\"%d\">rows: layer.head; left to right: position in the prompt</text>\n"
+      "</svg>\n",
+      70 + 22 * heads);
   fclose(f);
   for (l = 0; l <= m->n_layers; l++) free(owner[l]);
 }
 
-/* ---- main ------------------------------------------------------------------------------------- */
+/* ---- main -------------------------------------------------------------------------------------
+ */
 
 /* Takes the next word of a list with commas; 0 if it is empty or too long. */
 static int split(const char **at, char *word, int room) {
@@ -592,18 +649,22 @@ static int split(const char **at, char *word, int room) {
 
 static void usage(const options *o) {
   int i;
-  printf("usage: quality [options]\n"
-         "  --length N     bytes of context (%d)\n"
-         "  --samples N    contexts a task (%d)\n"
-         "  --seed N       of the first (%d)\n"
-         "  --keep LIST    budgets in %% of the fp16 cache (2.5,4,6.5,10,25)\n"
-         "  --protocol P   aware: the question is part of the compressed prompt; agnostic: it comes after\n"
-         "  --window N     queries that score (%d)   --pool N  tokens to average over (%d)\n"
-         "  --model FILE   --text FILE   --threads N\n"
-         "  --csv          instead of the table\n"
-         "  --svg FILE     curves of exact match and KL against bytes\n"
-         "  --map FILE     the widths that model scope chooses for the first prompt (aware) at the middle budget\n"
-         "  --methods LIST ", o->length, o->samples, (int)o->seed, o->window, o->pool);
+  printf(
+      "usage: quality [options]\n"
+      "  --length N     bytes of context (%d)\n"
+      "  --samples N    contexts a task (%d)\n"
+      "  --seed N       of the first (%d)\n"
+      "  --keep LIST    budgets in %% of the fp16 cache (2.5,4,6.5,10,25)\n"
+      "  --protocol P   aware: the question is part of the compressed prompt; agnostic: it comes "
+      "after\n"
+      "  --window N     queries that score (%d)   --pool N  tokens to average over (%d)\n"
+      "  --model FILE   --text FILE   --threads N\n"
+      "  --csv          instead of the table\n"
+      "  --svg FILE     curves of exact match and KL against bytes\n"
+      "  --map FILE     the widths that model scope chooses for the first prompt (aware) at the "
+      "middle budget\n"
+      "  --methods LIST ",
+      o->length, o->samples, (int)o->seed, o->window, o->pool);
   for (i = 0; i < METHODS; i++) printf("%s%s", i ? "," : "", METHOD[i].name);
   printf("\n  --tasks LIST   ");
   for (i = 0; i < N_TASKS; i++) printf("%s%s", i ? "," : "", task_name(i));
@@ -631,32 +692,45 @@ static void parse(int argc, char **argv, options *o) {
     }
     if (!value) die("%s: unknown, or without its value; see --help", name);
     i++;
-    if (strcmp(name, "--length") == 0) o->length = number(value, 512, 1 << 15);
-    else if (strcmp(name, "--samples") == 0) o->samples = number(value, 1, 1000000);
-    else if (strcmp(name, "--seed") == 0) o->seed = (uint64_t)number(value, 0, 1 << 30);
-    else if (strcmp(name, "--window") == 0) o->window = number(value, 1, 1024);
-    else if (strcmp(name, "--pool") == 0) o->pool = number(value, 1, 255);
-    else if (strcmp(name, "--threads") == 0) o->threads = number(value, 1, 1024);
-    else if (strcmp(name, "--model") == 0) o->model = value;
-    else if (strcmp(name, "--text") == 0) o->text = value;
-    else if (strcmp(name, "--svg") == 0) o->svg = value;
-    else if (strcmp(name, "--map") == 0) o->map = value;
+    if (strcmp(name, "--length") == 0)
+      o->length = number(value, 512, 1 << 15);
+    else if (strcmp(name, "--samples") == 0)
+      o->samples = number(value, 1, 1000000);
+    else if (strcmp(name, "--seed") == 0)
+      o->seed = (uint64_t)number(value, 0, 1 << 30);
+    else if (strcmp(name, "--window") == 0)
+      o->window = number(value, 1, 1024);
+    else if (strcmp(name, "--pool") == 0)
+      o->pool = number(value, 1, 255);
+    else if (strcmp(name, "--threads") == 0)
+      o->threads = number(value, 1, 1024);
+    else if (strcmp(name, "--model") == 0)
+      o->model = value;
+    else if (strcmp(name, "--text") == 0)
+      o->text = value;
+    else if (strcmp(name, "--svg") == 0)
+      o->svg = value;
+    else if (strcmp(name, "--map") == 0)
+      o->map = value;
     else if (strcmp(name, "--protocol") == 0) {
       o->agnostic = strcmp(value, "agnostic") == 0;
       if (!o->agnostic && strcmp(value, "aware") != 0) die("--protocol is aware or agnostic");
     } else if (strcmp(name, "--keep") == 0) {
       for (o->n_keeps = 0; *value; o->n_keeps++) {
         char *end;
-        if (o->n_keeps == MAX_KEEPS || !split(&value, word, 32)) die("--keep: at most %d", MAX_KEEPS);
+        if (o->n_keeps == MAX_KEEPS || !split(&value, word, 32))
+          die("--keep: at most %d", MAX_KEEPS);
         o->keep[o->n_keeps] = strtod(word, &end);
-        if (*end || !(o->keep[o->n_keeps] > 0 && o->keep[o->n_keeps] <= 100)) die("--keep: %s", word);
+        if (*end || !(o->keep[o->n_keeps] > 0 && o->keep[o->n_keeps] <= 100))
+          die("--keep: %s", word);
       }
       if (o->n_keeps == 0) die("--keep is empty");
     } else if (strcmp(name, "--methods") == 0) {
       memset(o->method, 0, sizeof o->method);
       while (*value) {
         if (!split(&value, word, 32)) die("--methods");
-        for (j = 0; j < METHODS && strcmp(word, METHOD[j].name) != 0; j++) {}
+        for (j = 0; j < METHODS && strcmp(word, METHOD[j].name) != 0; j++) {
+        }
         if (j == METHODS) die("unknown method %s", word);
         o->method[j] = 1;
       }
@@ -664,11 +738,13 @@ static void parse(int argc, char **argv, options *o) {
       memset(o->task, 0, sizeof o->task);
       while (*value) {
         if (!split(&value, word, 32)) die("--tasks");
-        for (j = 0; j < N_TASKS && strcmp(word, task_name(j)) != 0; j++) {}
+        for (j = 0; j < N_TASKS && strcmp(word, task_name(j)) != 0; j++) {
+        }
         if (j == N_TASKS) die("unknown task %s", word);
         o->task[j] = 1;
       }
-    } else die("unknown option %s; see --help", name);
+    } else
+      die("unknown option %s; see --help", name);
   }
   o->method[FULL] = 1; /* what the others are compared with */
 }
@@ -762,12 +838,14 @@ int main(int argc, char **argv) {
   if (!o.text) o.text = locate("examples/frankenstein.txt", "../examples/frankenstein.txt");
   if ((error = model_load(&m, o.model)) != NULL) die("%s: %s", o.model, error);
   text = (char *)model_read_file(o.text, &text_bytes);
-  if (!text || text_bytes < 2 * (size_t)o.length || text_bytes > 1 << 30) die("%s: cannot be used", o.text);
+  if (!text || text_bytes < 2 * (size_t)o.length || text_bytes > 1 << 30)
+    die("%s: cannot be used", o.text);
   room = o.length + ROOM;
   if (room > m.context) die("the model reads at most %d bytes", m.context - ROOM);
   logits = (float *)need(malloc((size_t)(room * m.vocab) * sizeof *logits));
   p.window = (float *)need(malloc((size_t)(3 * m.n_layers * m.n_kv_heads * room) * sizeof(float)));
-  p.all = p.window + m.n_layers * m.n_kv_heads * room, p.body = p.all + m.n_layers * m.n_kv_heads * room;
+  p.all = p.window + m.n_layers * m.n_kv_heads * room,
+  p.body = p.all + m.n_layers * m.n_kv_heads * room;
   b.v = (variant *)need(malloc(METHODS * MAX_KEEPS * sizeof *b.v));
   if (!kv_cache_init(&p.cache, &m, room)) die("out of memory");
 
@@ -779,10 +857,12 @@ int main(int argc, char **argv) {
       int body, l;
       if (!o.task[kind]) continue;
       if (!task_make(&t, kind == PROSE ? TASK_SINGLE : (task_kind)kind, o.length - 48,
-                     o.seed + (uint64_t)sample, text, (int)text_bytes)) die("out of memory");
+                     o.seed + (uint64_t)sample, text, (int)text_bytes))
+        die("out of memory");
       if (kind == PROSE) { /* not a task: the text itself, and its next bytes */
         uint64_t random = o.seed + (uint64_t)sample;
-        const char *from = text + task__random(&random, (uint32_t)((int)text_bytes - o.length - ROOM));
+        const char *from =
+            text + task__random(&random, (uint32_t)((int)text_bytes - o.length - ROOM));
         t.body_bytes = o.length, t.n_questions = 1;
         t.body = (char *)need(realloc(t.body, (size_t)(o.length + PROSE_BYTES + 1)));
         memcpy(t.body, from, (size_t)(o.length + PROSE_BYTES));
@@ -814,12 +894,16 @@ int main(int argc, char **argv) {
       done++;
       if (show) {
         int left = (int)(difftime(time(NULL), start) / done * (all - done));
-        fprintf(stderr, "\r%d of %d contexts, %d:%02d left \033[K", done, all, left / 60, left % 60);
+        fprintf(stderr, "\r%d of %d contexts, %d:%02d left \033[K", done, all, left / 60,
+                left % 60);
       }
     }
   }
   if (show) fputs("\r\033[K", stderr);
-  if (o.csv) print_csv(&o); else print_table(&o);
+  if (o.csv)
+    print_csv(&o);
+  else
+    print_table(&o);
   if (o.svg) save_curves(&o);
   kv_cache_free(&p.cache), model_free(&m), free(text), free(logits), free(p.window), free(b.v);
   return 0;

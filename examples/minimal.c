@@ -4,7 +4,6 @@
 #include "../rdkv.h"
 #include <stdio.h>
 #include <stdlib.h>
-
 enum { TOKENS = 4096, Q_HEADS = 8, KV_HEADS = 2, DIM = 128, WINDOW = 32 };
 #define MEMORY(bytes) ((void *)(((uintptr_t)malloc((bytes) + 128) + 127) & ~(uintptr_t)127))
 
@@ -17,7 +16,8 @@ int main(void) {
   float *k = MEMORY(TOKENS * KV_HEADS * DIM * 4), *v = MEMORY(TOKENS * KV_HEADS * DIM * 4);
   float *q = MEMORY(WINDOW * Q_HEADS * DIM * 4), *out = MEMORY(Q_HEADS * DIM * 4);
   for (uint32_t i = 0; i < TOKENS * KV_HEADS * DIM; i++) k[i] = noise(i), v[i] = noise(~i);
-  for (uint32_t i = 0; i < WINDOW * Q_HEADS * DIM; i++) { /* each head looks for a token of its own */
+  for (uint32_t i = 0; i < WINDOW * Q_HEADS * DIM;
+       i++) { /* each head looks for a token of its own */
     uint32_t head = i / DIM % Q_HEADS, token = 500 * head, kv_head = head / (Q_HEADS / KV_HEADS);
     q[i] = 0.5f * noise(i * 7) + k[(token * KV_HEADS + kv_head) * DIM + i % DIM];
   }
@@ -26,8 +26,8 @@ int main(void) {
   rdkv_status st = rdkv_resolve(&cfg, &cfg);
   rdkv_kv kv = {rdkv_dense(k, RDKV_F32, KV_HEADS, DIM), rdkv_dense(v, RDKV_F32, KV_HEADS, DIM),
                 rdkv_dense(q, RDKV_F32, Q_HEADS, DIM)};
-  size_t bytes = 0, room = rdkv_block_bound(&cfg, TOKENS), need = 64 << 20; /* ample: rdkv_*_scratch */
-  void *block = MEMORY(room), *scratch = MEMORY(need); /* tell how much each call wants */
+  size_t bytes = 0, room = rdkv_block_bound(&cfg, TOKENS), need = 64 << 20;
+  void *block = MEMORY(room), *scratch = MEMORY(need); /* ample; rdkv_*_scratch tell exactly */
   if (!st) st = rdkv_compress(&cfg, &kv, TOKENS, block, room, &bytes, scratch, need);
   rdkv_segment segment;
   if (!st) st = rdkv_open(block, bytes, RDKV_VERIFY, &segment);

@@ -1,11 +1,12 @@
 /* model.h - a Llama-style transformer in plain C, shared by examples/needle.c and bench/quality.c
 
-   It reads a checkpoint of llama2.c (version 2: int8 with group scales), turns it into float, and runs
-   any number of rows at once: the tokens of a prompt, or the next token of many sequences. What a row
-   attends to is the caller's affair, through one function pointer. That is where rdkv.h plugs in.
+   It reads a checkpoint of llama2.c (version 2: int8 with group scales), turns it into float, and
+   runs any number of rows at once: the tokens of a prompt, or the next token of many sequences.
+   What a row attends to is the caller's affair, through one function pointer. That is where rdkv.h
+   plugs in.
 
-   OpenMP is used when the compiler is told to (-fopenmp). The one hot loop, model__panel, is compiled
-   a second time for AVX2 and FMA on x86, so that a plain `cc -O3` gets them. */
+   OpenMP is used when the compiler is told to (-fopenmp). The one hot loop, model__panel, is
+   compiled a second time for AVX2 and FMA on x86, so that a plain `cc -O3` gets them. */
 #ifndef MODEL_H
 #define MODEL_H
 
@@ -15,7 +16,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MODEL_ROWS 192   /* rows of one pass: big enough to fill caches, small enough for progress */
+#define MODEL_ROWS 192   /* rows of one pass: big enough to fill caches, small enough for progress \
+                          */
 #define MODEL_LAYERS 64  /* the most that we read */
 #define MODEL_HEAD 128   /* widest head */
 #define MODEL_QUERIES 96 /* rows that share a tile of keys */
@@ -23,8 +25,8 @@
 #define MODEL_PANEL 16   /* columns that the inner loop computes at once */
 
 typedef struct model_layer {
-  float *norm_attention, *norm_ffn;         /* [dim] */
-  float *wq, *wk, *wv, *wo, *w1, *w2, *w3;  /* panels, see model__matrix */
+  float *norm_attention, *norm_ffn;        /* [dim] */
+  float *wq, *wk, *wv, *wo, *w1, *w2, *w3; /* panels, see model__matrix */
 } model_layer;
 
 typedef struct model {
@@ -35,12 +37,12 @@ typedef struct model {
   float *classifier; /* panels */
   float *rope;       /* [context][head_dim / 2][cos, sin] */
   model_layer layer[MODEL_LAYERS];
-  float *memory; /* everything above */
+  float *memory;                        /* everything above */
   float *x, *y, *q, *k, *v, *up, *gate; /* [MODEL_ROWS][...] of a pass */
 } model;
 
-/* Attention of one layer for n rows: q [n][n_heads * head_dim], k and v [n][kv_dim], after RoPE. Stores
-   k and v wherever it keeps them and writes out [n][n_heads * head_dim]. */
+/* Attention of one layer for n rows: q [n][n_heads * head_dim], k and v [n][kv_dim], after RoPE.
+   Stores k and v wherever it keeps them and writes out [n][n_heads * head_dim]. */
 typedef void model_attention(void *context, int layer, int n, const int *position, const float *q,
                              const float *k, const float *v, float *out);
 
@@ -49,49 +51,49 @@ typedef void model_attention(void *context, int layer, int n, const int *positio
 #if defined(__GNUC__)
 typedef float model__lanes __attribute__((vector_size(32), aligned(4), may_alias));
 
-/* c [n][16] += a [n][k] * b [k][16], six rows at a time: 12 accumulators fill a register file. A macro,
-   because the vectors must be lowered for each target apart. */
-#define MODEL__DEFINE_PANEL(name, attribute)                                                        \
-  attribute static void name(int n, int k, const float *a, int lda, const float *b, int ldb,       \
-                             float *c, int ldc) {                                                   \
-    int row = 0, i, r;                                                                              \
-    for (; row + 6 <= n; row += 6, a += 6 * lda, c += 6 * ldc) {                                    \
-      model__lanes sum[6][2];                                                                       \
-      for (r = 0; r < 6; r++) {                                                                     \
-        sum[r][0] = *(const model__lanes *)(c + r * ldc);                                           \
-        sum[r][1] = *(const model__lanes *)(c + r * ldc + 8);                                       \
-      }                                                                                             \
-      for (i = 0; i < k; i++) {                                                                     \
-        model__lanes b0 = *(const model__lanes *)(b + i * ldb);                                     \
-        model__lanes b1 = *(const model__lanes *)(b + i * ldb + 8);                                 \
-        for (r = 0; r < 6; r++) {                                                                   \
-          sum[r][0] += a[r * lda + i] * b0;                                                         \
-          sum[r][1] += a[r * lda + i] * b1;                                                         \
-        }                                                                                           \
-      }                                                                                             \
-      for (r = 0; r < 6; r++) {                                                                     \
-        *(model__lanes *)(c + r * ldc) = sum[r][0];                                                 \
-        *(model__lanes *)(c + r * ldc + 8) = sum[r][1];                                             \
-      }                                                                                             \
-    }                                                                                               \
-    for (; row < n; row++, a += lda, c += ldc) {                                                    \
-      model__lanes s0 = *(const model__lanes *)c, s1 = *(const model__lanes *)(c + 8);              \
-      for (i = 0; i < k; i++) {                                                                     \
-        s0 += a[i] * *(const model__lanes *)(b + i * ldb);                                          \
-        s1 += a[i] * *(const model__lanes *)(b + i * ldb + 8);                                      \
-      }                                                                                             \
-      *(model__lanes *)c = s0;                                                                      \
-      *(model__lanes *)(c + 8) = s1;                                                                \
-    }                                                                                               \
+/* c [n][16] += a [n][k] * b [k][16], six rows at a time: 12 accumulators fill a register file. A
+   macro, because the vectors must be lowered for each target apart. */
+#define MODEL__DEFINE_PANEL(name, attribute)                                                 \
+  attribute static void name(int n, int k, const float *a, int lda, const float *b, int ldb, \
+                             float *c, int ldc) {                                            \
+    int row = 0, i, r;                                                                       \
+    for (; row + 6 <= n; row += 6, a += 6 * lda, c += 6 * ldc) {                             \
+      model__lanes sum[6][2];                                                                \
+      for (r = 0; r < 6; r++) {                                                              \
+        sum[r][0] = *(const model__lanes *)(c + r * ldc);                                    \
+        sum[r][1] = *(const model__lanes *)(c + r * ldc + 8);                                \
+      }                                                                                      \
+      for (i = 0; i < k; i++) {                                                              \
+        model__lanes b0 = *(const model__lanes *)(b + i * ldb);                              \
+        model__lanes b1 = *(const model__lanes *)(b + i * ldb + 8);                          \
+        for (r = 0; r < 6; r++) {                                                            \
+          sum[r][0] += a[r * lda + i] * b0;                                                  \
+          sum[r][1] += a[r * lda + i] * b1;                                                  \
+        }                                                                                    \
+      }                                                                                      \
+      for (r = 0; r < 6; r++) {                                                              \
+        *(model__lanes *)(c + r * ldc) = sum[r][0];                                          \
+        *(model__lanes *)(c + r * ldc + 8) = sum[r][1];                                      \
+      }                                                                                      \
+    }                                                                                        \
+    for (; row < n; row++, a += lda, c += ldc) {                                             \
+      model__lanes s0 = *(const model__lanes *)c, s1 = *(const model__lanes *)(c + 8);       \
+      for (i = 0; i < k; i++) {                                                              \
+        s0 += a[i] * *(const model__lanes *)(b + i * ldb);                                   \
+        s1 += a[i] * *(const model__lanes *)(b + i * ldb + 8);                               \
+      }                                                                                      \
+      *(model__lanes *)c = s0;                                                               \
+      *(model__lanes *)(c + 8) = s1;                                                         \
+    }                                                                                        \
   }
 #else
-#define MODEL__DEFINE_PANEL(name, attribute)                                                        \
-  static void name(int n, int k, const float *a, int lda, const float *b, int ldb, float *c,       \
-                   int ldc) {                                                                       \
-    int row, i, j;                                                                                  \
-    for (row = 0; row < n; row++)                                                                   \
-      for (i = 0; i < k; i++)                                                                       \
-        for (j = 0; j < MODEL_PANEL; j++) c[row * ldc + j] += a[row * lda + i] * b[i * ldb + j];    \
+#define MODEL__DEFINE_PANEL(name, attribute)                                                     \
+  static void name(int n, int k, const float *a, int lda, const float *b, int ldb, float *c,     \
+                   int ldc) {                                                                    \
+    int row, i, j;                                                                               \
+    for (row = 0; row < n; row++)                                                                \
+      for (i = 0; i < k; i++)                                                                    \
+        for (j = 0; j < MODEL_PANEL; j++) c[row * ldc + j] += a[row * lda + i] * b[i * ldb + j]; \
   }
 #endif
 
@@ -136,9 +138,9 @@ static void model__norm(int n, int dim, const float *x, const float *weight, flo
   }
 }
 
-/* x[i] = exp(x[i] - max) and returns the sum; max >= every x[i]. exp(y) = 2^n e^r, |r| <= ln(2)/2, e^r
-   by its series, relative error about 2e-7. Minimum, rounding and 2^n work on the bits, because that is
-   what compilers vectorise without being told to relax the rules of floating point. */
+/* x[i] = exp(x[i] - max) and returns the sum; max >= every x[i]. exp(y) = 2^n e^r, |r| <= ln(2)/2,
+   e^r by its series, relative error about 2e-7. Minimum, rounding and 2^n work on the bits, because
+   that is what compilers vectorise without being told to relax the rules of floating point. */
 static float model__exp(float *x, int n, float max) {
   const float magic = 12582912.0f; /* 1.5 * 2^23: adding it leaves an integer in the low bits */
   float sum[8] = {0};
@@ -154,8 +156,9 @@ static float model__exp(float *x, int n, float max) {
     power.f = y.f * 1.44269504f + magic;
     r = y.f - (power.f - magic) * 0.693359375f + (power.f - magic) * 2.12194440e-4f;
     power.u = (power.u << 23) + 0x3f800000u;
-    x[i] = power.f *
-           (1 + r * (1 + r * (0.5f + r * (0.166666667f + r * (0.0416666667f + r * 0.00833333333f)))));
+    x[i] =
+        power.f *
+        (1 + r * (1 + r * (0.5f + r * (0.166666667f + r * (0.0416666667f + r * 0.00833333333f)))));
   }
   for (i = 0; i + 8 <= n; i += 8)
     for (j = 0; j < 8; j++) sum[j] += x[i + j];
@@ -249,16 +252,19 @@ static const char *model_load(model *m, const char *path) {
   for (i = 2; i < 9; i++)
     if (head[i] < 1 || head[i] > 1 << 16) return free(file), "sizes out of range";
   if (m->n_layers > MODEL_LAYERS || m->vocab != 256 || m->n_heads % m->n_kv_heads ||
-      m->dim % m->n_heads || m->dim > 4096 || m->hidden > 16384 || m->context > 1 << 15 || group < 1)
+      m->dim % m->n_heads || m->dim > 4096 || m->hidden > 16384 || m->context > 1 << 15 ||
+      group < 1)
     return free(file), "sizes that this program does not support";
   m->head_dim = m->dim / m->n_heads, m->kv_dim = m->head_dim * m->n_kv_heads;
   if (m->head_dim % MODEL_PANEL || m->head_dim > MODEL_HEAD || m->hidden % MODEL_PANEL ||
       m->dim % group || m->hidden % group)
     return free(file), "sizes that this program does not support";
 
-  weights = (size_t)m->n_layers * (size_t)(2 * m->dim * (m->dim + m->kv_dim) + 3 * m->dim * m->hidden) +
-            (size_t)(m->vocab * m->dim);
-  want = 256 + (size_t)(2 * m->n_layers + 1) * (size_t)m->dim * 4 + weights + weights / (size_t)group * 4;
+  weights =
+      (size_t)m->n_layers * (size_t)(2 * m->dim * (m->dim + m->kv_dim) + 3 * m->dim * m->hidden) +
+      (size_t)(m->vocab * m->dim);
+  want = 256 + (size_t)(2 * m->n_layers + 1) * (size_t)m->dim * 4 + weights +
+         weights / (size_t)group * 4;
   if (bytes < want) return free(file), "too short";
   rows = (size_t)(2 * m->n_layers + 1) * (size_t)m->dim + weights + (size_t)(m->vocab * m->dim) +
          (size_t)m->context * (size_t)m->head_dim;
@@ -280,7 +286,7 @@ static const char *model_load(model *m, const char *path) {
     m->classifier = model__matrix(&from, &to, m->vocab, m->dim, group, 1);
   }
 #define MODEL__EACH(name, rows_, columns_) \
-  for (l = 0; l < m->n_layers; l++) \
+  for (l = 0; l < m->n_layers; l++)        \
     m->layer[l].name = model__matrix(&from, &to, rows_, columns_, group, 1);
   MODEL__EACH(wq, m->dim, m->dim)
   MODEL__EACH(wk, m->kv_dim, m->dim)
@@ -360,15 +366,16 @@ typedef struct kv_cache {
   const model *m;
   int capacity, n; /* n tokens are in it; set it back to forget the last ones */
   float *k, *v;    /* [layer][capacity][kv_dim], k after RoPE */
-  float *q;        /* [layer][capacity][dim]: the queries, of which compression wants the last few */
-  float *score;    /* [n_heads][capacity] scratch */
+  float *q;     /* [layer][capacity][dim]: the queries, of which compression wants the last few */
+  float *score; /* [n_heads][capacity] scratch */
 } kv_cache;
 
 static int kv_cache_init(kv_cache *cache, const model *m, int capacity) {
   size_t rows = (size_t)m->n_layers * (size_t)capacity;
   cache->m = m, cache->capacity = capacity, cache->n = 0;
-  cache->k = (float *)malloc((rows * (size_t)(2 * m->kv_dim + m->dim) +
-                              (size_t)m->n_heads * (size_t)capacity) * sizeof(float));
+  cache->k = (float *)malloc(
+      (rows * (size_t)(2 * m->kv_dim + m->dim) + (size_t)m->n_heads * (size_t)capacity) *
+      sizeof(float));
   if (!cache->k) return 0;
   cache->v = cache->k + rows * (size_t)m->kv_dim;
   cache->q = cache->v + rows * (size_t)m->kv_dim;
@@ -378,8 +385,8 @@ static int kv_cache_init(kv_cache *cache, const model *m, int capacity) {
 
 static void kv_cache_free(kv_cache *cache) { free(cache->k); }
 
-/* score [n][stride], columns [0, tile) = scaled q.k of n <= MODEL_QUERIES rows of one head, q [n][dim],
-   with tile <= MODEL_KEYS keys, k [tile][kv_dim]. */
+/* score [n][stride], columns [0, tile) = scaled q.k of n <= MODEL_QUERIES rows of one head, q
+   [n][dim], with tile <= MODEL_KEYS keys, k [tile][kv_dim]. */
 static void model__scores(const model *m, int n, const float *q, const float *k, int tile,
                           float *score, int stride) {
   float keys[MODEL_HEAD * MODEL_KEYS], sum[MODEL_QUERIES * MODEL_KEYS];
@@ -442,8 +449,7 @@ static void model__attend_row(int dim, int n, const float *q, const float *k, co
   }
   sum = model__exp(score, n, model__max(score, n, -1e30f));
   memset(out, 0, (size_t)dim * sizeof *out);
-  for (i = 0; i < dim; i += MODEL_PANEL)
-    model__panel(1, n, score, n, v + i, stride, out + i, dim);
+  for (i = 0; i < dim; i += MODEL_PANEL) model__panel(1, n, score, n, v + i, stride, out + i, dim);
   for (i = 0; i < dim; i++) out[i] /= sum;
 }
 
@@ -472,23 +478,24 @@ static void kv_cache_attend(void *context, int layer, int n, const int *position
   }
 }
 
-/* Appends n tokens to the cache; logits [n][vocab]. progress, if not NULL, is called after each pass
-   with the tokens done. */
+/* Appends n tokens to the cache; logits [n][vocab]. progress, if not NULL, is called after each
+   pass with the tokens done. */
 static void kv_cache_prefill(model *m, kv_cache *cache, const uint8_t *token, int n, float *logits,
                              void (*progress)(int done, int all)) {
   int position[MODEL_ROWS], done, i;
   for (done = 0; done < n;) {
     int rows = n - done < MODEL_ROWS ? n - done : MODEL_ROWS;
     for (i = 0; i < rows; i++) position[i] = cache->n + i;
-    model_forward(m, rows, token + done, position, kv_cache_attend, cache, logits + done * m->vocab);
+    model_forward(m, rows, token + done, position, kv_cache_attend, cache,
+                  logits + done * m->vocab);
     done += rows;
     cache->n += rows;
     if (progress) progress(done, n);
   }
 }
 
-/* Attention that the queries at positions [begin, cache->n) pay to each token, summed over queries and
-   over the query heads of a kv head: mass [n_kv_heads][cache->n]. 0 if there is no memory. */
+/* Attention that the queries at positions [begin, cache->n) pay to each token, summed over queries
+   and over the query heads of a kv head: mass [n_kv_heads][cache->n]. 0 if there is no memory. */
 static int kv_cache_mass(const kv_cache *cache, int layer, int begin, float *mass) {
   const model *m = cache->m;
   int n = cache->n, group = m->n_heads / m->n_kv_heads, head, ok = 1;
@@ -540,10 +547,10 @@ static void kv_pool(const float *x, int n, int width, float *y) {
 
 typedef struct kv_list {
   const model *m;
-  int capacity;  /* tokens that a list has room for */
-  int *n;        /* [layer][kv head] tokens that it holds */
-  float *k, *v;  /* [layer][kv head][capacity][head_dim] */
-  float *score;  /* [capacity] scratch */
+  int capacity; /* tokens that a list has room for */
+  int *n;       /* [layer][kv head] tokens that it holds */
+  float *k, *v; /* [layer][kv head][capacity][head_dim] */
+  float *score; /* [capacity] scratch */
 } kv_list;
 
 static int kv_list_init(kv_list *list, const model *m, int capacity) {
@@ -581,10 +588,10 @@ static int kv__by_token(const void *a, const void *b) {
   return ((const kv__ranked *)a)->token - ((const kv__ranked *)b)->token;
 }
 
-/* Eviction: one head keeps the last `always` tokens and those of the highest score, `keep` in all, in
-   their order. score [dense->n]. 0 if there is no memory. */
-static int kv_list_take(kv_list *list, const kv_cache *dense, int layer, int head, const float *score,
-                        int keep, int always) {
+/* Eviction: one head keeps the last `always` tokens and those of the highest score, `keep` in all,
+   in their order. score [dense->n]. 0 if there is no memory. */
+static int kv_list_take(kv_list *list, const kv_cache *dense, int layer, int head,
+                        const float *score, int keep, int always) {
   const model *m = dense->m;
   int n = dense->n, i;
   kv__ranked *rank = (kv__ranked *)malloc((size_t)n * sizeof *rank);
@@ -618,7 +625,8 @@ static void kv_list_attend(void *context, int layer, int n, const int *position,
     for (h = 0; h < m->n_heads; h++) {
       int i = layer * m->n_kv_heads + h / (m->n_heads / m->n_kv_heads);
       int at = i * list->capacity * dim, x = r * m->dim + h * dim;
-      model__attend_row(dim, list->n[i], q + x, list->k + at, list->v + at, dim, list->score, out + x);
+      model__attend_row(dim, list->n[i], q + x, list->k + at, list->v + at, dim, list->score,
+                        out + x);
     }
   }
 }

@@ -2,10 +2,10 @@
 
      cc -O3 -o needle examples/needle.c -lm && ./needle
 
-   A small language model (examples/needle-4m.q8.bin) reads some 4000 bytes of a novel, or of hex pairs,
-   and answers questions about lines hidden in them: from its full cache, and from caches of a twentieth
-   of the bytes. Add -fopenmp for more than one core. packed.h is all that concerns rdkv.h, model.h a
-   transformer such as you may already have, tasks.h makes the questions. */
+   A small language model (examples/needle-4m.q8.bin) reads some 4000 bytes of a novel, or of hex
+   pairs, and answers questions about lines hidden in them: from its full cache, and from caches of
+   a twentieth of the bytes. Add -fopenmp for more than one core. packed.h is all that concerns
+   rdkv.h, model.h a transformer such as you may already have, tasks.h makes the questions. */
 
 #define RDKV_IMPLEMENTATION
 #include "packed.h"
@@ -23,7 +23,8 @@
 #define ANSWER_BYTES 48 /* and so the tokens that a sequence may grow by */
 
 typedef enum method { FULL, JOINT, PAPER, SNAPKV, METHODS } method;
-static const char *const METHOD_NAME[METHODS] = {"full cache", "rdkv joint", "rdkv paper", "SnapKV fp16"};
+static const char *const METHOD_NAME[METHODS] = {"full cache", "rdkv joint", "rdkv paper",
+                                                 "SnapKV fp16"};
 
 static const task_kind TASKS[] = {TASK_MULTIKEY, TASK_MULTIQUERY, TASK_KV, TASK_MULTIVALUE};
 #define N_TASKS ((int)(sizeof TASKS / sizeof *TASKS))
@@ -45,16 +46,19 @@ static void die(const char *format, ...) {
   exit(1);
 }
 
-/* ---- SnapKV : what one would do without rdkv.h ------------------------------------------------ */
+/* ---- SnapKV : what one would do without rdkv.h ------------------------------------------------
+ */
 
-/* Keeps the window and those tokens before it that the window attends to most (arXiv 2404.14469), as
-   many as fit into the budget in fp16. Returns the bytes. (K and V stay float here: no rounding is
-   held against SnapKV.) */
-static uint64_t snapkv_init(kv_list *list, const kv_cache *dense, const options *o, uint64_t budget) {
+/* Keeps the window and those tokens before it that the window attends to most (arXiv 2404.14469),
+   as many as fit into the budget in fp16. Returns the bytes. (K and V stay float here: no rounding
+   is held against SnapKV.) */
+static uint64_t snapkv_init(kv_list *list, const kv_cache *dense, const options *o,
+                            uint64_t budget) {
   const model *m = dense->m;
   int n = dense->n, heads = m->n_layers * m->n_kv_heads, l, h;
   uint64_t token_bytes = 4 * (uint64_t)m->head_dim;
-  int keep = (int)(budget / (uint64_t)heads / token_bytes), begin = n > o->window ? n - o->window : 0;
+  int keep = (int)(budget / (uint64_t)heads / token_bytes),
+      begin = n > o->window ? n - o->window : 0;
   float *mass = (float *)malloc((size_t)((m->n_kv_heads + 1) * n) * sizeof *mass);
   float *pooled = mass + m->n_kv_heads * n;
   int ok = kv_list_init(list, m, keep + ANSWER_BYTES) && mass;
@@ -70,7 +74,8 @@ static uint64_t snapkv_init(kv_list *list, const kv_cache *dense, const options 
   return (uint64_t)(keep * heads) * token_bytes;
 }
 
-/* ---- questions and answers -------------------------------------------------------------------- */
+/* ---- questions and answers --------------------------------------------------------------------
+ */
 
 typedef struct score {
   double bytes;
@@ -80,7 +85,8 @@ typedef struct score {
 static int show_progress;
 
 static void progress(int done, int all) {
-  if (show_progress) fprintf(stderr, "\rreading %d of %d bytes%s", done, all, done == all ? "\r\033[K" : "");
+  if (show_progress)
+    fprintf(stderr, "\rreading %d of %d bytes%s", done, all, done == all ? "\r\033[K" : "");
 }
 
 /* Greedy decoding until the end of the line, from the logits of the prompt's last byte on. */
@@ -159,16 +165,17 @@ static void summary(const score *s, const char *name) {
 }
 
 static void usage(const options *o) {
-  printf("usage: needle [options]\n"
-         "  --context N   bytes that the model reads before a question (%d)\n"
-         "  --keep LIST   what compression leaves, in %% of the fp16 cache, e.g. 4,6.5,10 (%g)\n"
-         "  --samples N   contexts of each task (%d); with more than one only the summary is printed\n"
-         "  --seed N      of the first context (%d)\n"
-         "  --window N    queries at the prompt's end that decide what matters (%d)\n"
-         "  --pool N      tokens over which their attention is averaged, odd (%d)\n"
-         "  --model FILE  checkpoint of llama2.c, version 2 (needle-4m.q8.bin)\n"
-         "  --text FILE   prose to hide needles in (frankenstein.txt)\n",
-         o->context, o->keep[0], o->samples, (int)o->seed, o->window, o->pool);
+  printf(
+      "usage: needle [options]\n"
+      "  --context N   bytes that the model reads before a question (%d)\n"
+      "  --keep LIST   what compression leaves, in %% of the fp16 cache, e.g. 4,6.5,10 (%g)\n"
+      "  --samples N   contexts of each task (%d); with more than one only the summary is printed\n"
+      "  --seed N      of the first context (%d)\n"
+      "  --window N    queries at the prompt's end that decide what matters (%d)\n"
+      "  --pool N      tokens over which their attention is averaged, odd (%d)\n"
+      "  --model FILE  checkpoint of llama2.c, version 2 (needle-4m.q8.bin)\n"
+      "  --text FILE   prose to hide needles in (frankenstein.txt)\n",
+      o->context, o->keep[0], o->samples, (int)o->seed, o->window, o->pool);
   exit(0);
 }
 
@@ -187,23 +194,32 @@ static void parse(int argc, char **argv, options *o) {
     if (strcmp(name, "--help") == 0) usage(o);
     if (!value) die("%s: unknown, or without its value; see --help", name);
     i++;
-    if (strcmp(name, "--context") == 0) o->context = number(value, 512, 1 << 15);
-    else if (strcmp(name, "--samples") == 0) o->samples = number(value, 1, 1000000);
-    else if (strcmp(name, "--seed") == 0) o->seed = (uint64_t)number(value, 0, 1 << 30);
-    else if (strcmp(name, "--window") == 0) o->window = number(value, 1, 1024);
-    else if (strcmp(name, "--pool") == 0) o->pool = number(value, 1, 255);
-    else if (strcmp(name, "--model") == 0) o->model = value;
-    else if (strcmp(name, "--text") == 0) o->text = value;
+    if (strcmp(name, "--context") == 0)
+      o->context = number(value, 512, 1 << 15);
+    else if (strcmp(name, "--samples") == 0)
+      o->samples = number(value, 1, 1000000);
+    else if (strcmp(name, "--seed") == 0)
+      o->seed = (uint64_t)number(value, 0, 1 << 30);
+    else if (strcmp(name, "--window") == 0)
+      o->window = number(value, 1, 1024);
+    else if (strcmp(name, "--pool") == 0)
+      o->pool = number(value, 1, 255);
+    else if (strcmp(name, "--model") == 0)
+      o->model = value;
+    else if (strcmp(name, "--text") == 0)
+      o->text = value;
     else if (strcmp(name, "--keep") == 0) {
       for (o->n_keeps = 0;; value++) {
         char *end;
         double keep = strtod(value, &end);
-        if (end == value || !(keep > 0 && keep <= 100) || o->n_keeps == MAX_KEEPS || (*end && *end != ','))
+        if (end == value || !(keep > 0 && keep <= 100) || o->n_keeps == MAX_KEEPS ||
+            (*end && *end != ','))
           die("--keep wants up to %d percentages with commas between them", MAX_KEEPS);
         o->keep[o->n_keeps++] = keep;
         if (!*(value = end)) break;
       }
-    } else die("unknown option %s; see --help", name);
+    } else
+      die("unknown option %s; see --help", name);
   }
 }
 
@@ -230,7 +246,8 @@ int main(int argc, char **argv) {
   if (!o.text) o.text = locate("frankenstein.txt", "examples/frankenstein.txt");
   if ((error = model_load(&m, o.model)) != NULL) die("%s: %s", o.model, error);
   text = model_read_file(o.text, &text_bytes);
-  if (!text || text_bytes < (size_t)o.context || text_bytes > 1 << 30) die("%s: cannot be used", o.text);
+  if (!text || text_bytes < (size_t)o.context || text_bytes > 1 << 30)
+    die("%s: cannot be used", o.text);
   room = o.context + 2 * ANSWER_BYTES;
   if (room > m.context) die("the model reads at most %d bytes", m.context - 2 * ANSWER_BYTES);
   logits = (float *)malloc((size_t)(room * m.vocab) * sizeof *logits);
@@ -244,21 +261,22 @@ int main(int argc, char **argv) {
       task t;
       int body;
       if (!task_make(&t, TASKS[kind], o.context - 48, o.seed + (uint64_t)sample, (const char *)text,
-                     (int)text_bytes)) die("out of memory");
+                     (int)text_bytes))
+        die("out of memory");
       cache.n = 0;
       kv_cache_prefill(&m, &cache, (const uint8_t *)t.body, t.body_bytes, logits, progress);
       body = cache.n;
       if (o.samples == 1)
         printf("\n%s: %d bytes, \"%.60s...\"\n", TASK_NAME[TASKS[kind]], body, t.body);
       else if (show_progress)
-        fprintf(stderr, "\r\033[Ksample %d of %d, %s", sample + 1, o.samples, TASK_NAME[TASKS[kind]]);
+        fprintf(stderr, "\r\033[Ksample %d of %d, %s", sample + 1, o.samples,
+                TASK_NAME[TASKS[kind]]);
       for (q = 0; q < t.n_questions; q++) {
         int bytes = (int)strlen(t.question[q]);
         const float *last = logits + (bytes - 1) * m.vocab;
         cache.n = body; /* forget the question before; each has a prompt of its own */
         kv_cache_prefill(&m, &cache, (const uint8_t *)t.question[q], bytes, logits, NULL);
-        if (o.samples == 1)
-          printf("%.*s\n", bytes - 5, t.question[q] + 1);
+        if (o.samples == 1) printf("%.*s\n", bytes - 5, t.question[q] + 1);
         ask(&m, &cache, &o, FULL, 100, &t, q, kind, last, &full);
         for (i = 0; i < o.n_keeps; i++) {
           for (how = JOINT; how < METHODS; how++)

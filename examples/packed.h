@@ -24,14 +24,16 @@ static void *packed__memory(size_t bytes, void **owner) {
   return memory ? memory + (128 - (uintptr_t)memory % 128) : NULL;
 }
 
-/* One layer of a dense cache as rdkv.h wants it: llama2.c's layout is a [token][head][dim] array. */
+/* One layer of a dense cache as rdkv.h wants it: llama2.c's layout is a [token][head][dim] array.
+ */
 static rdkv_kv packed_layer(const kv_cache *dense, int window, int layer) {
   const model *m = dense->m;
   int first = layer * dense->capacity, seen = window < dense->n ? window : dense->n;
   rdkv_kv kv;
   kv.k = rdkv_dense(dense->k + first * m->kv_dim, RDKV_F32, m->n_kv_heads, m->head_dim);
   kv.v = rdkv_dense(dense->v + first * m->kv_dim, RDKV_F32, m->n_kv_heads, m->head_dim);
-  kv.q = rdkv_dense(dense->q + (first + dense->n - seen) * m->dim, RDKV_F32, m->n_heads, m->head_dim);
+  kv.q =
+      rdkv_dense(dense->q + (first + dense->n - seen) * m->dim, RDKV_F32, m->n_heads, m->head_dim);
   return kv;
 }
 
@@ -41,8 +43,9 @@ static void packed_free(packed *p) {
 }
 
 /* Compresses what is in the dense cache, which may then be freed, and makes a tail for room tokens.
-   want: profile, window, budget and so on; the shape is filled in. layer_by_layer: compress each layer
-   without knowing the later ones, as one would do during prefill to need only one dense layer. */
+   want: profile, window, budget and so on; the shape is filled in. layer_by_layer: compress each
+   layer without knowing the later ones, as one would do during prefill to need only one dense
+   layer. */
 static rdkv_status packed_init(packed *p, const kv_cache *dense, const rdkv_config *want,
                                int layer_by_layer, int room) {
   const model *m = dense->m;
@@ -95,8 +98,8 @@ static rdkv_status packed_init(packed *p, const kv_cache *dense, const rdkv_conf
   return st;
 }
 
-/* model_attention of a packed sequence: the new token's K and V go to the tail, its queries attend to
-   segments and tail. */
+/* model_attention of a packed sequence: the new token's K and V go to the tail, its queries attend
+   to segments and tail. */
 static void packed_attend(void *context, int layer, int n, const int *position, const float *q,
                           const float *k, const float *v, float *out) {
   packed *p = (packed *)context;
@@ -108,7 +111,8 @@ static void packed_attend(void *context, int layer, int n, const int *position, 
     rdkv_tensor value = rdkv_dense(v + r * kv_dim, RDKV_F32, c->n_kv_heads, c->k_dim);
     rdkv_status st = rdkv_tail_append(&p->tail, layer, key, value, 1);
     if (st == RDKV_OK)
-      st = rdkv_attend(c, &p->cache, layer, q + r * dim, out + r * dim, NULL, p->work, p->work_bytes);
+      st = rdkv_attend(c, &p->cache, layer, q + r * dim, out + r * dim, NULL, p->work,
+                       p->work_bytes);
     if (st != RDKV_OK) { /* the tail is full: a bug of the caller */
       fprintf(stderr, "packed_attend: %s\n", rdkv_status_string(st));
       exit(1);

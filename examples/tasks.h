@@ -1,5 +1,5 @@
-/* tasks.h - prompts with known answers, in the wording that needle-4m.q8.bin was trained on; shared by
-   examples/needle.c and bench/quality.c. After the tasks of RULER (arXiv 2404.06654). */
+/* tasks.h - prompts with known answers, in the wording that needle-4m.q8.bin was trained on; shared
+   by examples/needle.c and bench/quality.c. After the tasks of RULER (arXiv 2404.06654). */
 #ifndef TASKS_H
 #define TASKS_H
 
@@ -22,8 +22,8 @@ typedef enum task_kind {
   TASK_KINDS
 } task_kind;
 
-static const char *const TASK_NAME[TASK_KINDS] = {"single",     "multikey", "multiquery", "multivalue",
-                                                  "kv", "vt", "passkey"};
+static const char *const TASK_NAME[TASK_KINDS] = {"single", "multikey", "multiquery", "multivalue",
+                                                  "kv",     "vt",       "passkey"};
 
 typedef struct task {
   char *body; /* owned */
@@ -75,7 +75,8 @@ static int task__prose(const char *text, int text_bytes, int *at, char *to, int 
   }
 }
 
-/* Writes the body: prose, with the lines put in between sentences at random places, in their order. */
+/* Writes the body: prose, with the lines put in between sentences at random places, in their order.
+ */
 static void task__haystack(task *t, uint64_t *random, int bytes, const char *text, int text_bytes,
                            char (*line)[80], int n_lines) {
   int depth[TASK_LINES + 1], prose = bytes, copied = 0, at, i, j;
@@ -101,8 +102,8 @@ static void task__haystack(task *t, uint64_t *random, int bytes, const char *tex
   t->body_bytes = (int)(to - t->body);
 }
 
-/* Makes a task whose body has at most bytes bytes (512 or more). text is prose, one paragraph a line.
-   Returns 0 if there is no memory. Free task.body. */
+/* Makes a task whose body has at most bytes bytes (512 or more). text is prose, one paragraph a
+   line. Returns 0 if there is no memory. Free task.body. */
 static int task_make(task *t, task_kind kind, int bytes, uint64_t seed, const char *text,
                      int text_bytes) {
   static const char *const KIND[4] = {"secret code", "lucky number", "door key", "ticket number"};
@@ -131,23 +132,37 @@ static int task_make(task *t, task_kind kind, int bytes, uint64_t seed, const ch
   }
 
   switch (kind) {
-    case TASK_SINGLE: n_lines = t->n_questions = 1; break;
-    case TASK_MULTIKEY: n_lines = 8, t->n_questions = 1; break;
-    case TASK_MULTIQUERY: n_lines = 8, t->n_questions = 4; break;
-    case TASK_MULTIVALUE: n_lines = 3, t->n_questions = 1; break;
-    case TASK_VARIABLES: n_lines = 3, t->n_questions = 1; break;
-    default: n_lines = t->n_questions = 1; break;
+    case TASK_SINGLE:
+      n_lines = t->n_questions = 1;
+      break;
+    case TASK_MULTIKEY:
+      n_lines = 8, t->n_questions = 1;
+      break;
+    case TASK_MULTIQUERY:
+      n_lines = 8, t->n_questions = 4;
+      break;
+    case TASK_MULTIVALUE:
+      n_lines = 3, t->n_questions = 1;
+      break;
+    case TASK_VARIABLES:
+      n_lines = 3, t->n_questions = 1;
+      break;
+    default:
+      n_lines = t->n_questions = 1;
+      break;
   }
   for (i = 0; i < n_lines; i++) {
     do {
       task__name(&random, name[i]);
-      for (j = 0; j < i && strcmp(name[i], name[j]) != 0; j++) {}
+      for (j = 0; j < i && strcmp(name[i], name[j]) != 0; j++) {
+      }
     } while (j < i);
     task__digits(&random, kind == TASK_VARIABLES || kind == TASK_PASSKEY ? 5 : 6, 10, value[i]);
     what[i] = (int)task__random(&random, 4);
     if (kind == TASK_MULTIVALUE && i > 0) what[i] = what[0], strcpy(name[i], name[0]);
     if (kind == TASK_VARIABLES)
-      sprintf(line[i], i ? "VAR %s = VAR %s." : "VAR %s = %s.", name[i], i ? name[i - 1] : value[0]);
+      sprintf(line[i], i ? "VAR %s = VAR %s." : "VAR %s = %s.", name[i],
+              i ? name[i - 1] : value[0]);
     else if (kind == TASK_PASSKEY)
       sprintf(line[i], "The pass key is %s. Remember it. %s is the pass key.", value[i], value[i]);
     else
