@@ -225,7 +225,8 @@ RDKV_API rdkv_status rdkv_calibrate(const rdkv_config *cfg, const rdkv_kv *kv, u
    and skip rdkv_allocate. */
 typedef struct rdkv_layer {
   uint32_t n_tokens;
-  float *token; /* [n_kv_heads][n_tokens] pooled window attention, summed over the group, >= 0 */
+  float *token; /* [n_kv_heads][n_tokens] mean attention of the window's queries (RDKV_JOINT: the
+                   last ones count most), summed over the group, pooled, >= 0 */
   float *q_square;    /* [n_kv_heads][k_dim] mean over queries of q^2 */
   float *k_square;    /* [n_kv_heads][k_dim] mean over tokens of k^2 */
   float *mean_out;    /* [n_kv_heads][v_dim] mean output of the window's attention */
@@ -388,13 +389,17 @@ RDKV_API rdkv_status rdkv_compress(const rdkv_config *cfg, const rdkv_kv *kv, ui
 
 /* Layer-by-layer compression of a prompt: call rdkv_stream_layer for layer 0, 1, ... right after
    its prefill attention, then free or overwrite its dense K and V. Lambda is solved on the layers
-   seen so far and carried on; the last layer ends on the budget. State of one prompt,
-   zero-initialised. */
+   seen so far and carried on; the last layer ends on the budget. What the layers to come need is
+   guessed: from an earlier prompt of the model if there was one, else from the mean of those seen.
+   State of one prompt: zero it, set earlier. */
 typedef struct rdkv_stream {
+  rdkv_histogram *earlier; /* [n_layers], the caller's, kept from prompt to prompt: slopes of each
+                              layer at the last prompt. Zero before the first; read, then
+                              overwritten with this prompt's layer by layer. NULL = none */
   int32_t next_layer;
   double lambda;
-  uint64_t spent_bytes; /* of cfg's budget, all blocks so far */
-  rdkv_histogram seen;
+  uint64_t spent_bytes;                 /* of cfg's budget, all blocks so far */
+  rdkv_histogram seen, seen_in_earlier; /* of layers before next_layer: this prompt, the earlier */
 } rdkv_stream;
 
 /* Scratch bytes for rdkv_stream_layer; 0 on overflow. Does not grow with cfg->n_layers. */
@@ -604,6 +609,7 @@ extern "C" {
 #define RDKV__MAX_BLOCKS 19 /* K blocks of a head: 16 and a partly filled one for each run */
 #define RDKV__PACKED (16 * RDKV__MAX_BLOCKS)
 #define RDKV__MAX_TOKENS 0x7fffffffu
+#define RDKV__MAX_WINDOW 1024 /* as config says */
 #define RDKV__HEADS 4 /* query heads that go through a cache together: their sums fit registers */
 #define RDKV__BATCH 4       /* tiles that share one step of the softmax */
 #define RDKV__SLOTS (RDKV__BATCH * RDKV__TILE)
@@ -1010,7 +1016,7 @@ RDKV_DEF rdkv_status rdkv_resolve(const rdkv_config *in, rdkv_config *out) {
   if (c.n_layers < 1 || c.n_layers > 65535 || c.n_q_heads < 1 || c.n_q_heads > 65535 ||
       c.n_kv_heads < 1 || c.n_kv_heads > c.n_q_heads || c.n_q_heads % c.n_kv_heads != 0 ||
       c.k_dim < 1 || c.k_dim > RDKV__MAX_DIM || c.v_dim < 1 || c.v_dim > RDKV__MAX_DIM ||
-      c.window < 1 || c.window > 1024 || c.pool < 1 || c.pool > 255 || c.pool % 2 == 0 ||
+      c.window < 1 || c.window > RDKV__MAX_WINDOW || c.pool < 1 || c.pool > 255 || c.pool % 2 == 0 ||
       (unsigned)c.profile > RDKV_PAPER || (unsigned)c.scope > RDKV_SCOPE_LAMBDA ||
       (unsigned)c.positions > 1)
     return RDKV_ERR_CONFIG;
@@ -1176,12 +1182,25 @@ static void rdkv__pool(const float *in, uint32_t n, int pool, float *out) {
   for (t = 0; t <= last; t++) {
     float s = 0;
     if (t >= half && t + half <= last) {
-      for (i = t - half; i <= t + half; i++) s += in[i];
+      for (i = t - half; i <= t + half; i++) s = rdkv__f(s + in[i]);
     } else {
-      for (i = t - half; i <= t + half; i++) s += in[i < 0 ? -i : i > last ? 2 * last - i : i];
+      for (i = t - half; i <= t + half; i++)
+        s = rdkv__f(s + in[i < 0 ? -i : i > last ? 2 * last - i : i]);
     }
-    out[t] = s / (float)(2 * half + 1);
+    out[t] = rdkv__f(s / (float)(2 * half + 1));
   }
+}
+
+/* Weights of the window's queries, 1 on average. The next queries will be most like the last ones:
+   with RDKV_JOINT the weight falls with the square root of the distance from the end
+   (bench/README.md); the authors take all alike. */
+static void rdkv__recency(const rdkv_config *cfg, int window, float *weight) {
+  double sum = 0;
+  int i;
+  for (i = 1; i <= window; i++) sum += 1 / sqrt((double)i);
+  for (i = 0; i < window; i++)
+    weight[i] =
+        cfg->profile == RDKV_PAPER ? 1 : (float)(window / sum / sqrt((double)(window - i)));
 }
 
 RDKV_DEF rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_layer *layer,
@@ -1191,6 +1210,8 @@ RDKV_DEF rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_
   rdkv_status st;
   uint32_t n, first, t, t0, rows;
   int head, group, kd, vd, kp, vp, window, i, g, d, pass, joint;
+  float weight[RDKV__MAX_WINDOW];
+  float see[RDKV__MAX_WINDOW + 1]; /* weight of queries i and later */
   size_t nq, used;
   if (!rdkv__resolved(cfg) || kv == NULL || !rdkv__layer_ok(layer)) return RDKV_ERR_ARGUMENT;
   n = layer->n_tokens;
@@ -1206,6 +1227,8 @@ RDKV_DEF rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_
   window = (int)rdkv__min_u32((uint32_t)cfg->window, n);
   first = n - (uint32_t)window; /* position of the first window query */
   used = (size_t)group * (size_t)window, nq = (used + 15) / 16 * 16;
+  rdkv__recency(cfg, window, weight);
+  for (i = window - 1, see[window] = 0; i >= 0; i--) see[i] = weight[i] + see[i + 1];
   rdkv__clear(cfg, layer); /* widths of older scores */
   for (head = 0; head < cfg->n_kv_heads && n > 0; head++) {
     float *token = layer->token + (size_t)head * n;
@@ -1254,14 +1277,15 @@ RDKV_DEF rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_
         }
         kn->weigh(w.logits, (int)rows, nq, w.max, w.sum, sum);
         for (t = 0; t < rows; t++) {
-          uint32_t see = t0 + t > first ? n - (t0 + t) : (uint32_t)window;
+          int hidden = t0 + t > first ? (int)(t0 + t - first) : 0;
           w.mean[t0 + t] = sum[t];
-          token[t0 + t] = sum[t] / (float)see;
+          token[t0 + t] = sum[t] / see[hidden];
         }
       }
       if (pass == 0) { /* from here on w.sum is its inverse, 0 in columns that pad */
         size_t c;
-        for (c = 0; c < nq; c++) w.sum[c] = c < used ? 1 / w.sum[c] : 0;
+        for (c = 0; c < nq; c++)
+          w.sum[c] = c < used ? weight[c / (size_t)group] / w.sum[c] : 0;
         for (d = 0; d < kd; d++) k2[d] = (float)(w.total[d] / (double)n);
       }
     }
@@ -1340,8 +1364,14 @@ RDKV_DEF rdkv_status rdkv_measure(const rdkv_config *cfg, const rdkv_kv *kv, rdk
         if (t + RDKV__AHEAD < n) rdkv__ahead(&kv->v, t + RDKV__AHEAD, head, vd);
         if (!rdkv__row(kn, &kv->v, t, head, vd, w.rows)) return RDKV_ERR_NONFINITE;
         kn->v_error(w.rows, w.channel, vd, e);
-        for (j = 0; j < 5; j++) dv[(size_t)j * n + t] = rdkv__f(token[t] * e[j]);
+        dv[t] = e[0];
+        for (j = 1; j < 5; j++) dv[(size_t)j * n + t] = rdkv__f(token[t] * e[j]);
       }
+      /* |v - o|^2 is averaged over the neighbours as the attention is: what is dropped comes in
+         stretches then. Taken alone it drops all tokens of a kind (those whose V is near the mean,
+         say every ';') and with them the whole of a later query that wants just these. */
+      rdkv__pool(dv, n, cfg->pool, w.mean);
+      for (t = 0; t < n; t++) dv[t] = rdkv__f(token[t] * w.mean[t]);
       kept = rdkv__likely(dv, n, rdkv__keep(cfg, n) * 4, w.order); /* 4 bits of 16, about */
     }
     memset(w.channel, 0, 16 * RDKV__MAX_DIM * sizeof(float));
@@ -1914,6 +1944,17 @@ static void rdkv__choose_all_k(const rdkv__solver *s, float threshold, int from_
                    from_bin < 0 ? s->heads[i].n_tokens : s->heads[i].bins[from_bin]);
 }
 
+/* What cannot be left out: pins, K dropped. Returns the threshold. */
+static float rdkv__pins_alone(const rdkv__solver *s) {
+  static const uint32_t none[4] = {0, 0, 0, 0};
+  uint64_t i;
+  for (i = 0; i < s->n_heads; i++) {
+    rdkv__choose_k(s, &s->heads[i], FLT_MAX, 0);
+    rdkv__at_threshold(s, &s->heads[i], none);
+  }
+  return FLT_MAX;
+}
+
 /* Chooses the widths of s->heads for at most `budget` bytes, no less than rdkv__least_bytes.
    1. threshold from a histogram of V slopes, K for it, twice more with the bytes that K takes;
    2. exact bytes, whole tiles, over fine bins around it; 3. widths; 4. greedy to the last byte. */
@@ -1942,13 +1983,8 @@ static void rdkv__solve(const rdkv__solver *s, uint64_t budget, double *threshol
     base = threshold / 4;
     rdkv__fine_bins(s, base);
     if (rdkv__bytes_at(s, hi) > budget) {
-      if (threshold > 1e37f || tries > 64) { /* pins alone, and cheap K */
-        static const uint32_t none[4] = {0, 0, 0, 0};
-        threshold = FLT_MAX;
-        for (i = 0; i < s->n_heads; i++) {
-          rdkv__choose_k(s, &s->heads[i], FLT_MAX, 0);
-          rdkv__at_threshold(s, &s->heads[i], none);
-        }
+      if (threshold > 1e37f || tries > 64) {
+        threshold = rdkv__pins_alone(s);
         break;
       }
       threshold = threshold * 4 > lowest ? threshold * 4 : lowest;
@@ -1970,13 +2006,24 @@ static void rdkv__solve(const rdkv__solver *s, uint64_t budget, double *threshol
       break;
     }
   }
-  for (i = 0, sum = 0; i < s->n_heads; i++) {
-    rdkv__head *h = &s->heads[i];
-    rdkv__parts parts;
-    rdkv__assign(s, h, threshold / 2);
-    sum += rdkv__head_bytes(s->cfg->v_dim, s->cfg->positions, h->count, h->channels, &parts);
+  for (;;) {
+    for (i = 0, sum = 0; i < s->n_heads; i++) {
+      rdkv__head *h = &s->heads[i];
+      rdkv__parts parts;
+      rdkv__assign(s, h, threshold / 2);
+      sum += rdkv__head_bytes(s->cfg->v_dim, s->cfg->positions, h->count, h->channels, &parts);
+    }
+    if (sum <= budget) break;
+    /* Tokens whose levels all cost the same slope can miss the lower level by a tile and fall out
+       of the higher one; where pins are in it, it is no longer whole tiles. */
+    RDKV_ASSERT(threshold < FLT_MAX);
+    if (++lo < RDKV__FINE) {
+      rdkv__bytes_at(s, lo);
+      threshold = rdkv__float(((rdkv__bits(base) >> 16) + (uint32_t)lo) << 16);
+    } else {
+      threshold = rdkv__pins_alone(s);
+    }
   }
-  RDKV_ASSERT(sum <= budget);
   *threshold_used = (double)threshold;
   rdkv__spend(s, budget - sum);
 }
@@ -2805,6 +2852,42 @@ RDKV_DEF size_t rdkv_stream_bound(const rdkv_config *cfg, uint32_t n_tokens,
   return rdkv__size(most);
 }
 
+/* Finds the threshold down to which this layer's steps and those expected of the layers to come fit
+   into `bytes`: *own of this layer, *reach of all. The layers to come are taken to spend what they
+   spent in the earlier prompt, more or less as the layers seen do, in so far as those weigh against
+   them; or, without such a prompt, what those seen spend on average. */
+static void rdkv__stream_share(const rdkv_stream *stream, const rdkv_histogram *own_bins,
+                               int n_layers, rdkv_histogram *ahead, uint64_t bytes, uint64_t *own,
+                               uint64_t *reach) {
+  int at = stream->next_layer, known, l, bin;
+  double own_sum = 0, ahead_sum = 0, now = 0, then = 0;
+  memset(ahead, 0, sizeof *ahead);
+  for (l = at + 1; l < n_layers && stream->earlier; l++)
+    rdkv_histogram_merge(ahead, &stream->earlier[l]);
+  for (bin = RDKV_HISTOGRAM_BINS - 1; bin > 0; bin--)
+    if (ahead->bytes[bin]) break;
+  known = bin > 0;
+  if (!known) {
+    for (bin = 0; bin < RDKV_HISTOGRAM_BINS; bin++) {
+      double mean = (double)(stream->seen.bytes[bin] + own_bins->bytes[bin]) / (at + 1);
+      ahead->bytes[bin] = (uint64_t)(mean * (n_layers - at - 1));
+    }
+  }
+  for (bin = RDKV_HISTOGRAM_BINS - 1; bin > 0; bin--) {
+    double sum;
+    own_sum += (double)own_bins->bytes[bin], ahead_sum += (double)ahead->bytes[bin];
+    now += (double)(stream->seen.bytes[bin] + own_bins->bytes[bin]);
+    if (known)
+      then += (double)(stream->seen_in_earlier.bytes[bin] + stream->earlier[at].bytes[bin]);
+    else
+      then = now;
+    sum = own_sum;
+    if (ahead_sum > 0) sum += ahead_sum * ((now + ahead_sum) / (then + ahead_sum));
+    if (sum > (double)bytes) break;
+    *own = (uint64_t)own_sum, *reach = (uint64_t)sum;
+  }
+}
+
 RDKV_DEF rdkv_status rdkv_stream_layer(const rdkv_config *cfg, rdkv_stream *stream,
                                        const rdkv_kv *kv, uint32_t n_tokens, void *block,
                                        size_t capacity, size_t *bytes, void *scratch,
@@ -2812,12 +2895,10 @@ RDKV_DEF rdkv_status rdkv_stream_layer(const rdkv_config *cfg, rdkv_stream *stre
   rdkv_config one;
   rdkv__arena arena;
   rdkv_layer *layer;
-  rdkv_histogram *own_bins, *both;
+  rdkv_histogram *own_bins, *ahead;
   rdkv_status st;
   uint8_t *mem, *work;
   uint64_t work_bytes, fixed, left, after;
-  double lambda = 0;
-  int i;
   if (!rdkv__resolved(cfg) || stream == NULL || kv == NULL || block == NULL || bytes == NULL ||
       stream->next_layer < 0 || stream->next_layer >= cfg->n_layers)
     return RDKV_ERR_ARGUMENT;
@@ -2828,7 +2909,7 @@ RDKV_DEF rdkv_status rdkv_stream_layer(const rdkv_config *cfg, rdkv_stream *stre
   if (st != RDKV_OK) return st;
   rdkv__compress_layout(&one, 1, n_tokens, &arena, &layer, &mem, &work, &work_bytes);
   own_bins = (rdkv_histogram *)rdkv__take(&arena, NULL, 1, sizeof *own_bins);
-  both = (rdkv_histogram *)rdkv__take(&arena, NULL, 1, sizeof *both);
+  ahead = (rdkv_histogram *)rdkv__take(&arena, NULL, 1, sizeof *ahead);
   st = rdkv_layer_init(&one, n_tokens, mem, rdkv_layer_bytes(&one, n_tokens), layer);
   if (st == RDKV_OK) st = rdkv_score(&one, kv, layer, work, (size_t)work_bytes);
   fixed = rdkv__fixed_bytes((uint64_t)cfg->n_kv_heads);
@@ -2839,8 +2920,6 @@ RDKV_DEF rdkv_status rdkv_stream_layer(const rdkv_config *cfg, rdkv_stream *stre
     one.budget_bytes = left / (after + 1);
   if (st == RDKV_OK) st = rdkv_measure(&one, kv, layer, work, (size_t)work_bytes);
   if (st == RDKV_OK && cfg->profile == RDKV_JOINT && cfg->scope != RDKV_SCOPE_LAMBDA) {
-    /* the layers to come are taken to be like those seen: this one's slopes and the mean of all
-       share what is left, and this layer gets what lies above the common threshold */
     uint64_t free_bytes = left, tables, own = 0, reach = 0;
     memset(own_bins, 0, sizeof *own_bins);
     rdkv_histogram_add(&one, layer, own_bins);
@@ -2848,13 +2927,7 @@ RDKV_DEF rdkv_status rdkv_stream_layer(const rdkv_config *cfg, rdkv_stream *stre
     tables = (uint64_t)cfg->n_kv_heads * rdkv__round_up(5 * (uint64_t)rdkv__pad16(cfg->k_dim), 128);
     tables = (tables + fixed) * (after + 1);
     free_bytes = free_bytes > tables ? free_bytes - tables : 0;
-    for (i = 0; i < RDKV_HISTOGRAM_BINS; i++) {
-      double mean = (double)(stream->seen.bytes[i] + own_bins->bytes[i]) / (stream->next_layer + 1);
-      both->bytes[i] = own_bins->bytes[i] + (uint64_t)(mean * (double)after);
-    }
-    lambda = rdkv_histogram_lambda(both, free_bytes);
-    for (i = rdkv__bin((float)lambda); i < RDKV_HISTOGRAM_BINS; i++)
-      own += own_bins->bytes[i], reach += both->bytes[i];
+    rdkv__stream_share(stream, own_bins, cfg->n_layers, ahead, free_bytes, &own, &reach);
     /* what the common threshold leaves is shared evenly */
     if (free_bytes > reach) own += (free_bytes - reach) / (after + 1);
     one.budget_bytes = after == 0 ? left : own + tables / (after + 1);
@@ -2866,7 +2939,16 @@ RDKV_DEF rdkv_status rdkv_stream_layer(const rdkv_config *cfg, rdkv_stream *stre
     st = rdkv_pack(&one, kv, layer, 1, stream->next_layer, 0, block, capacity, bytes, work,
                    (size_t)work_bytes);
   if (st != RDKV_OK) return st;
-  if (cfg->profile == RDKV_JOINT) rdkv_histogram_add(&one, layer, &stream->seen);
+  if (cfg->profile == RDKV_JOINT) { /* now with the K that was chosen */
+    memset(own_bins, 0, sizeof *own_bins);
+    rdkv_histogram_add(&one, layer, own_bins);
+    rdkv_histogram_merge(&stream->seen, own_bins);
+    if (stream->earlier) {
+      rdkv_histogram *earlier = &stream->earlier[stream->next_layer];
+      rdkv_histogram_merge(&stream->seen_in_earlier, earlier);
+      *earlier = *own_bins;
+    }
+  }
   stream->lambda = layer->lambda;
   stream->spent_bytes += *bytes;
   stream->next_layer++;

@@ -187,6 +187,9 @@ typedef struct prompt {
   float *all;    /* [layer][kv head][n] attention of all queries (H2O) */
   float *body;   /* the same of the body's queries on the body's tokens, [..][body_bytes] */
   int body_bytes;
+  /* [MAX_KEEPS][n_layers] slopes for layer-by-layer compression: of the context before, and of this
+     one */
+  rdkv_histogram *earlier, *latest;
 } prompt;
 
 typedef struct variant {
@@ -299,13 +302,18 @@ static int variant_init(variant *v, int method, int keep, prompt *p, const optio
   } else {
     rdkv_config want;
     rdkv_status st;
+    rdkv_histogram *by_layer = NULL;
     memset(&want, 0, sizeof want);
     want.window = o->window, want.pool = o->pool, want.budget_bytes = (uint64_t)budget;
     want.profile = method == RDKV_PAPER_ ? RDKV_PAPER : RDKV_JOINT;
     want.scope = method == RDKV_HEAD    ? RDKV_SCOPE_HEAD
                  : method == RDKV_LAYER ? RDKV_SCOPE_LAYER
                                         : RDKV_SCOPE_MODEL;
-    st = packed_init(&v->packed, &p->cache, &want, method == RDKV_STREAM, ROOM);
+    if (method == RDKV_STREAM) {
+      by_layer = p->latest + keep * m->n_layers;
+      memcpy(by_layer, p->earlier + keep * m->n_layers, (size_t)m->n_layers * sizeof *by_layer);
+    }
+    st = packed_init(&v->packed, &p->cache, &want, by_layer, ROOM);
     if (st == RDKV_ERR_BUDGET) return 0;
     if (st != RDKV_OK)
       die("%s at %g %%: %s", METHOD[method].name, o->keep[keep], rdkv_status_string(st));
@@ -821,7 +829,7 @@ int main(int argc, char **argv) {
   static batch b;
   const char *error;
   char *text;
-  size_t text_bytes = 0;
+  size_t text_bytes = 0, slopes;
   float *logits;
   int sample, kind, q, i, room, done = 0, all = 0, show = STDERR_IS_TERMINAL;
   time_t start;
@@ -847,6 +855,9 @@ int main(int argc, char **argv) {
   p.all = p.window + m.n_layers * m.n_kv_heads * room,
   p.body = p.all + m.n_layers * m.n_kv_heads * room;
   b.v = (variant *)need(malloc(METHODS * MAX_KEEPS * sizeof *b.v));
+  slopes = (size_t)(MAX_KEEPS * m.n_layers);
+  p.earlier = (rdkv_histogram *)need(calloc(2 * slopes, sizeof *p.earlier));
+  p.latest = p.earlier + slopes;
   if (!kv_cache_init(&p.cache, &m, room)) die("out of memory");
 
   for (kind = 0; kind < N_TASKS; kind++) all += o.task[kind] * o.samples;
@@ -891,6 +902,7 @@ int main(int argc, char **argv) {
       }
       if (o.agnostic || kind == PROSE) batch_free(&b);
       free(t.body);
+      memcpy(p.earlier, p.latest, slopes * sizeof *p.earlier);
       done++;
       if (show) {
         int left = (int)(difftime(time(NULL), start) / done * (all - done));
@@ -905,6 +917,7 @@ int main(int argc, char **argv) {
   else
     print_table(&o);
   if (o.svg) save_curves(&o);
-  kv_cache_free(&p.cache), model_free(&m), free(text), free(logits), free(p.window), free(b.v);
+  kv_cache_free(&p.cache), model_free(&m), free(text), free(logits), free(p.window), free(p.earlier);
+  free(b.v);
   return 0;
 }

@@ -133,7 +133,7 @@ static void ask(model *m, kv_cache *cache, const options *o, method how, double 
     memset(&want, 0, sizeof want);
     want.profile = how == JOINT ? RDKV_JOINT : RDKV_PAPER;
     want.window = o->window, want.pool = o->pool, want.budget_bytes = budget;
-    if ((st = packed_init(&p, cache, &want, 0, ANSWER_BYTES)) != RDKV_OK)
+    if ((st = packed_init(&p, cache, &want, NULL, ANSWER_BYTES)) != RDKV_OK)
       die("%s at %g %%: %s", METHOD_NAME[how], keep, rdkv_status_string(st));
     bytes = p.bytes;
     generate(m, packed_attend, &p, cache->n, logits, answer);

@@ -43,11 +43,11 @@ static void packed_free(packed *p) {
 }
 
 /* Compresses what is in the dense cache, which may then be freed, and makes a tail for room tokens.
-   want: profile, window, budget and so on; the shape is filled in. layer_by_layer: compress each
-   layer without knowing the later ones, as one would do during prefill to need only one dense
-   layer. */
+   want: profile, window, budget and so on; the shape is filled in. by_layer: NULL, or compress
+   each layer without knowing the later ones, as one would do during prefill to need only one dense
+   layer; [n_layers] slopes of the prompt before, zero at first, replaced by this one's. */
 static rdkv_status packed_init(packed *p, const kv_cache *dense, const rdkv_config *want,
-                               int layer_by_layer, int room) {
+                               rdkv_histogram *by_layer, int room) {
   const model *m = dense->m;
   uint32_t n = (uint32_t)dense->n;
   rdkv_config *c = &p->config;
@@ -65,7 +65,7 @@ static rdkv_status packed_init(packed *p, const kv_cache *dense, const rdkv_conf
   for (l = 0; l < m->n_layers; l++) kv[l] = packed_layer(dense, c->window, l);
 
   bound = rdkv_block_bound(c, n);
-  scratch_bytes = layer_by_layer ? rdkv_stream_scratch(c, n) : rdkv_compress_scratch(c, n);
+  scratch_bytes = by_layer ? rdkv_stream_scratch(c, n) : rdkv_compress_scratch(c, n);
   tail_bytes = rdkv_tail_bytes(c, (uint32_t)room, RDKV_F16);
   p->work_bytes = rdkv_attend_scratch(c);
   p->block = packed__memory(bound, &p->owner[0]);
@@ -74,9 +74,10 @@ static rdkv_status packed_init(packed *p, const kv_cache *dense, const rdkv_conf
   scratch = packed__memory(scratch_bytes, &scratch_owner);
   if (!p->block || !p->tail_memory || !p->work || !scratch) st = RDKV_ERR_MEMORY;
 
-  if (st == RDKV_OK && layer_by_layer) {
+  if (st == RDKV_OK && by_layer) {
     rdkv_stream stream;
     memset(&stream, 0, sizeof stream);
+    stream.earlier = by_layer;
     for (l = 0; l < m->n_layers && st == RDKV_OK; l++) {
       uint8_t *block = (uint8_t *)p->block + p->bytes;
       size_t bytes = 0;
@@ -92,7 +93,7 @@ static rdkv_status packed_init(packed *p, const kv_cache *dense, const rdkv_conf
   free(scratch_owner);
   if (st == RDKV_OK)
     st = rdkv_tail_init(c, (uint32_t)room, RDKV_F16, p->tail_memory, tail_bytes, &p->tail);
-  p->cache.segments = p->segment, p->cache.n_segments = layer_by_layer ? m->n_layers : 1;
+  p->cache.segments = p->segment, p->cache.n_segments = by_layer ? m->n_layers : 1;
   p->cache.tail = &p->tail, p->cache.isa = c->isa;
   if (st != RDKV_OK) packed_free(p);
   return st;

@@ -57,9 +57,10 @@ static void task__name(uint64_t *random, char *to) {
   to[-2 * n] = (char)(to[-2 * n] - 'a' + 'A');
 }
 
-/* Copies whole sentences of the text to to, from *at on (wrapping around), while they fit into room
-   bytes. Returns the bytes copied; the last is a blank or a newline. */
-static int task__prose(const char *text, int text_bytes, int *at, char *to, int room) {
+/* Copies whole sentences of the text to to, from *at on (wrapping around), while they fit
+   into room bytes; the first may take first bytes. Returns the bytes copied; the last is a blank or
+   a newline. */
+static int task__prose(const char *text, int text_bytes, int *at, char *to, int first, int room) {
   int copied = 0;
   for (;;) {
     int from = *at, end = from;
@@ -68,7 +69,7 @@ static int task__prose(const char *text, int text_bytes, int *at, char *to, int 
       end++;
     end += end < text_bytes && text[end] != '\n' ? 2 : 1;
     if (end > text_bytes) end = text_bytes;
-    if (copied + end - from > room) return copied;
+    if (copied + end - from > (copied ? room : first)) return copied;
     memcpy(to + copied, text + from, (size_t)(end - from));
     copied += end - from;
     *at = end < text_bytes ? end : 0;
@@ -76,7 +77,7 @@ static int task__prose(const char *text, int text_bytes, int *at, char *to, int 
 }
 
 /* Writes the body: prose, with the lines put in between sentences at random places, in their order.
- */
+   A sentence comes first: the model has seen no text that begins with a needle. */
 static void task__haystack(task *t, uint64_t *random, int bytes, const char *text, int text_bytes,
                            char (*line)[80], int n_lines) {
   int depth[TASK_LINES + 1], prose = bytes, copied = 0, at, i, j;
@@ -92,11 +93,10 @@ static void task__haystack(task *t, uint64_t *random, int bytes, const char *tex
   at = (int)task__random(random, (uint32_t)text_bytes);
   while (at > 0 && text[at - 1] != '\n') at--;
   for (i = 0; i <= n_lines; i++) {
-    int n = task__prose(text, text_bytes, &at, to, depth[i] - copied);
+    int room = depth[i] - copied, n = task__prose(text, text_bytes, &at, to, i ? room : prose, room);
     copied += n, to += n;
     if (i == n_lines) break;
-    if (n > 0 && to[-1] == ' ') to[-1] = '\n';
-    to += sprintf(to, "%s\n", line[i]);
+    to += sprintf(to, "\n%s\n", line[i]);
   }
   while (to > t->body && (to[-1] == ' ' || to[-1] == '\n')) to--;
   t->body_bytes = (int)(to - t->body);
@@ -145,7 +145,7 @@ static int task_make(task *t, task_kind kind, int bytes, uint64_t seed, const ch
       n_lines = 3, t->n_questions = 1;
       break;
     case TASK_VARIABLES:
-      n_lines = 3, t->n_questions = 1;
+      n_lines = 7, t->n_questions = 1;
       break;
     default:
       n_lines = t->n_questions = 1;
@@ -160,9 +160,9 @@ static int task_make(task *t, task_kind kind, int bytes, uint64_t seed, const ch
     task__digits(&random, kind == TASK_VARIABLES || kind == TASK_PASSKEY ? 5 : 6, 10, value[i]);
     what[i] = (int)task__random(&random, 4);
     if (kind == TASK_MULTIVALUE && i > 0) what[i] = what[0], strcpy(name[i], name[0]);
-    if (kind == TASK_VARIABLES)
-      sprintf(line[i], i ? "VAR %s = VAR %s." : "VAR %s = %s.", name[i],
-              i ? name[i - 1] : value[0]);
+    if (kind == TASK_VARIABLES) /* a chain of 4, and one of 3 that is not asked for */
+      sprintf(line[i], i % 4 ? "VAR %s = VAR %s." : "VAR %s = %s.", name[i],
+              i % 4 ? name[i - 1] : value[i]);
     else if (kind == TASK_PASSKEY)
       sprintf(line[i], "The pass key is %s. Remember it. %s is the pass key.", value[i], value[i]);
     else
@@ -174,7 +174,7 @@ static int task_make(task *t, task_kind kind, int bytes, uint64_t seed, const ch
                            : (int)task__random(&random, (uint32_t)n_lines);
     if (kind == TASK_VARIABLES) {
       sprintf(question, "\nQ: Which variables hold %s?\nA: ", value[0]);
-      sprintf(answer, "%s, %s, %s\n", name[0], name[1], name[2]);
+      sprintf(answer, "%s, %s, %s, %s\n", name[0], name[1], name[2], name[3]);
     } else if (kind == TASK_PASSKEY) {
       sprintf(question, "\nQ: What is the pass key?\nA: ");
       sprintf(answer, "%s\n", value[0]);

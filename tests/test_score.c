@@ -18,6 +18,17 @@ static void ref_pool(const double *x, double *y, int n, int pool) {
   }
 }
 
+/* Weight of queries `from` .. nq - 1, of nq that weigh 1 on average: with RDKV_JOINT the i-th from the
+   end weighs 1/sqrt(i). */
+static double ref_recency(const rdkv_config *c, int nq, int from, int to) {
+  double all = 0.0, part = 0.0;
+  int i;
+  if (c->profile == RDKV_PAPER) return to - from;
+  for (i = 0; i < nq; i++) all += 1.0 / sqrt(nq - i);
+  for (i = from; i < to; i++) part += 1.0 / sqrt(nq - i);
+  return part * nq / all;
+}
+
 static ref_scores ref_score(const problem *p, int layer, int head) {
   ref_scores r;
   const rdkv_config *c = &p->cfg;
@@ -32,7 +43,7 @@ static ref_scores ref_score(const problem *p, int layer, int head) {
       const float *q =
           p->q[layer] + ((size_t)i * (size_t)c->n_q_heads + (size_t)(head * group + g)) * kd;
       int seen = n - nq + i + 1;
-      double top = -HUGE_VAL, sum = 0.0;
+      double top = -HUGE_VAL, sum = 0.0, weight = ref_recency(c, nq, i, i + 1);
       for (t = 0; t < seen; t++) {
         const float *k = p->k[layer] + ((size_t)t * heads + (size_t)head) * kd;
         for (a[t] = 0.0, d = 0; d < (int)kd; d++) a[t] += (double)q[d] * (double)k[d];
@@ -42,8 +53,8 @@ static ref_scores ref_score(const problem *p, int layer, int head) {
       for (t = 0; t < seen; t++) sum += a[t] = exp(a[t] - top);
       for (t = 0; t < seen; t++) {
         const float *v = p->v[layer] + ((size_t)t * heads + (size_t)head) * vd;
-        a[t] /= sum;
-        raw[t] += a[t] / (t > n - nq ? n - t : nq);
+        a[t] *= weight / sum;
+        raw[t] += a[t] / ref_recency(c, nq, t > n - nq ? t - (n - nq) : 0, nq);
         for (d = 0; d < (int)vd; d++) r.mean_out[d] += a[t] * (double)v[d] / (group * nq);
       }
       for (d = 0; d < (int)kd; d++) r.q_square[d] += (double)q[d] * (double)q[d] / (group * nq);
@@ -84,6 +95,62 @@ static void compare_with_fp64(const problem *p, int layer) {
     if (p->cfg.profile == RDKV_JOINT)
       CHECK_LE(worst(x->mean_out + h * vd, r.mean_out, vd, 1.0), 1e-5);
     free(r.token);
+  }
+}
+
+/* What dropping costs against fp64, and what rounding costs within what the step allows. */
+static void measured(void) {
+  static const int dims[][2] = {{64, 64}, {48, 80}, {1, 8}}, pools[] = {1, 5, 17};
+  int i, j, h, b;
+  size_t t, d;
+  for (i = 0; i < 9; i++) {
+    rdkv_config c = config_of(4, 2, dims[i % 3][0], dims[i % 3][1]);
+    size_t n = 150, kd = (size_t)c.k_dim, vd = (size_t)c.v_dim;
+    double *square = (double *)malloc(n * sizeof *square), *pooled = (double *)malloc(n * sizeof *pooled);
+    problem p;
+    c.pool = pools[i / 3], c.keep = 0.5; /* K over all tokens */
+    p = problem_make(&c, (uint32_t)n, RDKV_F32, DENSE, 60 + (uint64_t)i);
+    CHECK_OK(rdkv_score(&p.cfg, &p.kv[0], &p.layer[0], p.scratch, p.scratch_bytes));
+    CHECK_OK(rdkv_measure(&p.cfg, &p.kv[0], &p.layer[0], p.scratch, p.scratch_bytes));
+    for (h = 0; h < 2; h++) {
+      const rdkv_layer *x = &p.layer[0];
+      const float *token = x->token + (size_t)h * n, *out = x->mean_out + (size_t)h * vd;
+      const float *dv = x->v_distortion + (size_t)h * 5 * n, *dk = x->k_distortion + (size_t)h * 4 * kd;
+      test_where("dims %d/%d, pool %d, head %d", c.k_dim, c.v_dim, c.pool, h);
+      for (t = 0; t < n; t++)
+        for (square[t] = 0, d = 0; d < vd; d++) {
+          double e = (double)p.v[0][(t * 2 + (size_t)h) * vd + d] - (double)out[d];
+          square[t] += e * e;
+        }
+      ref_pool(square, pooled, (int)n, c.pool);
+      for (t = 0; t < n; t++) {
+        double low = HUGE_VAL, high = -HUGE_VAL, want = pooled[t] * (double)token[t];
+        CHECK_LE(fabs((double)dv[t] - want), 1e-5 * want);
+        for (d = 0; d < vd; d++) {
+          double v = (double)p.v[0][(t * 2 + (size_t)h) * vd + d];
+          low = v < low ? v : low, high = v > high ? v : high;
+        }
+        for (j = 1, b = 2; j < 4; j++, b *= 2) { /* half a step for each dim, halves apart */
+          double step = (high - low) / ((1 << b) - 1) * 1.01 + 2e-3 * (fabs(low) + fabs(high));
+          CHECK_LE(dv[(size_t)j * n + t], (double)token[t] * (double)vd * step * step / 4);
+        }
+        if (vd > 1) CHECK(dv[n + t] > dv[2 * n + t] && dv[2 * n + t] > dv[3 * n + t]);
+        CHECK_LE(dv[4 * n + t], dv[3 * n + t]);
+      }
+      for (d = 0; d < kd; d++) {
+        double mean = 0, sum = 0, scale = (double)p.cfg.softmax_scale;
+        for (t = 0; t < n; t++) mean += (double)p.k[0][(t * 2 + (size_t)h) * kd + d] / (double)n;
+        for (t = 0; t < n; t++) {
+          double e = (double)p.k[0][(t * 2 + (size_t)h) * kd + d] - mean;
+          sum += (double)dv[t] * e * e;
+        }
+        sum *= (double)x->q_square[(size_t)h * kd + d] * scale * scale;
+        CHECK_LE(fabs((double)dk[d] - sum), 1e-4 * sum);
+        CHECK(dk[kd + d] > dk[2 * kd + d] && dk[2 * kd + d] > dk[3 * kd + d]);
+      }
+    }
+    free(square), free(pooled);
+    problem_free(&p);
   }
 }
 
@@ -347,6 +414,7 @@ int main(void) {
   RUN(shapes);
   RUN(dtypes_and_layouts);
   RUN(windows_and_pools);
+  RUN(measured);
   RUN(softmax_scales);
   RUN(nonfinite);
   RUN(bad_arguments);
