@@ -1,7 +1,6 @@
 /* Speed of rdkv_cuda.cuh: microseconds a layer, bytes moved, and what part of the read ceiling that
    is. nvcc -O3 -std=c++17 -arch=native bench/bench_cuda.cu -o bench_cuda && ./bench_cuda [--csv]
-   [filter]
-   [--warps n] [--blocks_per_sm n] [--replays n]
+   [--warps n] [--blocks_per_sm n] [--cluster n] [--replays n] [part of a row's name ...]
    Shape: Llama 3.1 8B (32 query heads, 8 kv heads, dims 128), 128K tokens. A captured graph runs
    over layers whose caches lie apart in memory, far more than the L2 holds; time is the median of
    the replays over the number of layers. Codes are random; the widths are those that the paper's
@@ -25,8 +24,8 @@ static void check(cudaError_t e, int line) {
 #define CHECK(call) check(call, __LINE__)
 
 static bool csv = false;
-static int replays = 200, force_warps = 0, force_blocks = 0;
-static const char *filter = "";
+static int replays = 200, force_warps = 0, force_blocks = 0, force_cluster = 0;
+static std::vector<const char *> filters; /* rows to run: those that contain one of these */
 
 static __global__ void empty_kernel() {}
 
@@ -94,7 +93,7 @@ static void measure_limits(int sms) {
   CHECK(cudaMalloc(&data, total));
   fill_kernel<<<2048, 512>>>(reinterpret_cast<uint32_t *>(data), total / 4, 1);
   CHECK(cudaDeviceSynchronize());
-  printf(csv ? "empty kernel,,,%.3f,,\n"
+  printf(csv ? "empty kernel,,,,,%.3f,,\n"
              : "empty kernel                                            %8.2f us\n",
          empty * 1e6);
   for (double mb : {4.33, 17.3, 34.6, 138.0, 277.0}) {
@@ -108,7 +107,7 @@ static void measure_limits(int sms) {
                             reinterpret_cast<uint4 *>(data));
                       }));
     ceiling = std::max(ceiling, static_cast<double>(bytes) / best);
-    printf(csv ? "read %.4g MB,,%.6g,%.3f,%.3f,\n"
+    printf(csv ? "read %.4g MB,,,,%.6g,%.3f,%.3f,\n"
                : "read %8.4g MB                       %8.2f MB       %8.2f us  %6.2f TB/s\n",
            mb, static_cast<double>(bytes) * 1e-6, best * 1e6,
            static_cast<double>(bytes) / best * 1e-12);
@@ -129,13 +128,16 @@ static void run(const scenario &s) {
   char label[128];
   snprintf(label, sizeof label, "%s%s, batch %d, tail %u", s.name, s.overlap ? " +overlap" : "",
            s.batch, s.tail);
-  if (!strstr(label, filter)) return;
+  bool wanted = filters.empty();
+  for (const char *f : filters) wanted = wanted || strstr(label, f);
+  if (!wanted) return;
   const int kv_heads = 8, q_heads = 32, dim = 128;
   rdkv_cuda_config cfg;
   memset(&cfg, 0, sizeof cfg);
   cfg.n_layers = s.layers, cfg.batch = s.batch, cfg.n_q_heads = q_heads, cfg.n_kv_heads = kv_heads;
   cfg.k_dim = dim, cfg.dtype = RDKV_F16, cfg.tail_dtype = RDKV_F16, cfg.max_segments = s.layers;
   cfg.overlap = s.overlap, cfg.n_warps = force_warps, cfg.blocks_per_sm = force_blocks;
+  cfg.cluster = force_cluster;
   CHECK(rdkv_cuda_resolve(&cfg, &cfg));
   const bool packed =
       s.counts.tokens[0] + s.counts.tokens[1] + s.counts.tokens[2] + s.counts.tokens[3];
@@ -206,9 +208,10 @@ static void run(const scenario &s) {
   const double t = time_graph(s.layers, rounds, [&](int i, cudaStream_t stream) {
     CHECK(rdkv_cuda_attend(&cfg, plan, i, &io, workspace, stream));
   });
-  printf(csv ? "\"%s\",%d,%.6g,%.3f,%.3f,%.1f\n"
-             : "%-42s w%-2d %8.2f MB %9.2f us  %6.2f TB/s  %5.1f %%\n",
-         label, cfg.n_warps, bytes * 1e-6, t * 1e6, bytes / t * 1e-12,
+  printf(csv ? "\"%s\",%d,%d,%d,%.6g,%.3f,%.3f,%.1f\n"
+             : "%-42s %3d blocks of %2d warps, clusters of %2d %8.2f MB %9.2f us  %6.2f TB/s  "
+               "%5.1f %%\n",
+         label, cfg.n_blocks, cfg.n_warps, cfg.cluster, bytes * 1e-6, t * 1e6, bytes / t * 1e-12,
          ceiling > 0 ? 100 * bytes / t / ceiling : 0.0);
   fflush(stdout);
   cudaFree(blocks), cudaFree(tails), cudaFree(segments), cudaFree(d_sequences), cudaFree(d_lengths);
@@ -223,21 +226,23 @@ int main(int argc, char **argv) {
       replays = atoi(argv[++i]);
     else if (!strcmp(argv[i], "--warps") && i + 1 < argc)
       force_warps = atoi(argv[++i]);
+    else if (!strcmp(argv[i], "--cluster") && i + 1 < argc)
+      force_cluster = atoi(argv[++i]);
     else if (!strcmp(argv[i], "--blocks_per_sm") && i + 1 < argc)
       force_blocks = atoi(argv[++i]);
     else
-      filter = argv[i];
+      filters.push_back(argv[i]);
   }
   cudaDeviceProp prop;
   CHECK(cudaGetDeviceProperties(&prop, 0));
   int driver;
   CHECK(cudaDriverGetVersion(&driver));
   if (csv)
-    printf("name,warps,MB,us,TB/s,percent of ceiling\n");
+    printf("name,blocks,warps,cluster,MB,us,TB/s,percent of ceiling\n");
   else
     printf("%s, %d SMs, driver for CUDA %d.%d\n", prop.name, prop.multiProcessorCount,
            driver / 1000, driver % 1000 / 10);
-  if (!*filter) measure_limits(prop.multiProcessorCount);
+  if (filters.empty()) measure_limits(prop.multiProcessorCount);
 
   const head_counts none = {{0, 0, 0, 0}, {0, 0, 0}};
   const head_counts b1024 = {{2896, 2592, 20, 0}, {31, 80, 0}};   /* T_eff 5,508 */

@@ -55,8 +55,8 @@ def main():
     if len(sys.argv) > 1:
         with open(sys.argv[1]) as f:
             for row in csv.reader(f):
-                if len(row) > 3 and row[3].replace(".", "", 1).isdigit():
-                    ours[row[0]] = float(row[3])
+                if len(row) > 5 and row[5].replace(".", "", 1).isdigit():
+                    ours[row[0]] = float(row[5])
     print(torch.cuda.get_device_name(0), "torch", torch.__version__)
     for batch, tokens in ((1, 1024), (1, 4096), (1, 32768), (1, 131072), (8, 131072)):
         layers = 8 if batch * tokens > 1 << 18 else 32

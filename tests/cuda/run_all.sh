@@ -36,7 +36,7 @@ if has sanitize; then
   : > "$out/sanitizer.txt"
   for tool in memcheck racecheck initcheck synccheck; do
     options="--error-exitcode 9 --tool $tool"
-    [ $tool = synccheck ] && options="$options --num-cuda-barriers 65536" # every warp has three
+    [ $tool = synccheck ] && options="$options --num-cuda-barriers 65536" # every warp has six
     compute-sanitizer $options "$bin/test_cuda" small > "$bin/log" 2>&1 || failed=1
     { echo "== $tool"; head -200 "$bin/log"; } >> "$out/sanitizer.txt"
     echo "$tool: $(tail -1 "$bin/log")"

@@ -181,6 +181,8 @@ static void run_case(const shape &s, uint64_t seed) {
   cfg.dtype = s.dtype, cfg.tail_dtype = s.tail_dtype, cfg.overlap = s.overlap;
   cfg.n_warps = s.n_warps, cfg.blocks_per_sm = s.blocks_per_sm, cfg.n_blocks = s.n_blocks;
   cfg.max_segments = s.segments * 2 + 1;
+  /* heads come together in clusters of every size, or through global memory */
+  if (s.n_blocks == 0) cfg.cluster = 1 << seed % 5;
   CHECK(rdkv_cuda_resolve(&cfg, &cfg));
 
   /* packed segments: of both layers in one block, or one block a layer */
@@ -379,9 +381,9 @@ static void run_case(const shape &s, uint64_t seed) {
   double bound = s.dtype == RDKV_BF16 || s.tail_dtype == RDKV_BF16 ? 3e-3 : 1e-3, bound_lse = 1e-3;
   const bool ok = worst <= bound && worst_lse <= bound_lse && same && appended;
   if (!ok || !small_run)
-    printf("%-26s B%-3d H%d G%-2d D%d/%d seg %d tail %-5u w%d n%d: error %.2e lse %.1e%s%s%s\n",
+    printf("%-26s B%-3d H%d G%-2d D%d/%d seg %d tail %-5u w%d n%d c%d: error %.2e lse %.1e%s%s%s\n",
            s.name, s.batch, s.kv_heads, s.group, s.k_dim, s.v_dim, s.segments, s.tail, cfg.n_warps,
-           cfg.n_blocks, worst, worst_lse, same ? "" : " NOT REPRODUCIBLE",
+           cfg.n_blocks, cfg.cluster, worst, worst_lse, same ? "" : " NOT REPRODUCIBLE",
            appended ? "" : " NOT APPENDED", ok ? "" : "   FAIL");
   if (!ok) ++failures;
   for (void *p : device) cudaFree(p);
@@ -415,6 +417,8 @@ static void test_attend() {
         s.tokens = 120, s.tail = 35, s.append = true, s.segments = 2,
         s.n_blocks = d == 128 ? 24 : 5;
         s.tail_dtype = g == 8 ? RDKV_BF16 : RDKV_F16;
+        run_case(s, ++seed);
+        s.n_blocks = 0, s.overlap = 1;
         run_case(s, ++seed);
       }
     return;
@@ -596,6 +600,7 @@ static void test_refusals() {
   c = good, c.n_q_heads = 7, wrong += rdkv_cuda_resolve(&c, &out) == cudaSuccess;
   c = good, c.batch = 0, wrong += rdkv_cuda_resolve(&c, &out) == cudaSuccess;
   c = good, c.tail_dtype = RDKV_F32, wrong += rdkv_cuda_resolve(&c, &out) == cudaSuccess;
+  c = good, c.cluster = 3, wrong += rdkv_cuda_resolve(&c, &out) == cudaSuccess;
   c = good, c.softmax_scale = -1, wrong += rdkv_cuda_resolve(&c, &out) == cudaSuccess;
   wrong += rdkv_cuda_resolve(nullptr, &out) == cudaSuccess;
   printf("refusals: %d wrong\n", wrong);
