@@ -165,19 +165,19 @@ typedef struct rdkv_pin {
 
 /* Everything that can be chosen. Zero-initialise, set what you know, call rdkv_resolve. */
 typedef struct rdkv_config {
-  int32_t n_layers;      /* layers that share the budget; 0 = 1 */
-  int32_t n_q_heads;     /* required; a multiple of n_kv_heads */
-  int32_t n_kv_heads;    /* 0 = n_q_heads */
-  int32_t k_dim;         /* required, 1..256: head dimension of Q and K */
-  int32_t v_dim;         /* 1..256: head dimension of V; 0 = k_dim */
-  float softmax_scale;   /* factor on q.k; 0 = 1/sqrt(k_dim) */
-  rdkv_profile profile;  /* 0 = RDKV_JOINT */
-  rdkv_scope scope; /* 0 = RDKV_SCOPE_MODEL; RDKV_PAPER has a budget per head whatever is said */
-  rdkv_isa isa;          /* 0 = best of this machine */
-  int32_t window;        /* queries that score, 1..1024; 0 = 32 */
-  int32_t pool;          /* odd width of the average pooling over tokens, 1..255; 0 = 5, 1 = none */
-  int32_t positions;     /* 1: store each kept token's position (4 bytes a slot) */
-  double keep;           /* budget as a part of the fp16 cache, in (0, 1]; 0 = 0.10 */
+  int32_t n_layers;     /* layers that share the budget; 0 = 1 */
+  int32_t n_q_heads;    /* required; a multiple of n_kv_heads */
+  int32_t n_kv_heads;   /* 0 = n_q_heads */
+  int32_t k_dim;        /* required, 1..256: head dimension of Q and K */
+  int32_t v_dim;        /* 1..256: head dimension of V; 0 = k_dim */
+  float softmax_scale;  /* factor on q.k; 0 = 1/sqrt(k_dim) */
+  rdkv_profile profile; /* 0 = RDKV_JOINT */
+  rdkv_scope scope;  /* 0 = RDKV_SCOPE_MODEL; RDKV_PAPER has a budget per head whatever is said */
+  rdkv_isa isa;      /* 0 = best of this machine */
+  int32_t window;    /* queries that score, 1..1024; 0 = 32 */
+  int32_t pool;      /* odd width of the average pooling over tokens, 1..255; 0 = 5, 1 = none */
+  int32_t positions; /* 1: store each kept token's position (4 bytes a slot) */
+  double keep;       /* budget as a part of the fp16 cache, in (0, 1]; 0 = 0.10 */
   uint64_t budget_bytes; /* budget for all n_layers in bytes; takes precedence over keep */
   double max_error;      /* in (0, 1): instead of a budget, the smallest cache whose predicted
                             distortion is at most this part of that of an empty one; 0 = off */
@@ -225,16 +225,16 @@ RDKV_API rdkv_status rdkv_calibrate(const rdkv_config *cfg, const rdkv_kv *kv, u
    and skip rdkv_allocate. */
 typedef struct rdkv_layer {
   uint32_t n_tokens;
-  float *token; /* [n_kv_heads][n_tokens] mean attention of the window's queries (RDKV_JOINT: the
-                   last ones count most), summed over the group, pooled, >= 0 */
-  float *q_square;    /* [n_kv_heads][k_dim] mean over queries of q^2 */
-  float *k_square;    /* [n_kv_heads][k_dim] mean over tokens of k^2 */
-  float *mean_out;    /* [n_kv_heads][v_dim] mean output of the window's attention */
+  float *token;    /* [n_kv_heads][n_tokens] mean attention of the window's queries (RDKV_JOINT: the
+                      last ones count most), summed over the group, pooled, >= 0 */
+  float *q_square; /* [n_kv_heads][k_dim] mean over queries of q^2 */
+  float *k_square; /* [n_kv_heads][k_dim] mean over tokens of k^2 */
+  float *mean_out; /* [n_kv_heads][v_dim] mean output of the window's attention */
   float *v_distortion; /* [n_kv_heads][5][n_tokens] at 0, 2, 4, 8, 16 bits */
   float *k_distortion; /* [n_kv_heads][4][k_dim] at 0, 2, 4, 8 bits */
-  uint8_t *v_bits;    /* [n_kv_heads][n_tokens] 0, 2, 4, 8 or 16 */
-  uint8_t *k_bits;    /* [n_kv_heads][k_dim] 0, 2, 4 or 8; RDKV_PAPER may say 16, stored as 8 */
-  double lambda;      /* set by rdkv_allocate: the threshold that was used (RDKV_JOINT) */
+  uint8_t *v_bits;     /* [n_kv_heads][n_tokens] 0, 2, 4, 8 or 16 */
+  uint8_t *k_bits;     /* [n_kv_heads][k_dim] 0, 2, 4 or 8; RDKV_PAPER may say 16, stored as 8 */
+  double lambda;       /* set by rdkv_allocate: the threshold that was used (RDKV_JOINT) */
 } rdkv_layer;
 
 /* Bytes of memory that a layer's arrays take; 0 if they do not fit size_t. */
@@ -340,7 +340,7 @@ typedef struct rdkv_record {
                              half scale[n], half mid[n + n_dropped], u8 channel[n + n_dropped];
                              a pad has scale 0, mid 0, channel 0 */
   uint64_t position; /* offset of u32 position[32 * tiles], UINT32_MAX in pads; 0 if not stored */
-  uint64_t tile;          /* offset of the tiles: runs of 2, 4, 8, 16 one after the other */
+  uint64_t tile;     /* offset of the tiles: runs of 2, 4, 8, 16 one after the other */
   float v_distortion, k_distortion; /* predicted; 0 with RDKV_PAPER */
   uint64_t reserved;
 } rdkv_record; /* 64 bytes */
@@ -519,15 +519,15 @@ RDKV_API rdkv_status rdkv_attend_head(const rdkv_config *cfg, const rdkv_cache *
 /* Counts over heads; bytes add up to bytes_total. */
 typedef struct rdkv_report {
   uint64_t bytes_total;
-  uint64_t bytes_head;      /* header and records (0 for a single head) */
-  uint64_t bytes_tables;    /* channel tables and their padding */
-  uint64_t bytes_positions; /* if stored */
+  uint64_t bytes_head;                       /* header and records (0 for a single head) */
+  uint64_t bytes_tables;                     /* channel tables and their padding */
+  uint64_t bytes_positions;                  /* if stored */
   uint64_t bytes_k, bytes_v, bytes_v_params; /* tiles, pads included */
-  uint64_t bytes_fp16;      /* the same tokens uncompressed in fp16 */
-  double ratio;             /* bytes_total / bytes_fp16 */
-  uint64_t v_tokens[5];     /* tokens at 0, 2, 4, 8, 16 bits */
-  uint64_t k_channels[4];   /* channels at 0, 2, 4, 8 bits */
-  double v_distortion, k_distortion; /* predicted (RDKV_JOINT) */
+  uint64_t bytes_fp16;                       /* the same tokens uncompressed in fp16 */
+  double ratio;                              /* bytes_total / bytes_fp16 */
+  uint64_t v_tokens[5];                      /* tokens at 0, 2, 4, 8, 16 bits */
+  uint64_t k_channels[4];                    /* channels at 0, 2, 4, 8 bits */
+  double v_distortion, k_distortion;         /* predicted (RDKV_JOINT) */
 } rdkv_report;
 
 /* Fills a report of a segment: of one head (layer the model's index), or with layer = -1 of all.
@@ -611,10 +611,10 @@ extern "C" {
 #define RDKV__MAX_TOKENS 0x7fffffffu
 #define RDKV__MAX_WINDOW 1024 /* as config says */
 #define RDKV__HEADS 4 /* query heads that go through a cache together: their sums fit registers */
-#define RDKV__BATCH 4       /* tiles that share one step of the softmax */
+#define RDKV__BATCH 8 /* tiles that share one step of the softmax */
 #define RDKV__SLOTS (RDKV__BATCH * RDKV__TILE)
 #define RDKV__COEF_V (8 * RDKV__HEADS * 16) /* V coefficients of a tile */
-#define RDKV__CHUNK 256     /* tokens whose slopes are computed at a time */
+#define RDKV__CHUNK 256                     /* tokens whose slopes are computed at a time */
 #define RDKV__ROWS 96             /* rows scored at a time: a multiple of the micro-kernel's 6 */
 #define RDKV__MAX_HALF 0x477fe000 /* bits of 65504.0f, the largest half */
 
@@ -626,12 +626,18 @@ static const int rdkv__v_width[5] = {0, 2, 4, 8, 16};
 /* Level of a width: 0, 1, 2, 3, 4 for 0, 2, 4, 8, 16 bits; -1 if there is no such width. */
 static int rdkv__level(int bits) {
   switch (bits) {
-    case 0: return 0;
-    case 2: return 1;
-    case 4: return 2;
-    case 8: return 3;
-    case 16: return 4;
-    default: return -1;
+    case 0:
+      return 0;
+    case 2:
+      return 1;
+    case 4:
+      return 2;
+    case 8:
+      return 3;
+    case 16:
+      return 4;
+    default:
+      return -1;
   }
 }
 
@@ -713,19 +719,32 @@ static rdkv_status rdkv__scratch(void *scratch, size_t bytes, size_t need, rdkv_
 
 RDKV_DEF const char *rdkv_status_string(rdkv_status status) {
   switch (status) {
-    case RDKV_OK: return "ok";
-    case RDKV_ERR_ARGUMENT: return "a null pointer, a bad count or an index out of range";
-    case RDKV_ERR_CONFIG: return "a config field is out of its range or contradicts another";
-    case RDKV_ERR_OVERFLOW: return "a size does not fit";
-    case RDKV_ERR_MEMORY: return "a buffer is smaller than its size query says";
-    case RDKV_ERR_ALIGNMENT: return "a buffer is not aligned as documented";
-    case RDKV_ERR_NONFINITE: return "NaN, Inf or a value outside the half range in the input";
-    case RDKV_ERR_BUDGET: return "the budget is below what must be stored";
-    case RDKV_ERR_FULL: return "the tail has no room for the tokens";
-    case RDKV_ERR_TRUNCATED: return "fewer bytes than the block says it has";
-    case RDKV_ERR_FORMAT: return "not a block, or its fields contradict each other";
-    case RDKV_ERR_VERSION: return "a block of another format version";
-    case RDKV_ERR_CHECKSUM: return "the block's bytes are not those that were written";
+    case RDKV_OK:
+      return "ok";
+    case RDKV_ERR_ARGUMENT:
+      return "a null pointer, a bad count or an index out of range";
+    case RDKV_ERR_CONFIG:
+      return "a config field is out of its range or contradicts another";
+    case RDKV_ERR_OVERFLOW:
+      return "a size does not fit";
+    case RDKV_ERR_MEMORY:
+      return "a buffer is smaller than its size query says";
+    case RDKV_ERR_ALIGNMENT:
+      return "a buffer is not aligned as documented";
+    case RDKV_ERR_NONFINITE:
+      return "NaN, Inf or a value outside the half range in the input";
+    case RDKV_ERR_BUDGET:
+      return "the budget is below what must be stored";
+    case RDKV_ERR_FULL:
+      return "the tail has no room for the tokens";
+    case RDKV_ERR_TRUNCATED:
+      return "fewer bytes than the block says it has";
+    case RDKV_ERR_FORMAT:
+      return "not a block, or its fields contradict each other";
+    case RDKV_ERR_VERSION:
+      return "a block of another format version";
+    case RDKV_ERR_CHECKSUM:
+      return "the block's bytes are not those that were written";
   }
   return "unknown status";
 }
@@ -772,9 +791,12 @@ static uint16_t rdkv__to_bf16(float x) {
 
 static float rdkv__element(const void *p, rdkv_dtype type, ptrdiff_t i) {
   switch (type) {
-    case RDKV_F16: return rdkv__from_half(((const uint16_t *)p)[i]);
-    case RDKV_BF16: return rdkv__float((uint32_t)((const uint16_t *)p)[i] << 16);
-    case RDKV_F32: break;
+    case RDKV_F16:
+      return rdkv__from_half(((const uint16_t *)p)[i]);
+    case RDKV_BF16:
+      return rdkv__float((uint32_t)((const uint16_t *)p)[i] << 16);
+    case RDKV_F32:
+      break;
   }
   return ((const float *)p)[i];
 }
@@ -843,17 +865,17 @@ typedef struct rdkv__kernels {
   /* the same with one mid, inv, lo and hi for all */
   void (*quantise_one)(const float *x, int n, const float *mid, const float *inv, const float *lo,
                        const float *hi, uint8_t *code);
-  /* n halves as floats, n a multiple of 16; and an inner product of any length */
+  /* n halves as floats, n a multiple of 16 */
   void (*halves)(const uint16_t *h, int n, float *x);
-  float (*inner)(const float *x, const float *y, int n);
   /* attend, for up to 4 query heads: see the code */
-  void (*k_coef)(int level, const float *x, float *to, int next);
+  float (*k_coef)(int level, int n_blocks, const uint8_t *channel, const float *scale,
+                  const float *mid, const float *q, float *to, int next);
   void (*k_codes)(int level, const uint32_t *words, int n_blocks, const float *coef, int n_heads,
-                  float *logits, float *work);
+                  float *logits, float *work, int add);
   void (*v_coef)(int level, const uint32_t *params, const float *p, int n_heads, float *coef,
                  float *rest);
   void (*v_codes)(int level, const uint32_t *tiles, size_t tile_words, int n_tiles, int n_blocks,
-                  const float *coef, int n_heads, float *acc, size_t head_stride);
+                  const float *coef, int n_heads, float *acc, size_t head_stride, int first);
   void (*v_fold)(int level, const float *acc, int n_blocks, float *out);
   float (*max)(const float *x, int n);
   void (*exp_sum)(const float *logits, float max, float *p, int n, float *sum);
@@ -920,7 +942,7 @@ static const int32_t rdkv__v_slot[18][16] = {
     {6, 6, 7, 7, 14, 14, 15, 15, 22, 22, 23, 23, 30, 30, 31, 31}};
 static const uint32_t rdkv__top_bits[4] = {0, 0xaaaaaaaa, 0x88888888, 0x80808080};
 static const float rdkv__code_unit[4] = {0, 1, 1, 5.9604644775390625e-8f}; /* 2^-24 at 8 bits */
-static const uint8_t rdkv__v_first[6] = {0, 0, 8, 12, 14, 18}; /* rows of level 1.. */
+static const uint8_t rdkv__v_first[6] = {0, 0, 8, 12, 14, 18};             /* rows of level 1.. */
 
 #define RDKV__SIMD_BODY 1 /* RDKV_ISA_SCALAR */
 #include RDKV_SELF
@@ -974,13 +996,17 @@ RDKV_DEF int rdkv_isa_available(rdkv_isa isa) {
 static const rdkv__kernels *rdkv__kernels_of(rdkv_isa isa) {
   switch (isa) {
 #if RDKV__X86
-    case RDKV_ISA_AVX2: return &rdkv__kernels_avx2;
-    case RDKV_ISA_AVX512: return &rdkv__kernels_avx512;
+    case RDKV_ISA_AVX2:
+      return &rdkv__kernels_avx2;
+    case RDKV_ISA_AVX512:
+      return &rdkv__kernels_avx512;
 #endif
 #if RDKV__ARM
-    case RDKV_ISA_NEON: return &rdkv__kernels_neon;
+    case RDKV_ISA_NEON:
+      return &rdkv__kernels_neon;
 #endif
-    default: return &rdkv__kernels_scalar;
+    default:
+      return &rdkv__kernels_scalar;
   }
 }
 
@@ -1016,9 +1042,9 @@ RDKV_DEF rdkv_status rdkv_resolve(const rdkv_config *in, rdkv_config *out) {
   if (c.n_layers < 1 || c.n_layers > 65535 || c.n_q_heads < 1 || c.n_q_heads > 65535 ||
       c.n_kv_heads < 1 || c.n_kv_heads > c.n_q_heads || c.n_q_heads % c.n_kv_heads != 0 ||
       c.k_dim < 1 || c.k_dim > RDKV__MAX_DIM || c.v_dim < 1 || c.v_dim > RDKV__MAX_DIM ||
-      c.window < 1 || c.window > RDKV__MAX_WINDOW || c.pool < 1 || c.pool > 255 || c.pool % 2 == 0 ||
-      (unsigned)c.profile > RDKV_PAPER || (unsigned)c.scope > RDKV_SCOPE_LAMBDA ||
-      (unsigned)c.positions > 1)
+      c.window < 1 || c.window > RDKV__MAX_WINDOW || c.pool < 1 || c.pool > 255 ||
+      c.pool % 2 == 0 || (unsigned)c.profile > RDKV_PAPER ||
+      (unsigned)c.scope > RDKV_SCOPE_LAMBDA || (unsigned)c.positions > 1)
     return RDKV_ERR_CONFIG;
   if (rdkv__zero((double)c.softmax_scale)) c.softmax_scale = (float)(1 / sqrt((double)c.k_dim));
   if (rdkv__zero(c.keep)) c.keep = 0.10;
@@ -1110,15 +1136,15 @@ static void rdkv__clear(const rdkv_config *cfg, rdkv_layer *l) {
 
 /* Scratch of the calls that go through a layer's K and V. */
 typedef struct rdkv__work {
-  float *qt;     /* [k_dim][columns] queries, transposed and scaled */
-  float *logits; /* [ROWS][columns] */
+  float *qt;        /* [k_dim][columns] queries, transposed and scaled */
+  float *logits;    /* [ROWS][columns] */
   float *max, *sum; /* [columns] */
-  float *rows;   /* [ROWS][dim padded]; rdkv_pack: [TILE] */
-  float *mean;   /* [n_tokens] attention before pooling */
-  uint32_t *order; /* [n_tokens] kept tokens, by run */
-  float *channel;  /* [16][MAX_DIM] small per-channel tables */
-  double *total;   /* [MAX_DIM] */
-  uint8_t *codes;  /* [TILE][PACKED] */
+  float *rows;      /* [ROWS][dim padded]; rdkv_pack: [TILE] */
+  float *mean;      /* [n_tokens] attention before pooling */
+  uint32_t *order;  /* [n_tokens] kept tokens, by run */
+  float *channel;   /* [16][MAX_DIM] small per-channel tables */
+  double *total;    /* [MAX_DIM] */
+  uint8_t *codes;   /* [TILE][PACKED] */
 } rdkv__work;
 
 static uint64_t rdkv__work_layout(const rdkv_config *cfg, uint32_t n_tokens, rdkv__arena *arena,
@@ -1175,7 +1201,7 @@ static void rdkv__ahead(const rdkv_tensor *t, uint32_t token, int head, int n) {
 }
 
 /* Averages over `pool` neighbours; the ends are reflected; a wider kernel than 2T-1 shrinks to it.
-   */
+ */
 static void rdkv__pool(const float *in, uint32_t n, int pool, float *out) {
   int64_t half = (pool - 1) / 2, t, i, last = (int64_t)n - 1;
   if (half > last) half = last;
@@ -1199,8 +1225,7 @@ static void rdkv__recency(const rdkv_config *cfg, int window, float *weight) {
   int i;
   for (i = 1; i <= window; i++) sum += 1 / sqrt((double)i);
   for (i = 0; i < window; i++)
-    weight[i] =
-        cfg->profile == RDKV_PAPER ? 1 : (float)(window / sum / sqrt((double)(window - i)));
+    weight[i] = cfg->profile == RDKV_PAPER ? 1 : (float)(window / sum / sqrt((double)(window - i)));
 }
 
 RDKV_DEF rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_layer *layer,
@@ -1218,8 +1243,8 @@ RDKV_DEF rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_
   st = rdkv__work_begin(cfg, n, scratch, scratch_bytes, &w);
   if (st != RDKV_OK) return st;
   joint = cfg->profile == RDKV_JOINT;
-  if (n > 0 && (!rdkv__tensor_ok(&kv->k) || !rdkv__tensor_ok(&kv->q) ||
-                (joint && !rdkv__tensor_ok(&kv->v))))
+  if (n > 0 &&
+      (!rdkv__tensor_ok(&kv->k) || !rdkv__tensor_ok(&kv->q) || (joint && !rdkv__tensor_ok(&kv->v))))
     return RDKV_ERR_ARGUMENT;
   kn = rdkv__kernels_of(cfg->isa);
   group = cfg->n_q_heads / cfg->n_kv_heads, kd = cfg->k_dim, vd = cfg->v_dim;
@@ -1284,8 +1309,7 @@ RDKV_DEF rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_
       }
       if (pass == 0) { /* from here on w.sum is its inverse, 0 in columns that pad */
         size_t c;
-        for (c = 0; c < nq; c++)
-          w.sum[c] = c < used ? weight[c / (size_t)group] / w.sum[c] : 0;
+        for (c = 0; c < nq; c++) w.sum[c] = c < used ? weight[c / (size_t)group] / w.sum[c] : 0;
         for (d = 0; d < kd; d++) k2[d] = (float)(w.total[d] / (double)n);
       }
     }
@@ -1568,7 +1592,7 @@ static double rdkv__keep(const rdkv_config *cfg, uint32_t n_tokens) {
 }
 
 /* No block of n_layers can be larger: every K channel at 8 bits, every V token at 16, and the pads.
-   */
+ */
 static uint64_t rdkv__max_block(const rdkv_config *cfg, uint32_t n_tokens, int n_layers) {
   uint64_t heads = (uint64_t)n_layers * (uint64_t)cfg->n_kv_heads, tile, head;
   uint64_t kb = (uint64_t)rdkv__pad16(cfg->k_dim) / 16, vb = (uint64_t)rdkv__pad16(cfg->v_dim) / 16;
@@ -1591,7 +1615,7 @@ typedef struct rdkv__head {
   uint32_t pinned[5];             /* tokens that must reach a level */
   uint32_t k_tile;
   uint32_t bins[4 * RDKV__FINE]; /* tokens by slope, for level 1.. apart or for level 1 alone */
-  uint32_t fill[4][RDKV__FILL]; /* next tokens for level 1.., best first */
+  uint32_t fill[4][RDKV__FILL];  /* next tokens for level 1.., best first */
   uint32_t n_fill[4];
   float gain[7]; /* of the next step: V to level 1..4, K to level 1..3; 0 = none */
   uint64_t cost[7];
@@ -2145,7 +2169,7 @@ static void rdkv__paper_solve(const float *w, uint32_t n, const float eps[5], fl
   mean = (float)((double)rdkv__paper_widths(w, n, eps, 0, bits) / (double)n);
   if (mean <= budget) return;
   hi = rdkv__f(max * 0.375f);
-  hi = hi > 1e-8f ? hi : 1e-8f; /* the least ceiling that reproduces the authors' widths */
+  hi = hi > 1e-8f ? hi : 1e-8f;       /* the least ceiling that reproduces the authors' widths */
   for (step = 0; step < 64; step++) { /* the ceiling: 2^64 times is beyond any ratio of weights */
     mean = (float)((double)rdkv__paper_widths(w, n, eps, hi, bits) / (double)n);
     if (mean <= budget) break;
@@ -2419,8 +2443,7 @@ RDKV_DEF size_t rdkv_block_bytes(const rdkv_config *cfg, const rdkv_layer *layer
     if (!rdkv__layer_ok(&layers[a])) return 0;
     for (head = 0; head < cfg->n_kv_heads; head++) {
       if (!rdkv__head_counts(cfg, &layers[a], head, count, channels)) return 0;
-      bytes = rdkv__add(bytes,
-                        rdkv__head_bytes(cfg->v_dim, cfg->positions, count, channels, &p));
+      bytes = rdkv__add(bytes, rdkv__head_bytes(cfg->v_dim, cfg->positions, count, channels, &p));
     }
   }
   return rdkv__size(bytes);
@@ -2478,8 +2501,7 @@ static void rdkv__order_channels(const uint8_t *k_bits, int kd, rdkv__table *t) 
 
 /* Four neighbouring codes, one a byte (2 pr + e), to where a word holds them; and two (e). */
 static uint32_t rdkv__spread_k(int level, uint32_t x) {
-  if (level == 1)
-    return (x & 0x3) | (x & 0x300) << 8 | (x & 0x30000) >> 14 | (x & 0x3000000) >> 6;
+  if (level == 1) return (x & 0x3) | (x & 0x300) << 8 | (x & 0x30000) >> 14 | (x & 0x3000000) >> 6;
   return (x & 0xf) | (x & 0xf00) << 8 | (x & 0xf0000) >> 12 | (x & 0xf000000) >> 4;
 }
 static uint32_t rdkv__spread_v(uint32_t x) { return (x & 0xff) | (x & 0xff00) << 8; }
@@ -3255,7 +3277,7 @@ RDKV_DEF void rdkv_tail_rewind(rdkv_tail *tail, uint32_t n_tokens) {
 
 typedef struct rdkv__attend_work {
   float *q;          /* [n_q_heads][k_dim padded] times softmax_scale */
-  float *packed;     /* [3][PACKED + MAX_DIM] */
+  float *packed;     /* [2][PACKED + MAX_DIM] scale and mid of the channels */
   float *coef_k;     /* [MAX_BLOCKS][4][HEADS][16] */
   float *coef_v;     /* [BATCH][COEF_V] */
   float *logits, *p; /* [HEADS][SLOTS] */
@@ -3274,7 +3296,7 @@ static uint64_t rdkv__attend_layout(const rdkv_config *cfg, rdkv__arena *arena,
   w->kp = rdkv__pad16(cfg->k_dim), w->vp = rdkv__pad16(cfg->v_dim);
   w->acc_stride = (size_t)w->vp * 16;
   w->q = (float *)rdkv__take(arena, &bytes, (uint64_t)cfg->n_q_heads * (uint64_t)w->kp, 4);
-  w->packed = (float *)rdkv__take(arena, &bytes, 3 * (RDKV__PACKED + RDKV__MAX_DIM), 4);
+  w->packed = (float *)rdkv__take(arena, &bytes, 2 * (RDKV__PACKED + RDKV__MAX_DIM), 4);
   w->coef_k = (float *)rdkv__take(arena, &bytes, RDKV__MAX_BLOCKS * 64 * RDKV__HEADS, 4);
   w->coef_v = (float *)rdkv__take(arena, &bytes, RDKV__BATCH * RDKV__COEF_V, 4);
   w->logits = (float *)rdkv__take(arena, &bytes, RDKV__HEADS * RDKV__SLOTS, 4);
@@ -3300,23 +3322,21 @@ static void rdkv__attend_table(const rdkv__kernels *kn, const rdkv_segment *s, c
                                rdkv__attend_work *w) {
   const uint16_t *scale = (const uint16_t *)(const void *)(s->block + r->table);
   const uint8_t *channel;
-  int n = 16 * parts->k_blocks[0], all = n + r->n_dropped, h, i, j, b, level;
-  float *scales = w->packed, *mids = scales + RDKV__PACKED,
-        *x = mids + RDKV__PACKED + RDKV__MAX_DIM;
+  int n = 16 * parts->k_blocks[0], all = n + r->n_dropped, h, i, b, level;
+  float *scales = w->packed, *mids = scales + RDKV__PACKED;
   channel = (const uint8_t *)(scale + n + all);
   kn->halves(scale, n, scales);
   kn->halves(scale + n, n, mids);
   for (i = n; i < all; i++) mids[i] = rdkv__from_half(scale[n + i]);
   for (h = 0; h < n_heads; h++) {
     const float *qh = q + h * w->kp;
-    for (i = 0; i < all; i++) x[i] = qh[channel[i]];
-    w->konst[h] = kn->inner(x, mids, all);
-    for (level = 1, b = 0; level < 4; level++) {
-      for (j = 0; j < parts->k_blocks[level]; j++, b++) {
-        for (i = 16 * b; i < 16 * b + 16; i++) x[i] *= scales[i] * rdkv__code_unit[level];
-        kn->k_coef(level, x + 16 * b, w->coef_k + (b * 4 * n_heads + h) * 16, n_heads * 16);
-      }
-    }
+    float sum = 0;
+    for (level = 1, b = 0; level < 4; b += parts->k_blocks[level++])
+      if (parts->k_blocks[level])
+        sum += kn->k_coef(level, parts->k_blocks[level], channel + 16 * b, scales + 16 * b,
+                          mids + 16 * b, qh, w->coef_k + (b * 4 * n_heads + h) * 16, n_heads * 16);
+    for (i = n; i < all; i++) sum += qh[channel[i]] * mids[i];
+    w->konst[h] = sum;
   }
 }
 
@@ -3345,7 +3365,7 @@ static void rdkv__attend_segment(const rdkv__kernels *kn, const rdkv_segment *s,
                                  const rdkv_record *r, const float *q, int n_heads,
                                  rdkv__attend_work *w) {
   const uint8_t *batch = s->block + r->tile;
-  int blocks = w->vp / 16, h, level, kl, b, i;
+  int blocks = w->vp / 16, first, h, level, kl, b, i;
   uint32_t t, n;
   rdkv__parts parts;
   rdkv__record_parts(s, r, &parts);
@@ -3356,11 +3376,10 @@ static void rdkv__attend_segment(const rdkv__kernels *kn, const rdkv_segment *s,
     size_t tile_bytes = parts.k_tile + 128 + (size_t)blocks * (64u << level);
     uint32_t left = parts.n_tiles[level];
     if (left == 0) continue;
-    for (h = 0; h < n_heads; h++)
-      memset(w->acc + (size_t)h * w->acc_stride, 0, used * sizeof(float));
-    for (; left > 0; left -= n, batch += n * tile_bytes) {
+    for (first = 1; left > 0; left -= n, batch += n * tile_bytes, first = 0) {
       n = rdkv__min_u32(left, RDKV__BATCH);
-      memset(w->logits, 0, sizeof(float) * RDKV__HEADS * RDKV__SLOTS);
+      for (h = 0; h < n_heads && parts.k_blocks[0] == 0; h++)
+        memset(w->logits + h * RDKV__SLOTS, 0, n * RDKV__TILE * sizeof(float));
       for (t = 0; t < n; t++) {
         const uint8_t *tile = batch + t * tile_bytes;
         const uint32_t *words = (const uint32_t *)(const void *)tile;
@@ -3372,7 +3391,7 @@ static void rdkv__attend_segment(const rdkv__kernels *kn, const rdkv_segment *s,
         for (kl = 1, b = 0; kl < 4; kl++) {
           if (parts.k_blocks[kl] == 0) continue;
           kn->k_codes(kl, words, parts.k_blocks[kl], w->coef_k + b * 64 * n_heads, n_heads,
-                      w->logits + t * RDKV__TILE, w->work);
+                      w->logits + t * RDKV__TILE, w->work, b > 0);
           words += parts.k_blocks[kl] * (16 << kl), b += parts.k_blocks[kl];
         }
       }
@@ -3383,13 +3402,13 @@ static void rdkv__attend_segment(const rdkv__kernels *kn, const rdkv_segment *s,
           for (h = 0; h < n_heads && (uint32_t)(i / 4 + 8 * (i % 4)) >= real; h++)
             w->logits[h * RDKV__SLOTS + (int)(n - 1) * RDKV__TILE + i] = -FLT_MAX;
       }
-      rdkv__attend_softmax(kn, w, w->konst, n_heads, (int)n * RDKV__TILE, used);
+      rdkv__attend_softmax(kn, w, w->konst, n_heads, (int)n * RDKV__TILE, first ? 0 : used);
       batch += parts.k_tile; /* to the V parameters of the first tile */
       for (t = 0; t < n; t++)
         kn->v_coef(level, (const uint32_t *)(const void *)(batch + t * tile_bytes),
                    w->p + t * RDKV__TILE, n_heads, w->coef_v + t * RDKV__COEF_V, w->rest);
       kn->v_codes(level, (const uint32_t *)(const void *)(batch + 128), tile_bytes / 4, (int)n,
-                  blocks, w->coef_v, n_heads, w->acc, w->acc_stride);
+                  blocks, w->coef_v, n_heads, w->acc, w->acc_stride, first);
       batch -= parts.k_tile;
     }
     for (h = 0; h < n_heads; h++)
@@ -3429,9 +3448,9 @@ static rdkv_status rdkv__cache_ok(const rdkv_config *cfg, const rdkv_cache *c, i
         h->k_dim != (uint32_t)cfg->k_dim || h->v_dim != (uint32_t)cfg->v_dim)
       return RDKV_ERR_ARGUMENT;
   }
-  if (c->tail && (c->tail->memory == NULL || c->tail->n_kv_heads != cfg->n_kv_heads ||
-                  c->tail->k_dim != cfg->k_dim || c->tail->v_dim != cfg->v_dim ||
-                  layer >= c->tail->n_layers))
+  if (c->tail &&
+      (c->tail->memory == NULL || c->tail->n_kv_heads != cfg->n_kv_heads ||
+       c->tail->k_dim != cfg->k_dim || c->tail->v_dim != cfg->v_dim || layer >= c->tail->n_layers))
     return RDKV_ERR_ARGUMENT;
   return RDKV_OK;
 }
@@ -3668,7 +3687,7 @@ RDKV_DEF rdkv_status rdkv_measure_error(const rdkv_config *cfg, const rdkv_cache
 #define RDKV__CODE_2(w, s) RDKV__SIGNED(w, s, 2)
 #define RDKV__CODE_4(w, s) RDKV__SIGNED(w, s, 4)
 #define RDKV__CODE_8(w, s) ((float)(int32_t)((uint32_t)(w) << (24 - (s)) & 0xff000000))
-#define RDKV__LOW_HALF(w) rdkv__from_half((uint16_t)((uint32_t)(w) & 0xffff))
+#define RDKV__LOW_HALF(w) rdkv__from_half((uint16_t)((uint32_t)(w)&0xffff))
 #define RDKV__HIGH_HALF(w) rdkv__from_half((uint16_t)((uint32_t)(w) >> 16))
 #elif RDKV__SIMD_BODY == 2
 #define RDKV__NAME(f) rdkv__##f##_avx2
@@ -3695,35 +3714,35 @@ RDKV_DEF rdkv_status rdkv_measure_error(const rdkv_config *cfg, const rdkv_cache
 #define RDKV__MIN(a, b) _mm256_min_ps(a, b)
 #define RDKV__MAX(a, b) _mm256_max_ps(a, b)
 #define RDKV__HALVES(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p)))
-#define RDKV__BFLOATS(p)                                            \
-  _mm256_castsi256_ps(_mm256_slli_epi32(                            \
+#define RDKV__BFLOATS(p)                 \
+  _mm256_castsi256_ps(_mm256_slli_epi32( \
       _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p))), 16))
 #define RDKV__ROUND_HALF(v) _mm256_cvtph_ps(_mm256_cvtps_ph(v, 8))
 #define RDKV__TO_INT(v) _mm256_cvtps_epi32(v)
 #define RDKV__TO_FLOAT(v) _mm256_cvtepi32_ps(v)
 #define RDKV__ROUND(v) _mm256_round_ps(v, 8)
-#define RDKV__EXP2I(v, n)                  \
+#define RDKV__EXP2I(v, n) \
   _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), _mm256_slli_epi32(n, 23)))
 #define RDKV__ABS_BITS(v) _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff))
 #define RDKV__MAXI(a, b) _mm256_max_epi32(a, b)
 #define RDKV__STI(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), v)
-#define RDKV__ST_CODES(p, v)                                                                     \
-  do {                                                                                           \
-    __m128i c_ = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));     \
-    _mm_storel_epi64((__m128i *)(void *)(p), _mm_packus_epi16(c_, c_));                          \
+#define RDKV__ST_CODES(p, v)                                                                 \
+  do {                                                                                       \
+    __m128i c_ = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)); \
+    _mm_storel_epi64((__m128i *)(void *)(p), _mm_packus_epi16(c_, c_));                      \
   } while (0)
 #define RDKV__FLIP(w, bits) _mm256_xor_si256(w, _mm256_set1_epi32((int)(bits)))
 #define RDKV__SIGNED(w, s, b) \
   _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(w, 32 - (b) - (s)), 32 - (b)))
-#define RDKV__CODE_2(w, s) /* 0, 1, -2, -1: the flipped code's own order */                      \
+#define RDKV__CODE_2(w, s) /* 0, 1, -2, -1: the flipped code's own order */ \
   _mm256_permutevar_ps(_mm256_setr_ps(0, 1, -2, -1, 0, 1, -2, -1), _mm256_srli_epi32(w, s))
 #define RDKV__CODE_4(w, s) RDKV__SIGNED(w, s, 4)
-#define RDKV__CODE_8(w, s) /* byte s/8 to the top of each word, zeros below */                   \
-  _mm256_cvtepi32_ps(_mm256_shuffle_epi8(                                                        \
-      w, _mm256_add_epi32(_mm256_setr_epi32(0x00808080, 0x04808080, 0x08808080, 0x0c808080,      \
-                                            0x00808080, 0x04808080, 0x08808080, 0x0c808080),     \
+#define RDKV__CODE_8(w, s) /* byte s/8 to the top of each word, zeros below */               \
+  _mm256_cvtepi32_ps(_mm256_shuffle_epi8(                                                    \
+      w, _mm256_add_epi32(_mm256_setr_epi32(0x00808080, 0x04808080, 0x08808080, 0x0c808080,  \
+                                            0x00808080, 0x04808080, 0x08808080, 0x0c808080), \
                           _mm256_set1_epi32((s) / 8 << 24))))
-#define RDKV__PACK16(w) /* the low halves of 8 words */                                          \
+#define RDKV__PACK16(w) /* the low halves of 8 words */ \
   _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(w, w), 0x08))
 #define RDKV__LOW_HALF(w) \
   _mm256_cvtph_ps(RDKV__PACK16(_mm256_and_si256(w, _mm256_set1_epi32(0xffff))))
@@ -3753,31 +3772,29 @@ RDKV_DEF rdkv_status rdkv_measure_error(const rdkv_config *cfg, const rdkv_cache
 #define RDKV__MIN(a, b) _mm512_min_ps(a, b)
 #define RDKV__MAX(a, b) _mm512_max_ps(a, b)
 #define RDKV__HALVES(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(p)))
-#define RDKV__BFLOATS(p)                                            \
-  _mm512_castsi512_ps(_mm512_slli_epi32(                            \
+#define RDKV__BFLOATS(p)                 \
+  _mm512_castsi512_ps(_mm512_slli_epi32( \
       _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(p))), 16))
 #define RDKV__ROUND_HALF(v) _mm512_cvtph_ps(_mm512_cvtps_ph(v, 8))
 #define RDKV__TO_INT(v) _mm512_cvtps_epi32(v)
 #define RDKV__TO_FLOAT(v) _mm512_cvtepi32_ps(v)
 #define RDKV__ROUND(v) _mm512_roundscale_ps(v, 8)
-#define RDKV__EXP2I(v, n)                  \
+#define RDKV__EXP2I(v, n) \
   _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), _mm512_slli_epi32(n, 23)))
 #define RDKV__ABS_BITS(v) _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff))
 #define RDKV__MAXI(a, b) _mm512_max_epi32(a, b)
 #define RDKV__STI(p, v) _mm512_storeu_si512((void *)(p), v)
 #define RDKV__ST_CODES(p, v) _mm_storeu_si128((__m128i *)(void *)(p), _mm512_cvtepi32_epi8(v))
 #define RDKV__FLIP(w, bits) _mm512_xor_si512(w, _mm512_set1_epi32((int)(bits)))
-#define RDKV__CODE_2(w, s)                                                                       \
-  _mm512_permutevar_ps(                                                                          \
-      _mm512_setr_ps(0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1),                    \
-      _mm512_srli_epi32(w, s))
-#define RDKV__CODE_4(w, s)                                                                       \
-  _mm512_permutexvar_ps(                                                                         \
-      _mm512_srli_epi32(w, s),                                                                   \
-      _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1))
-#define RDKV__CODE_8(w, s) /* byte s/8 to the top of each word, zeros below */                   \
-  _mm512_cvtepi32_ps(_mm512_shuffle_epi8(                                                        \
-      w, _mm512_add_epi32(_mm512_set4_epi32(0x0c808080, 0x08808080, 0x04808080, 0x00808080),     \
+#define RDKV__CODE_2(w, s)                                                                     \
+  _mm512_permutevar_ps(_mm512_setr_ps(0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1), \
+                       _mm512_srli_epi32(w, s))
+#define RDKV__CODE_4(w, s)                       \
+  _mm512_permutexvar_ps(_mm512_srli_epi32(w, s), \
+                        _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1))
+#define RDKV__CODE_8(w, s) /* byte s/8 to the top of each word, zeros below */               \
+  _mm512_cvtepi32_ps(_mm512_shuffle_epi8(                                                    \
+      w, _mm512_add_epi32(_mm512_set4_epi32(0x0c808080, 0x08808080, 0x04808080, 0x00808080), \
                           _mm512_set1_epi32((s) / 8 << 24))))
 #define RDKV__LOW_HALF(w) _mm512_cvtph_ps(_mm512_cvtepi32_epi16(w))
 #define RDKV__HIGH_HALF(w) _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(w, 16)))
@@ -3815,19 +3832,19 @@ RDKV_DEF rdkv_status rdkv_measure_error(const rdkv_config *cfg, const rdkv_cache
 #define RDKV__ABS_BITS(v) vandq_s32(vreinterpretq_s32_f32(v), vdupq_n_s32(0x7fffffff))
 #define RDKV__MAXI(a, b) vmaxq_s32(a, b)
 #define RDKV__STI(p, v) vst1q_s32(p, v)
-#define RDKV__ST_CODES(p, v)                                                        \
-  do {                                                                              \
-    int32_t c_[4];                                                                  \
-    vst1q_s32(c_, v);                                                               \
-    (p)[0] = (uint8_t)c_[0], (p)[1] = (uint8_t)c_[1], (p)[2] = (uint8_t)c_[2],      \
-    (p)[3] = (uint8_t)c_[3];                                                        \
+#define RDKV__ST_CODES(p, v)                                                   \
+  do {                                                                         \
+    int32_t c_[4];                                                             \
+    vst1q_s32(c_, v);                                                          \
+    (p)[0] = (uint8_t)c_[0], (p)[1] = (uint8_t)c_[1], (p)[2] = (uint8_t)c_[2], \
+    (p)[3] = (uint8_t)c_[3];                                                   \
   } while (0)
 #define RDKV__FLIP(w, bits) veorq_s32(w, vreinterpretq_s32_u32(vdupq_n_u32(bits)))
 #define RDKV__SIGNED(w, s, b) \
   vcvtq_f32_s32(vshrq_n_s32(vshlq_s32(w, vdupq_n_s32(32 - (b) - (s))), 32 - (b)))
 #define RDKV__CODE_2(w, s) RDKV__SIGNED(w, s, 2)
 #define RDKV__CODE_4(w, s) RDKV__SIGNED(w, s, 4)
-#define RDKV__CODE_8(w, s)                                                          \
+#define RDKV__CODE_8(w, s) \
   vcvtq_f32_s32(vandq_s32(vshlq_s32(w, vdupq_n_s32(24 - (s))), vdupq_n_s32((int)0xff000000)))
 #define RDKV__LOW_HALF(w) vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(vreinterpretq_u32_s32(w))))
 #define RDKV__HIGH_HALF(w) \
@@ -3950,9 +3967,12 @@ RDKV__FN uint32_t RDKV__NAME(row)(const void *src, rdkv_dtype type, ptrdiff_t st
   int i;
   if (stride == 1) {
     switch (type) {
-      case RDKV_F16: return RDKV__NAME(row_of)(src, RDKV_F16, n, dst);
-      case RDKV_BF16: return RDKV__NAME(row_of)(src, RDKV_BF16, n, dst);
-      case RDKV_F32: return RDKV__NAME(row_of)(src, RDKV_F32, n, dst);
+      case RDKV_F16:
+        return RDKV__NAME(row_of)(src, RDKV_F16, n, dst);
+      case RDKV_BF16:
+        return RDKV__NAME(row_of)(src, RDKV_BF16, n, dst);
+      case RDKV_F32:
+        return RDKV__NAME(row_of)(src, RDKV_F32, n, dst);
     }
   }
   for (i = 0; i < n; i++) {
@@ -4209,46 +4229,46 @@ RDKV__FN void RDKV__NAME(quantise_one)(const float *x, int n, const float *mid, 
   RDKV__NAME(codes)(x, n, mid, inv, lo, hi, code, 0);
 }
 
-/* Two fields of a word vector, r = 0 and 1, share a coefficient: acc[h][a + r] += code * coefficient
-   k of head h. */
-#define RDKV__FIELDS(x0_, x1_, a_, k_)                                                     \
-  do {                                                                                     \
-    RDKV__VF x0__ = x0_, x1__ = x1_;                                                       \
-    for (h = 0; h < nh; h++) {                                                             \
-      RDKV__VF c__ = RDKV__LD(c + ((k_)*nh + h) * 16);                                     \
-      RDKV__KEEP(c__);                                                                     \
-      acc[h][a_] = RDKV__FMA(x0__, c__, acc[h][a_]);                                       \
-      acc[h][(a_) + 1] = RDKV__FMA(x1__, c__, acc[h][(a_) + 1]);                           \
-    }                                                                                      \
+/* Two fields of a word vector, r = 0 and 1, share a coefficient: acc[h][a + r] += code *
+   coefficient k of head h. */
+#define RDKV__FIELDS(x0_, x1_, a_, k_)                           \
+  do {                                                           \
+    RDKV__VF x0__ = x0_, x1__ = x1_;                             \
+    for (h = 0; h < nh; h++) {                                   \
+      RDKV__VF c__ = RDKV__LD(c + ((k_)*nh + h) * 16);           \
+      RDKV__KEEP(c__);                                           \
+      acc[h][a_] = RDKV__FMA(x0__, c__, acc[h][a_]);             \
+      acc[h][(a_) + 1] = RDKV__FMA(x1__, c__, acc[h][(a_) + 1]); \
+    }                                                            \
   } while (0)
-#define RDKV__FIELD_MAC(x_, a_, k_)                                                        \
-  do {                                                                                     \
-    RDKV__VF x__ = x_;                                                                     \
-    for (h = 0; h < nh; h++)                                                               \
-      acc[h][a_] = RDKV__FMA(x__, RDKV__LD(c + ((k_)*nh + h) * 16), acc[h][a_]);           \
+#define RDKV__FIELD_MAC(x_, a_, k_)                                              \
+  do {                                                                           \
+    RDKV__VF x__ = x_;                                                           \
+    for (h = 0; h < nh; h++)                                                     \
+      acc[h][a_] = RDKV__FMA(x__, RDKV__LD(c + ((k_)*nh + h) * 16), acc[h][a_]); \
   } while (0)
-#define RDKV__BLOCK_2(s_)                                                                  \
-  do {                                                                                     \
-    RDKV__FIELDS(RDKV__CODE_2(w, 0), RDKV__CODE_2(w, 8), 0, 0);                            \
-    RDKV__FIELDS(RDKV__CODE_2(w, 16), RDKV__CODE_2(w, 24), 0, 1);                          \
-    RDKV__FIELDS(RDKV__CODE_2(w, 2), RDKV__CODE_2(w, 10), 0, 2);                           \
-    RDKV__FIELDS(RDKV__CODE_2(w, 18), RDKV__CODE_2(w, 26), 0, 3);                          \
-    RDKV__FIELDS(RDKV__CODE_2(w, 4), RDKV__CODE_2(w, 12), 2 * (s_), 4 - 4 * (s_));         \
-    RDKV__FIELDS(RDKV__CODE_2(w, 20), RDKV__CODE_2(w, 28), 2 * (s_), 5 - 4 * (s_));        \
-    RDKV__FIELDS(RDKV__CODE_2(w, 6), RDKV__CODE_2(w, 14), 2 * (s_), 6 - 4 * (s_));         \
-    RDKV__FIELDS(RDKV__CODE_2(w, 22), RDKV__CODE_2(w, 30), 2 * (s_), 7 - 4 * (s_));        \
+#define RDKV__BLOCK_2(s_)                                                           \
+  do {                                                                              \
+    RDKV__FIELDS(RDKV__CODE_2(w, 0), RDKV__CODE_2(w, 8), 0, 0);                     \
+    RDKV__FIELDS(RDKV__CODE_2(w, 16), RDKV__CODE_2(w, 24), 0, 1);                   \
+    RDKV__FIELDS(RDKV__CODE_2(w, 2), RDKV__CODE_2(w, 10), 0, 2);                    \
+    RDKV__FIELDS(RDKV__CODE_2(w, 18), RDKV__CODE_2(w, 26), 0, 3);                   \
+    RDKV__FIELDS(RDKV__CODE_2(w, 4), RDKV__CODE_2(w, 12), 2 * (s_), 4 - 4 * (s_));  \
+    RDKV__FIELDS(RDKV__CODE_2(w, 20), RDKV__CODE_2(w, 28), 2 * (s_), 5 - 4 * (s_)); \
+    RDKV__FIELDS(RDKV__CODE_2(w, 6), RDKV__CODE_2(w, 14), 2 * (s_), 6 - 4 * (s_));  \
+    RDKV__FIELDS(RDKV__CODE_2(w, 22), RDKV__CODE_2(w, 30), 2 * (s_), 7 - 4 * (s_)); \
   } while (0)
-#define RDKV__BLOCK_4                                                                      \
-  do {                                                                                     \
-    RDKV__FIELDS(RDKV__CODE_4(w, 0), RDKV__CODE_4(w, 8), 0, 0);                            \
-    RDKV__FIELDS(RDKV__CODE_4(w, 16), RDKV__CODE_4(w, 24), 0, 1);                          \
-    RDKV__FIELDS(RDKV__CODE_4(w, 4), RDKV__CODE_4(w, 12), 0, 2);                           \
-    RDKV__FIELDS(RDKV__CODE_4(w, 20), RDKV__CODE_4(w, 28), 0, 3);                          \
+#define RDKV__BLOCK_4                                             \
+  do {                                                            \
+    RDKV__FIELDS(RDKV__CODE_4(w, 0), RDKV__CODE_4(w, 8), 0, 0);   \
+    RDKV__FIELDS(RDKV__CODE_4(w, 16), RDKV__CODE_4(w, 24), 0, 1); \
+    RDKV__FIELDS(RDKV__CODE_4(w, 4), RDKV__CODE_4(w, 12), 0, 2);  \
+    RDKV__FIELDS(RDKV__CODE_4(w, 20), RDKV__CODE_4(w, 28), 0, 3); \
   } while (0)
-#define RDKV__BLOCK_8                                                                      \
-  do {                                                                                     \
-    RDKV__FIELDS(RDKV__CODE_8(w, 0), RDKV__CODE_8(w, 16), 0, 0);                           \
-    RDKV__FIELDS(RDKV__CODE_8(w, 8), RDKV__CODE_8(w, 24), 0, 1);                           \
+#define RDKV__BLOCK_8                                            \
+  do {                                                           \
+    RDKV__FIELDS(RDKV__CODE_8(w, 0), RDKV__CODE_8(w, 16), 0, 0); \
+    RDKV__FIELDS(RDKV__CODE_8(w, 8), RDKV__CODE_8(w, 24), 0, 1); \
   } while (0)
 
 /* K blocks of one width: work[h][a][word] = products summed over blocks and fields. coef
@@ -4276,9 +4296,9 @@ RDKV__INLINE void RDKV__NAME(k_run)(const int level, const int nh, const uint32_
   }
 }
 
-/* Sums the products of a tile over channels and adds them to logits [32]; logit 4g + 2 sub + r is
-   that of token 16 sub + 8 r + g, the order of the V parameters. */
-RDKV__INLINE void RDKV__NAME(k_fold)(const int level, const float *work, float *logits) {
+/* Sums the products of a tile over channels, and adds them to logits [32] or sets these; logit 4g +
+   2 sub + r is that of token 16 sub + 8 r + g, the order of the V parameters. */
+RDKV__INLINE void RDKV__NAME(k_fold)(const int level, const float *work, float *logits, int add) {
 #if RDKV__VL == 16 /* four g at a time, the same steps as below */
   int g, r;
   for (g = 0; g < 8; g += 4) {
@@ -4294,7 +4314,8 @@ RDKV__INLINE void RDKV__NAME(k_fold)(const int level, const float *work, float *
         y = _mm512_add_ps(_mm512_shuffle_ps(x[0], x[1], 0x88), _mm512_shuffle_ps(x[0], x[1], 0xdd));
       y = _mm512_shuffle_ps(y, y, 0xd8);
     }
-    _mm512_storeu_ps(logits + 4 * g, _mm512_add_ps(_mm512_loadu_ps(logits + 4 * g), y));
+    if (add) y = _mm512_add_ps(y, _mm512_loadu_ps(logits + 4 * g));
+    _mm512_storeu_ps(logits + 4 * g, y);
   }
 #else
   int g, sub, r, t;
@@ -4302,7 +4323,7 @@ RDKV__INLINE void RDKV__NAME(k_fold)(const int level, const float *work, float *
 #if RDKV__VL == 1
     for (sub = 0; sub < 2; sub++) {
       for (r = 0; r < 2; r++) {
-        float s = 0;
+        float s = add ? logits[4 * g + 2 * sub + r] : 0;
         for (t = 0; t < 4; t++) {
           if (level == 1) s += work[(2 * sub + r) * 32 + 4 * g + t];
           if (level == 2) s += work[r * 64 + (4 * g + t) * 2 + sub];
@@ -4310,7 +4331,7 @@ RDKV__INLINE void RDKV__NAME(k_fold)(const int level, const float *work, float *
             s += work[r * 128 + (4 * g + t) * 4 + 2 * sub] +
                  work[r * 128 + (4 * g + t) * 4 + 2 * sub + 1];
         }
-        logits[4 * g + 2 * sub + r] += s;
+        logits[4 * g + 2 * sub + r] = s;
       }
     }
 #elif RDKV__SIMD_BODY == 4
@@ -4336,7 +4357,8 @@ RDKV__INLINE void RDKV__NAME(k_fold)(const int level, const float *work, float *
       }
       y = vzip1q_f32(x0, x1);
     }
-    vst1q_f32(logits + 4 * g, vaddq_f32(vld1q_f32(logits + 4 * g), y));
+    if (add) y = vaddq_f32(y, vld1q_f32(logits + 4 * g));
+    vst1q_f32(logits + 4 * g, y);
 #else
     __m128 y, x[4];
     (void)sub, (void)t;
@@ -4358,41 +4380,53 @@ RDKV__INLINE void RDKV__NAME(k_fold)(const int level, const float *work, float *
         y = _mm_add_ps(_mm_shuffle_ps(x[0], x[1], 0x88), _mm_shuffle_ps(x[0], x[1], 0xdd));
       y = _mm_shuffle_ps(y, y, 0xd8);
     }
-    _mm_storeu_ps(logits + 4 * g, _mm_add_ps(_mm_loadu_ps(logits + 4 * g), y));
+    if (add) y = _mm_add_ps(y, _mm_loadu_ps(logits + 4 * g));
+    _mm_storeu_ps(logits + 4 * g, y);
 #endif
   }
 #endif
 }
 
-#define RDKV__FOR_HEADS(f, level, ...)                                                     \
-  switch (n_heads) {                                                                       \
-    case 1: f(level, 1, __VA_ARGS__); break;                                               \
-    case 2: f(level, 2, __VA_ARGS__); break;                                               \
-    case 3: f(level, 3, __VA_ARGS__); break;                                               \
-    default: f(level, 4, __VA_ARGS__); break;                                              \
+#define RDKV__FOR_HEADS(f, level, ...) \
+  switch (n_heads) {                   \
+    case 1:                            \
+      f(level, 1, __VA_ARGS__);        \
+      break;                           \
+    case 2:                            \
+      f(level, 2, __VA_ARGS__);        \
+      break;                           \
+    case 3:                            \
+      f(level, 3, __VA_ARGS__);        \
+      break;                           \
+    default:                           \
+      f(level, 4, __VA_ARGS__);        \
+      break;                           \
   }
 
-RDKV__FN void RDKV__NAME(k_codes)(int level, const uint32_t *words, int n_blocks,
-                                  const float *coef, int n_heads, float *logits, float *work) {
+RDKV__FN void RDKV__NAME(k_codes)(int level, const uint32_t *words, int n_blocks, const float *coef,
+                                  int n_heads, float *logits, float *work, int add) {
   int h;
   if (level == 1) {
     RDKV__FOR_HEADS(RDKV__NAME(k_run), 1, words, n_blocks, coef, work)
-    for (h = 0; h < n_heads; h++) RDKV__NAME(k_fold)(1, work + h * 256, logits + h * RDKV__SLOTS);
+    for (h = 0; h < n_heads; h++)
+      RDKV__NAME(k_fold)(1, work + h * 256, logits + h * RDKV__SLOTS, add);
   } else if (level == 2) {
     RDKV__FOR_HEADS(RDKV__NAME(k_run), 2, words, n_blocks, coef, work)
-    for (h = 0; h < n_heads; h++) RDKV__NAME(k_fold)(2, work + h * 256, logits + h * RDKV__SLOTS);
+    for (h = 0; h < n_heads; h++)
+      RDKV__NAME(k_fold)(2, work + h * 256, logits + h * RDKV__SLOTS, add);
   } else {
     RDKV__FOR_HEADS(RDKV__NAME(k_run), 3, words, n_blocks, coef, work)
-    for (h = 0; h < n_heads; h++) RDKV__NAME(k_fold)(3, work + h * 256, logits + h * RDKV__SLOTS);
+    for (h = 0; h < n_heads; h++)
+      RDKV__NAME(k_fold)(3, work + h * 256, logits + h * RDKV__SLOTS, add);
   }
 }
 
 /* V blocks of n_tiles tiles of one width, tile_words apart: acc[h][block][r][word] (16 bit:
-   [block][word]) += products summed over the tokens that share a word, in registers from tile to
-   tile. coef [tile][8][HEADS][16], of the 8 as many as the width has, packed by nh. */
+   [block][word]) += (first: =) products summed over the tokens that share a word, in registers from
+   tile to tile. coef [tile][8][HEADS][16], of the 8 as many as the width has, packed by nh. */
 RDKV__INLINE void RDKV__NAME(v_run)(const int level, const int nh, const uint32_t *tiles,
-                                    size_t tile_words, int n_tiles, int n_blocks,
-                                    const float *coef, float *sums, size_t stride) {
+                                    size_t tile_words, int n_tiles, int n_blocks, const float *coef,
+                                    float *sums, size_t stride, int first) {
   const int nw = level == 4 ? 128 : 16 << level, na = level == 4 ? 1 : 2;
   int i, b, h, a, n;
   for (b = 0; b < n_blocks; b++) {
@@ -4402,7 +4436,8 @@ RDKV__INLINE void RDKV__NAME(v_run)(const int level, const int nh, const uint32_
       float *p = sums + b * na * nw + i;
       RDKV__VF acc[4][2];
       for (h = 0; h < nh; h++)
-        for (a = 0; a < na; a++) acc[h][a] = RDKV__LD(p + (size_t)h * stride + a * nw);
+        for (a = 0; a < na; a++)
+          acc[h][a] = first ? RDKV__SET(0.0f) : RDKV__LD(p + (size_t)h * stride + a * nw);
       for (n = 0; n < n_tiles; n++, words += tile_words, c += RDKV__COEF_V) {
         if (level == 4) {
           RDKV__VI w = RDKV__LDI(words);
@@ -4429,8 +4464,8 @@ RDKV__INLINE void RDKV__NAME(v_run)(const int level, const int nh, const uint32_
 
 RDKV__FN void RDKV__NAME(v_codes)(int level, const uint32_t *tiles, size_t tile_words, int n_tiles,
                                   int n_blocks, const float *coef, int n_heads, float *acc,
-                                  size_t stride) {
-#define RDKV__ARGS tiles, tile_words, n_tiles, n_blocks, coef, acc, stride
+                                  size_t stride, int first) {
+#define RDKV__ARGS tiles, tile_words, n_tiles, n_blocks, coef, acc, stride, first
   if (level == 1) {
     RDKV__FOR_HEADS(RDKV__NAME(v_run), 1, RDKV__ARGS)
   } else if (level == 2) {
@@ -4505,34 +4540,48 @@ RDKV__FN void RDKV__NAME(v_fold)(int level, const float *acc, int n_blocks, floa
   }
 }
 
-/* Coefficients of one K block for k_codes, [k][16] with a stride of `next` floats between k, from
-   the scaled queries x [16] of its channels. */
-RDKV__FN void RDKV__NAME(k_coef)(int level, const float *x, float *to, int next) {
-  int k, n = rdkv__k_first[level + 1] - rdkv__k_first[level];
-  for (k = 0; k < n; k++, to += next) {
-    const int32_t *slot = rdkv__k_slot[rdkv__k_first[level] + k];
+/* Coefficients of K blocks for k_codes, [block][4][next / 16][16] of which k-th is at k * next,
+   from the scaled query and the blocks' channels. Returns the sum of q * mid over them. */
+RDKV__FN float RDKV__NAME(k_coef)(int level, int n_blocks, const uint8_t *channel,
+                                  const float *scale, const float *mid, const float *q, float *to,
+                                  int next) {
+  const int n = rdkv__k_first[level + 1] - rdkv__k_first[level];
+  const int32_t(*slot)[16] = rdkv__k_slot + rdkv__k_first[level];
+  float x[16];
+  RDKV__VF sum = RDKV__SET(0.0f), y;
+  int b, i, k;
+  for (b = 0; b < n_blocks; b++, channel += 16, scale += 16, mid += 16, to += 4 * next) {
+    for (i = 0; i < 16; i += RDKV__VL) {
 #if RDKV__VL == 16
-    _mm512_storeu_ps(to, _mm512_permutexvar_ps(_mm512_loadu_si512(slot), _mm512_loadu_ps(x)));
+      y = _mm512_i32gather_ps(
+          _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)channel)), q, 4);
+#elif RDKV__VL == 8
+      y = _mm256_i32gather_ps(
+          q, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(channel + i))),
+          4);
 #else
-    int i;
-    for (i = 0; i < 16; i++) to[i] = x[slot[i]];
+      float gathered[RDKV__VL];
+      for (k = 0; k < RDKV__VL; k++) gathered[k] = q[channel[i + k]];
+      y = RDKV__LD(gathered);
 #endif
+      sum = RDKV__FMA(y, RDKV__LD(mid + i), sum);
+      y = RDKV__MUL(RDKV__MUL(y, RDKV__LD(scale + i)), RDKV__SET(rdkv__code_unit[level]));
+      RDKV__ST(x + i, y);
+    }
+    for (k = 0; k < n; k++) {
+#if RDKV__VL == 16
+      _mm512_storeu_ps(to + k * next, _mm512_permutexvar_ps(_mm512_loadu_si512(slot[k]), y));
+#else
+      for (i = 0; i < 16; i++) to[k * next + i] = x[slot[k][i]];
+#endif
+    }
   }
+  return RDKV__NAME(sum)(sum);
 }
 
 RDKV__FN void RDKV__NAME(halves)(const uint16_t *h, int n, float *x) {
   int i;
   for (i = 0; i < n; i += RDKV__VL) RDKV__ST(x + i, RDKV__HALVES(h + i));
-}
-
-RDKV__FN float RDKV__NAME(inner)(const float *x, const float *y, int n) {
-  RDKV__VF acc = RDKV__SET(0.0f);
-  float sum;
-  int i;
-  for (i = 0; i + RDKV__VL <= n; i += RDKV__VL)
-    acc = RDKV__FMA(RDKV__LD(x + i), RDKV__LD(y + i), acc);
-  for (sum = RDKV__NAME(sum)(acc); i < n; i++) sum += x[i] * y[i];
-  return sum;
 }
 
 RDKV__FN float RDKV__NAME(max)(const float *x, int n) {
@@ -4604,7 +4653,7 @@ RDKV__FN void RDKV__NAME(scale)(float *x, int n, float by) {
 }
 
 /* Dense rows of dim (a multiple of 16) elements: logits[h][row] = rows . q[h], four rows at a time.
-   */
+ */
 RDKV__INLINE void RDKV__NAME(k_rows)(const int type, const int nh, const void *rows, int n_rows,
                                      int dim, const float *q, float *logits) {
   RDKV__VF acc[4][4];
@@ -4644,8 +4693,7 @@ RDKV__INLINE void RDKV__NAME(v_rows)(const int type, const int nh, const void *r
     for (h = 0; h < nh; h++) acc[h] = RDKV__LD(out + (size_t)h * stride + i);
     for (r = 0; r < n_rows; r++) {
       RDKV__VF x = RDKV__NAME(load)(rows, (rdkv_dtype)type, r * dim + i);
-      for (h = 0; h < nh; h++)
-        acc[h] = RDKV__FMA(x, RDKV__SET(p[h * RDKV__SLOTS + r]), acc[h]);
+      for (h = 0; h < nh; h++) acc[h] = RDKV__FMA(x, RDKV__SET(p[h * RDKV__SLOTS + r]), acc[h]);
     }
     for (h = 0; h < nh; h++) RDKV__ST(out + (size_t)h * stride + i, acc[h]);
   }
@@ -4674,12 +4722,12 @@ RDKV__FN void RDKV__NAME(v_dense)(const void *rows, rdkv_dtype type, int n_rows,
 }
 
 static const rdkv__kernels RDKV__NAME(kernels) = {
-    RDKV__NAME(row),     RDKV__NAME(logits),   RDKV__NAME(softmax),      RDKV__NAME(weigh),
-    RDKV__NAME(axpy),     RDKV__NAME(ends),         RDKV__NAME(v_error), RDKV__NAME(hull),
-    RDKV__NAME(range),    RDKV__NAME(k_error),      RDKV__NAME(quantise), RDKV__NAME(quantise_one),
-    RDKV__NAME(halves),   RDKV__NAME(inner),        RDKV__NAME(k_coef),  RDKV__NAME(k_codes),
-    RDKV__NAME(v_coef),   RDKV__NAME(v_codes),      RDKV__NAME(v_fold),  RDKV__NAME(max),
-    RDKV__NAME(exp_sum),  RDKV__NAME(scale),        RDKV__NAME(k_dense), RDKV__NAME(v_dense)};
+    RDKV__NAME(row),     RDKV__NAME(logits),  RDKV__NAME(softmax),  RDKV__NAME(weigh),
+    RDKV__NAME(axpy),    RDKV__NAME(ends),    RDKV__NAME(v_error),  RDKV__NAME(hull),
+    RDKV__NAME(range),   RDKV__NAME(k_error), RDKV__NAME(quantise), RDKV__NAME(quantise_one),
+    RDKV__NAME(halves),  RDKV__NAME(k_coef),  RDKV__NAME(k_codes),  RDKV__NAME(v_coef),
+    RDKV__NAME(v_codes), RDKV__NAME(v_fold),  RDKV__NAME(max),      RDKV__NAME(exp_sum),
+    RDKV__NAME(scale),   RDKV__NAME(k_dense), RDKV__NAME(v_dense)};
 
 #undef RDKV__NAME
 #undef RDKV__VL
@@ -4746,27 +4794,27 @@ static const rdkv__kernels RDKV__NAME(kernels) = {
 
    THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
    NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
-   NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES
-   OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
-   CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+   NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+   DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+   OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 
    ALTERNATIVE B - Public Domain (www.unlicense.org)
 
    This is free and unencumbered software released into the public domain.
 
-   Anyone is free to copy, modify, publish, use, compile, sell, or distribute this software, either in
-   source code form or as a compiled binary, for any purpose, commercial or non-commercial, and by any
-   means.
+   Anyone is free to copy, modify, publish, use, compile, sell, or distribute this software, either
+   in source code form or as a compiled binary, for any purpose, commercial or non-commercial, and
+   by any means.
 
-   In jurisdictions that recognize copyright laws, the author or authors of this software dedicate any
-   and all copyright interest in the software to the public domain. We make this dedication for the
-   benefit of the public at large and to the detriment of our heirs and successors. We intend this
-   dedication to be an overt act of relinquishment in perpetuity of all present and future rights to
-   this software under copyright law.
+   In jurisdictions that recognize copyright laws, the author or authors of this software dedicate
+   any and all copyright interest in the software to the public domain. We make this dedication for
+   the benefit of the public at large and to the detriment of our heirs and successors. We intend
+   this dedication to be an overt act of relinquishment in perpetuity of all present and future
+   rights to this software under copyright law.
 
    THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
    NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
-   NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY,
-   WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE
-   SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+   NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+   LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+   CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 */

@@ -917,7 +917,8 @@ int main(int argc, char **argv) {
   else
     print_table(&o);
   if (o.svg) save_curves(&o);
-  kv_cache_free(&p.cache), model_free(&m), free(text), free(logits), free(p.window), free(p.earlier);
+  kv_cache_free(&p.cache), model_free(&m), free(text), free(logits), free(p.window),
+      free(p.earlier);
   free(b.v);
   return 0;
 }

@@ -16,7 +16,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MODEL_ROWS 192   /* rows of one pass: big enough to fill caches, small enough for progress \
+#define MODEL_ROWS                                                                                 \
+  192                    /* rows of one pass: big enough to fill caches, small enough for progress \
                           */
 #define MODEL_LAYERS 64  /* the most that we read */
 #define MODEL_HEAD 128   /* widest head */

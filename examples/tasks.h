@@ -93,7 +93,8 @@ static void task__haystack(task *t, uint64_t *random, int bytes, const char *tex
   at = (int)task__random(random, (uint32_t)text_bytes);
   while (at > 0 && text[at - 1] != '\n') at--;
   for (i = 0; i <= n_lines; i++) {
-    int room = depth[i] - copied, n = task__prose(text, text_bytes, &at, to, i ? room : prose, room);
+    int room = depth[i] - copied,
+        n = task__prose(text, text_bytes, &at, to, i ? room : prose, room);
     copied += n, to += n;
     if (i == n_lines) break;
     to += sprintf(to, "\n%s\n", line[i]);

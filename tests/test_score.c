@@ -18,8 +18,8 @@ static void ref_pool(const double *x, double *y, int n, int pool) {
   }
 }
 
-/* Weight of queries `from` .. nq - 1, of nq that weigh 1 on average: with RDKV_JOINT the i-th from the
-   end weighs 1/sqrt(i). */
+/* Weight of queries `from` .. nq - 1, of nq that weigh 1 on average: with RDKV_JOINT the i-th from
+   the end weighs 1/sqrt(i). */
 static double ref_recency(const rdkv_config *c, int nq, int from, int to) {
   double all = 0.0, part = 0.0;
   int i;
@@ -106,7 +106,8 @@ static void measured(void) {
   for (i = 0; i < 9; i++) {
     rdkv_config c = config_of(4, 2, dims[i % 3][0], dims[i % 3][1]);
     size_t n = 150, kd = (size_t)c.k_dim, vd = (size_t)c.v_dim;
-    double *square = (double *)malloc(n * sizeof *square), *pooled = (double *)malloc(n * sizeof *pooled);
+    double *square = (double *)malloc(n * sizeof *square),
+           *pooled = (double *)malloc(n * sizeof *pooled);
     problem p;
     c.pool = pools[i / 3], c.keep = 0.5; /* K over all tokens */
     p = problem_make(&c, (uint32_t)n, RDKV_F32, DENSE, 60 + (uint64_t)i);
@@ -115,7 +116,8 @@ static void measured(void) {
     for (h = 0; h < 2; h++) {
       const rdkv_layer *x = &p.layer[0];
       const float *token = x->token + (size_t)h * n, *out = x->mean_out + (size_t)h * vd;
-      const float *dv = x->v_distortion + (size_t)h * 5 * n, *dk = x->k_distortion + (size_t)h * 4 * kd;
+      const float *dv = x->v_distortion + (size_t)h * 5 * n,
+                  *dk = x->k_distortion + (size_t)h * 4 * kd;
       test_where("dims %d/%d, pool %d, head %d", c.k_dim, c.v_dim, c.pool, h);
       for (t = 0; t < n; t++)
         for (square[t] = 0, d = 0; d < vd; d++) {
