@@ -30,7 +30,8 @@
    left inside the mantissa of a half with exponent 0 is a subnormal number worth code * 4^k *
    2^-24. Scales are never applied to codes: K's go into the query, V's into the probabilities. One
    launch attends to segments and tail, appends the new token, and combines the parts of heads that
-   were split over blocks, in a fixed order: the result is bitwise the same at every replay.
+   were split over blocks, through global memory or within a cluster, in a fixed order: the result
+   is bitwise the same at every replay.
 
    GUARANTEES
      no allocation, no synchronisation, no default stream, no device query after rdkv_cuda_resolve;
@@ -1089,6 +1090,7 @@ typedef struct rdkv_cuda__args {
    warps have to add up. */
 #define RDKV_CUDA__ROW_SLOTS 3 /* of 16 dense rows: these set a ring's size */
 #define RDKV_CUDA__SLOTS 6     /* at most: for tiles, as many as there is room for */
+#define RDKV_CUDA__HASTE 2     /* filled before the query has come: more would stand in its way */
 
 typedef struct rdkv_cuda__shared {
   float2 key_factor[8], tail_factor[8];
@@ -1265,11 +1267,11 @@ __device__ __forceinline__ void rdkv_cuda__feed_tiles(const rdkv_cuda__piece &x,
   f.tile = tile, f.begin = 0, f.run = UINT32_MAX;
 }
 
-/* Goes on to the next run with tiles for this warp, and has their copies under way; false if there
-   is none. */
+/* Goes on to the next run with tiles for this warp, and has up to count copies under way; false if
+   there is none. */
 __device__ __forceinline__ bool rdkv_cuda__next_run(const rdkv_cuda__piece &x, int v_dim,
                                                     uint32_t n_warps, rdkv_cuda__ring &r,
-                                                    rdkv_cuda__feed &f) {
+                                                    rdkv_cuda__feed &f, uint32_t count) {
   const uint32_t tile_end = rdkv_cuda__uniform(x.tile_end);
   if (f.tile >= tile_end) return false;
   const uint32_t key_bytes = rdkv_cuda__uniform(rdkv_cuda_key_bytes(x.head)) + 128u;
@@ -1283,7 +1285,7 @@ __device__ __forceinline__ bool rdkv_cuda__next_run(const rdkv_cuda__piece &x, i
   f.slots = min(r.size / f.bytes, static_cast<uint32_t>(RDKV_CUDA__SLOTS));
   f.next = f.tile + (threadIdx.x & 31) * n_warps;
   f.source = f.base + static_cast<uint64_t>(f.next - f.begin) * f.bytes;
-  rdkv_cuda__fill(r, f, n_warps, 0, f.slots);
+  rdkv_cuda__fill(r, f, n_warps, 0, min(count, f.slots));
   f.base += static_cast<uint64_t>(n) * f.bytes, f.begin += n;
   return true;
 }
@@ -1666,7 +1668,8 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
 #pragma unroll 1
     for (int step = 0; step < 2; ++step) {
       if ((step == 0) == early) {
-        tiles = rdkv_cuda__next_run(x, 16 * D, n_warps, ring, f);
+        tiles = rdkv_cuda__next_run(x, 16 * D, n_warps, ring, f,
+                                    early ? RDKV_CUDA__SLOTS : RDKV_CUDA__HASTE);
       } else if (turn == 0) {
 #if __CUDA_ARCH__ >= 900
         asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -1720,6 +1723,8 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
       }
     }
     __syncthreads();
+    if (tiles && !early && f.slots > RDKV_CUDA__HASTE)
+      rdkv_cuda__fill(ring, f, n_warps, RDKV_CUDA__HASTE, f.slots - RDKV_CUDA__HASTE);
     if (x.flags & RDKV_CUDA__MORE && warp == n_warps - 1) { /* what the next query is made of */
       rdkv_cuda__piece &next = sh->piece[(turn + 1) & 1];
       rdkv_cuda__fetch(&next, p.pieces + x.next);
@@ -1761,7 +1766,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
             slot = second, f.tile += n_warps;
           }
         }
-        tiles = rdkv_cuda__next_run(x, 16 * D, n_warps, ring, f);
+        tiles = rdkv_cuda__next_run(x, 16 * D, n_warps, ring, f, RDKV_CUDA__SLOTS);
       }
     }
     if (tail) {
