@@ -18,6 +18,7 @@
 #define RDKV_IMPLEMENTATION
 #include "../examples/packed.h"
 #include "../examples/tasks.h"
+#include "ablations.h"
 
 #include <stdarg.h>
 #include <time.h>
@@ -54,7 +55,8 @@ enum method {
   RDKV_LAYER,
   RDKV_MODEL,
   RDKV_STREAM,
-  METHODS
+  ABLATIONS, /* in the order of enum ablation */
+  METHODS = ABLATIONS + ABLATION_SUMMARY + 1
 };
 
 static const struct {
@@ -77,6 +79,15 @@ static const struct {
     {"layer", "rdkv joint, layer scope", "#e88474", 0},
     {"model", "rdkv joint, model scope", "#c8102e", 0},
     {"stream", "rdkv joint, layer by layer", "#8c1c2b", 0},
+    {"flat", "  queries weigh alike", "#555555", 0},
+    {"square", "  root mean square attention", "#555555", 0},
+    {"max", "  largest attention", "#555555", 0},
+    {"alone", "  tokens judged alone", "#555555", 0},
+    {"pins", "  sinks and recent pinned", "#555555", 0},
+    {"pairs", "  K widths by RoPE pair", "#555555", 0},
+    {"rotate", "  V rotated", "#555555", 0},
+    {"clip", "  clipped ranges", "#555555", 0},
+    {"summary", "  summary token and clipped", "#555555", 0},
 };
 
 static const char *task_name(int kind) { return kind == PROSE ? "prose" : TASK_NAME[kind]; }
@@ -249,6 +260,13 @@ static void adakv_share(const model *m, const float *score, int n, int window, i
   free(rank);
 }
 
+static void variant_is_list(variant *v) {
+  size_t bytes = (size_t)(v->list.m->n_layers * v->list.m->n_kv_heads) * sizeof(int);
+  v->length = (int *)need(malloc(bytes));
+  memcpy(v->length, v->list.n, bytes);
+  v->attend = kv_list_attend, v->context = &v->list;
+}
+
 static void variant_evict(variant *v, const prompt *p, const options *o, double budget) {
   const model *m = p->cache.m;
   int n = p->cache.n, heads = m->n_layers * m->n_kv_heads, dim = m->head_dim, l, h, t, capacity = n;
@@ -284,9 +302,7 @@ static void variant_evict(variant *v, const prompt *p, const options *o, double 
     v->bytes = kivi(&v->list, v->method == KIVI_4 ? 4 : 2, 128);
   if (v->method == Q8_0 || v->method == Q4_0)
     v->bytes = ggml_blocks(&v->list, v->method == Q8_0 ? 8 : 4);
-  v->length = (int *)need(malloc((size_t)heads * sizeof(int)));
-  memcpy(v->length, v->list.n, (size_t)heads * sizeof(int));
-  v->attend = kv_list_attend, v->context = &v->list;
+  variant_is_list(v);
 }
 
 /* Makes the method's cache of a prompt. 0 if the budget is too small for it. */
@@ -299,6 +315,18 @@ static int variant_init(variant *v, int method, int keep, prompt *p, const optio
     v->attend = kv_cache_attend, v->context = &p->cache, v->bytes = full;
   } else if (method < RDKV_PAPER_) {
     variant_evict(v, p, o, budget);
+  } else if (method >= ABLATIONS) {
+    rdkv_config want;
+    rdkv_status st;
+    memset(&want, 0, sizeof want);
+    want.window = o->window, want.pool = o->pool, want.budget_bytes = (uint64_t)budget;
+    st = ablation_init(&v->packed, &v->list, &p->cache, method - ABLATIONS, &want, ROOM, &v->bytes);
+    if (st == RDKV_ERR_BUDGET) return 0;
+    if (st != RDKV_OK)
+      die("%s at %g %%: %s", METHOD[method].name, o->keep[keep], rdkv_status_string(st));
+    v->attend = method == ABLATIONS + ABLATION_ROTATE ? ablation_attend_rotated : packed_attend;
+    v->context = &v->packed;
+    if (method - ABLATIONS >= ABLATION_CLIP) variant_is_list(v);
   } else {
     rdkv_config want;
     rdkv_status st;
@@ -327,13 +355,15 @@ static void variant_rewind(variant *v) {
   if (v->attend == kv_list_attend)
     memcpy(v->list.n, v->length,
            (size_t)(v->list.m->n_layers * v->list.m->n_kv_heads) * sizeof(int));
-  else if (v->attend == packed_attend)
+  else if (v->attend != kv_cache_attend)
     rdkv_tail_rewind(&v->packed.tail, 0);
 }
 
 static void variant_free(variant *v) {
-  if (v->attend == kv_list_attend) kv_list_free(&v->list), free(v->length);
-  if (v->attend == packed_attend) packed_free(&v->packed);
+  if (v->attend == kv_list_attend)
+    kv_list_free(&v->list), free(v->length);
+  else if (v->attend != kv_cache_attend)
+    packed_free(&v->packed);
 }
 
 /* ---- forcing an answer ------------------------------------------------------------------------
@@ -576,31 +606,16 @@ static void save_map(const kv_cache *cache, const options *o) {
   static const char *const COLOUR[5] = {"#eceff1", "#a6cee3", "#4292c6", "#084594", "#d94801"};
   static const int WIDTH[5] = {0, 2, 4, 8, 16};
   const model *m = cache->m;
-  int n = cache->n, heads = m->n_layers * m->n_kv_heads, l, h, i, w, bins = 190;
-  uint32_t tokens = (uint32_t)n;
-  rdkv_layer layer[MODEL_LAYERS];
+  int n = cache->n, heads = m->n_layers * m->n_kv_heads, h, i, w, bins = 190;
+  stages s;
   rdkv_config c;
   rdkv_status st;
-  void *owner[MODEL_LAYERS + 1], *scratch;
-  size_t bytes, room;
   FILE *f;
   memset(&c, 0, sizeof c);
-  c.n_layers = m->n_layers, c.n_q_heads = m->n_heads, c.n_kv_heads = m->n_kv_heads;
-  c.k_dim = m->head_dim, c.window = o->window, c.pool = o->pool,
-  c.keep = o->keep[o->n_keeps / 2] / 100;
-  st = rdkv_resolve(&c, &c);
-  bytes = rdkv_layer_bytes(&c, tokens), room = rdkv_layer_scratch(&c, tokens);
-  if (rdkv_allocate_scratch(&c, c.n_layers, tokens) > room)
-    room = rdkv_allocate_scratch(&c, c.n_layers, tokens);
-  scratch = need(packed__memory(room, &owner[m->n_layers]));
-  for (l = 0; l < m->n_layers; l++) {
-    rdkv_kv kv = packed_layer(cache, c.window, l);
-    void *memory = need(packed__memory(bytes, &owner[l]));
-    if (st == RDKV_OK) st = rdkv_layer_init(&c, tokens, memory, bytes, &layer[l]);
-    if (st == RDKV_OK) st = rdkv_score(&c, &kv, &layer[l], scratch, room);
-    if (st == RDKV_OK) st = rdkv_measure(&c, &kv, &layer[l], scratch, room);
-  }
-  if (st == RDKV_OK) st = rdkv_allocate(&c, layer, m->n_layers, scratch, room);
+  c.window = o->window, c.pool = o->pool, c.keep = o->keep[o->n_keeps / 2] / 100;
+  st = stages_score(&s, cache, &c);
+  if (st == RDKV_OK) st = stages_measure(&s, &s.c);
+  if (st == RDKV_OK) st = rdkv_allocate(&s.c, s.layer, m->n_layers, s.scratch, s.scratch_bytes);
   if (st != RDKV_OK) die("--map: %s", rdkv_status_string(st));
 
   f = svg_open(o->map, 1120, 90 + 22 * heads);
@@ -616,7 +631,7 @@ static void save_map(const kv_cache *cache, const options *o) {
   for (w = 0; w < 5; w++) {
     fprintf(f, "<path fill=\"%s\" d=\"", COLOUR[w]);
     for (h = 0; h < heads; h++) {
-      const rdkv_layer *y = &layer[h / m->n_kv_heads];
+      const rdkv_layer *y = &s.layer[h / m->n_kv_heads];
       const uint8_t *v = y->v_bits + (h % m->n_kv_heads) * n;
       const uint8_t *k = y->k_bits + (h % m->n_kv_heads) * m->head_dim;
       for (i = 0; i < bins; i++) {
@@ -640,7 +655,7 @@ static void save_map(const kv_cache *cache, const options *o) {
       "</svg>\n",
       70 + 22 * heads);
   fclose(f);
-  for (l = 0; l <= m->n_layers; l++) free(owner[l]);
+  stages_free(&s);
 }
 
 /* ---- main -------------------------------------------------------------------------------------
@@ -674,7 +689,7 @@ static void usage(const options *o) {
       "  --methods LIST ",
       o->length, o->samples, (int)o->seed, o->window, o->pool);
   for (i = 0; i < METHODS; i++) printf("%s%s", i ? "," : "", METHOD[i].name);
-  printf("\n  --tasks LIST   ");
+  printf("\n                 ablations: all from flat on, variants of model\n  --tasks LIST   ");
   for (i = 0; i < N_TASKS; i++) printf("%s%s", i ? "," : "", task_name(i));
   putchar('\n');
   exit(0);
@@ -737,6 +752,10 @@ static void parse(int argc, char **argv, options *o) {
       memset(o->method, 0, sizeof o->method);
       while (*value) {
         if (!split(&value, word, 32)) die("--methods");
+        if (strcmp(word, "ablations") == 0) {
+          for (j = ABLATIONS; j < METHODS; j++) o->method[j] = 1;
+          continue;
+        }
         for (j = 0; j < METHODS && strcmp(word, METHOD[j].name) != 0; j++) {
         }
         if (j == METHODS) die("unknown method %s", word);
@@ -782,8 +801,9 @@ static void batch_init(batch *b, prompt *p, const options *o) {
     if (!b->v[i].attend) continue;
     if (i != b->n) {
       *v = b->v[i];
-      if (v->attend == kv_list_attend) v->context = &v->list;
-      if (v->attend == packed_attend) {
+      if (v->attend == kv_list_attend) {
+        v->context = &v->list;
+      } else if (v->attend != kv_cache_attend) {
         v->context = &v->packed;
         v->packed.cache.segments = v->packed.segment, v->packed.cache.tail = &v->packed.tail;
       }
@@ -800,7 +820,7 @@ static void batch_free(batch *b) {
 /* Forces one answer on all variants and books what came out. */
 static void measure(model *m, batch *b, const prompt *p, const options *o, int kind,
                     const char *question, const char *answer, int first_wrong, float *logits) {
-  char text[ROOM];
+  char text[1024];
   int i, begin = o->agnostic ? (int)strlen(question) : 0, bytes, measured;
   snprintf(text, sizeof text, "%s%s", o->agnostic ? question : "", answer);
   bytes = (int)strlen(text);
@@ -831,12 +851,13 @@ int main(int argc, char **argv) {
   char *text;
   size_t text_bytes = 0, slopes;
   float *logits;
-  int sample, kind, q, i, room, done = 0, all = 0, show = STDERR_IS_TERMINAL;
+  double three_bits[MAX_KEEPS] = {0};
+  int three_bits_n = 0, sample, kind, q, i, room, done = 0, all = 0, show = STDERR_IS_TERMINAL;
   time_t start;
 
   o.length = 4096, o.samples = 16, o.window = 64, o.pool = 17, o.seed = 1, o.n_keeps = 5;
   for (i = 0; i < 5; i++) o.keep[i] = default_keep[i];
-  for (i = 0; i < METHODS; i++) o.method[i] = 1;
+  for (i = 0; i < ABLATIONS; i++) o.method[i] = 1;
   for (i = 0; i < N_TASKS; i++) o.task[i] = 1;
   parse(argc, argv, &o);
 #ifdef _OPENMP
@@ -896,6 +917,12 @@ int main(int argc, char **argv) {
           if (o.map && sample == 0 && q == 0) save_map(&p.cache, &o);
           first = likeliest(logits + (bytes - 1) * m.vocab, m.vocab) != (uint8_t)answer[0];
           batch_init(&b, &p, &o);
+          for (i = 0; i < o.n_keeps && o.method[METHODS - 1] && is_mean_task(kind) && q == 0; i++) {
+            rdkv_config want;
+            memset(&want, 0, sizeof want);
+            want.window = o.window, want.pool = o.pool, want.keep = o.keep[i] / 100;
+            three_bits[i] += ablation_three_bits(&p.cache, &want), three_bits_n += i == 0;
+          }
         }
         measure(&m, &b, &p, &o, kind, question, answer, first, logits);
         if (!o.agnostic && kind != PROSE) batch_free(&b);
@@ -916,6 +943,9 @@ int main(int argc, char **argv) {
     print_csv(&o);
   else
     print_table(&o);
+  for (i = 0; i < o.n_keeps && three_bits_n && !o.csv; i++)
+    printf("%s%.3f at %g %%%s", i ? ", " : "V's distortion if there were a width of 3 bits: times ",
+           three_bits[i] / three_bits_n, o.keep[i], i + 1 < o.n_keeps ? "" : "\n");
   if (o.svg) save_curves(&o);
   kv_cache_free(&p.cache), model_free(&m), free(text), free(logits), free(p.window),
       free(p.earlier);
