@@ -2277,10 +2277,18 @@ __device__ __forceinline__ uint16_t to_half(float x) {
 }
 __device__ __forceinline__ float nearest_half(float x) { return half_value(to_half(x)); }
 
+/* An element as it lies in memory, and its value: apart, so that several can be asked for before
+   the first is waited for. */
+__device__ __forceinline__ uint32_t raw_element(const void *p, int dtype, ptrdiff_t i) {
+  return dtype == RDKV_F32 ? static_cast<const uint32_t *>(p)[i]
+                           : static_cast<const uint16_t *>(p)[i];
+}
+__device__ __forceinline__ float value_of(uint32_t raw, int dtype) {
+  const float half = half_value(static_cast<uint16_t>(raw));
+  return dtype == RDKV_F16 ? half : __uint_as_float(dtype == RDKV_BF16 ? raw << 16 : raw);
+}
 __device__ __forceinline__ float element(const void *p, int dtype, ptrdiff_t i) {
-  if (dtype == RDKV_F32) return static_cast<const float *>(p)[i];
-  const uint16_t x = static_cast<const uint16_t *>(p)[i];
-  return dtype == RDKV_F16 ? half_value(x) : __uint_as_float(static_cast<uint32_t>(x) << 16);
+  return value_of(raw_element(p, dtype, i), dtype);
 }
 
 __device__ __forceinline__ const void *row_of(const rdkv_tensor &t, uint32_t token, int head) {
@@ -2552,21 +2560,22 @@ static __global__ void range_kernel(channel_args a) {
   for (int j = 0; j < MAX_DIM / 32; ++j) low[j] = 3.402823466e38f, high[j] = -3.402823466e38f;
   lo[threadIdx.x] = 0x7fffffff, hi[threadIdx.x] = -0x7fffffff - 1;
   __syncthreads();
-#pragma unroll 2
   for (uint32_t i = warp; i < kept; i += n_warps) {
     const void *row = row_of(a.k, order[i], head);
+    const void *v_row = a.v.data ? row_of(a.v, order[i], head) : nullptr;
+    uint32_t raw[MAX_DIM / 32], v_raw[MAX_DIM / 32];
 #pragma unroll
     for (int j = 0; j < MAX_DIM / 32; ++j) {
       const int d = lane + 32 * j;
-      if (d < a.k_dim) {
-        const float x = element(row, a.k.dtype, d * ks);
-        bad |= !in_range(x);
-        low[j] = fminf(low[j], x), high[j] = fmaxf(high[j], x);
-      }
+      raw[j] = v_raw[j] = 0;
+      if (d < a.k_dim) raw[j] = raw_element(row, a.k.dtype, d * ks);
+      if (v_row && d < a.v_dim) v_raw[j] = raw_element(v_row, a.v.dtype, d * vs);
     }
-    if (a.v.data) {
-      row = row_of(a.v, order[i], head);
-      for (int d = lane; d < a.v_dim; d += 32) bad |= !in_range(element(row, a.v.dtype, d * vs));
+#pragma unroll
+    for (int j = 0; j < MAX_DIM / 32; ++j) {
+      const float x = value_of(raw[j], a.k.dtype);
+      bad |= !in_range(x) || (v_row && !in_range(value_of(v_raw[j], a.v.dtype)));
+      if (lane + 32 * j < a.k_dim) low[j] = fminf(low[j], x), high[j] = fmaxf(high[j], x);
     }
   }
   if (bad) fail(a.status, RDKV_ERR_NONFINITE);
@@ -2622,15 +2631,15 @@ __global__ void __launch_bounds__(32 * (CHAIN_WARPS + 1)) chain_kernel(channel_a
   const float *d0 = ERROR ? a.d0 + static_cast<size_t>(head) * 5 * a.n : nullptr;
   const ptrdiff_t stride = a.k.dim_stride ? a.k.dim_stride : 1;
   const uint32_t rounds = (kept + CHAIN - 1) / CHAIN;
-  uint32_t token[8];
-  float x[8], g[8], sum = 0;
+  uint32_t token[8], x[8]; /* as they lie in memory */
+  float g[8], sum = 0;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    token[j] = 0, x[j] = g[j] = 0;
+    token[j] = x[j] = 0, g[j] = 0;
     const uint32_t i = static_cast<uint32_t>(8 * warp + j);
     if (!adds && i < kept) {
       token[j] = order[i];
-      if (real) x[j] = element(row_of(a.k, token[j], head), a.k.dtype, d * stride);
+      if (real) x[j] = raw_element(row_of(a.k, token[j], head), a.k.dtype, d * stride);
       if (ERROR) g[j] = d0[token[j]];
     }
     if (!adds && i + CHAIN < kept) token[j] = order[i + CHAIN];
@@ -2650,7 +2659,7 @@ __global__ void __launch_bounds__(32 * (CHAIN_WARPS + 1)) chain_kernel(channel_a
     } else if (r < rounds) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        float y = x[j];
+        float y = value_of(x[j], a.k.dtype);
         if (ERROR) {
           if (level == 0) {
             y = __fsub_rn(y, q.mid);
@@ -2666,7 +2675,7 @@ __global__ void __launch_bounds__(32 * (CHAIN_WARPS + 1)) chain_kernel(channel_a
       for (int j = 0; j < 8; ++j) {
         const uint32_t i = (r + 1) * CHAIN + static_cast<uint32_t>(8 * warp + j);
         if (i < kept) {
-          if (real) x[j] = element(row_of(a.k, token[j], head), a.k.dtype, d * stride);
+          if (real) x[j] = raw_element(row_of(a.k, token[j], head), a.k.dtype, d * stride);
           if (ERROR) g[j] = d0[token[j]];
         }
         if (i + CHAIN < kept) token[j] = order[i + CHAIN];
@@ -2708,7 +2717,7 @@ struct pack_args {
   block_state *state;
   const uint8_t *k_bits; /* [heads][k_dim] of one layer */
   const float *k_distortion;
-  int16_t *slots;   /* [heads][PACKED + MAX_DIM] channels in table order, -1 in pads */
+  int16_t *slot_of; /* [heads][MAX_DIM] a channel's place in table order */
   float *quantiser; /* [heads][2][PACKED]: mid, inv; or the authors' zero, scale */
   const double *lambda;
   uint8_t *block;
@@ -2879,13 +2888,13 @@ static __global__ void table_kernel(pack_args a) {
     int to = level[d] ? 16 * static_cast<int>(h->k_blocks[level[d] - 1]) : n;
     for (int i = 0; i < d; ++i) to += level[i] == level[d];
     slot[to] = static_cast<int16_t>(d);
+    a.slot_of[head * MAX_DIM + d] = static_cast<int16_t>(to);
   }
   __syncthreads();
   uint16_t *mids = table + n;
   for (int i = d; i < n_all; i += THREADS) {
     const int c = slot[i];
     float mid = 0, inv = 0;
-    a.slots[head * (PACKED + MAX_DIM) + i] = slot[i];
     if (c >= 0 && kept > 0) {
       const size_t at = static_cast<size_t>(head) * MAX_DIM + static_cast<size_t>(c);
       const float lo = unordered(a.channel.lo[at]), hi = unordered(a.channel.hi[at]);
@@ -2964,8 +2973,25 @@ static __global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
   const rdkv_tensor &k = a.channel.k, &v = a.channel.v;
   const ptrdiff_t ks = k.dim_stride ? k.dim_stride : 1, vs = v.dim_stride ? v.dim_stride : 1;
   const float *mids = a.quantiser + head * 2 * PACKED, *invs = mids + PACKED;
-  const int16_t *slots = a.slots + head * (PACKED + MAX_DIM);
   const int n = 16 * static_cast<int>(h->k_blocks[3]);
+  enum { EACH = TILE / (THREADS / 32) };
+  /* a lane's channels: slot in the table (-1: dropped) and quantiser; pads stay 0 */
+  int slot[MAX_DIM / 32], k_level[MAX_DIM / 32];
+  float mid[MAX_DIM / 32], inv[MAX_DIM / 32];
+#pragma unroll
+  for (int j = 0; j < MAX_DIM / 32; ++j) {
+    slot[j] = -1, k_level[j] = 1, mid[j] = inv[j] = 0;
+    if (lane + 32 * j < a.channel.k_dim) {
+      const int s = a.slot_of[head * MAX_DIM + lane + 32 * j];
+      if (s < n) {
+        slot[j] = s, mid[j] = mids[s], inv[j] = invs[s];
+        k_level[j] = s < 16 * static_cast<int>(h->k_blocks[1])   ? 1
+                     : s < 16 * static_cast<int>(h->k_blocks[2]) ? 2
+                                                                 : 3;
+      }
+    }
+  }
+  for (int i = tid; i < TILE * (PACKED + 4); i += THREADS) (&codes[0][0])[i] = 0;
   uint32_t tile_bytes[4];
   uint64_t run_at[5];
   run_at[0] = h->tile;
@@ -2994,49 +3020,53 @@ static __global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
     }
     if (tid < 64) params[tid] = 0;
     __syncthreads();
-    /* K: codes in table order, 0 in pads */
-    for (int i = tid; i < TILE * n; i += THREADS) {
-      const int t = i / n, s = i - t * n, c = slots[s];
-      uint32_t code = 0;
-      if (t < in_tile && c >= 0) {
-        const int l = s < 16 * static_cast<int>(h->k_blocks[1])   ? 1
-                      : s < 16 * static_cast<int>(h->k_blocks[2]) ? 2
-                                                                  : 3;
-        const float x = element(row_of(k, token[t], head), k.dtype, c * ks);
-        if (a.joint) {
-          const float lo = -static_cast<float>(1 << ((1 << l) - 1));
-          code = static_cast<uint32_t>(__fsub_rn(code_of(x, mids[s], invs[s], lo, -lo - 1), lo));
-        } else {
-          const zero_point z = {invs[s], mids[s]};
-          code = code_paper(x, z, 1 << l);
-        }
-      }
-      codes[t][s] = static_cast<uint8_t>(code);
-    }
-    /* V: a warp a token */
-    for (int t = warp; t < TILE; t += THREADS / 32) {
-      float x[MAX_DIM / 32], lo = 3.402823466e38f, hi = -3.402823466e38f;
-      if (t < in_tile) {
-        const void *row = row_of(v, token[t], head);
+    /* a warp takes every eighth token; all its rows are asked for before the first is waited for */
+    uint32_t k_raw[EACH][MAX_DIM / 32], v_raw[EACH][MAX_DIM / 32];
 #pragma unroll
-        for (int j = 0; j < MAX_DIM / 32; ++j) {
-          x[j] = 0;
-          if (lane + 32 * j < vd) {
-            x[j] = element(row, v.dtype, (lane + 32 * j) * vs);
-            lo = fminf(lo, x[j]), hi = fmaxf(hi, x[j]);
+    for (int i = 0; i < EACH; ++i) {
+      const int t = warp + THREADS / 32 * i;
+      const uint32_t at = token[t < in_tile ? t : 0];
+      const void *k_row = row_of(k, at, head), *v_row = row_of(v, at, head);
+#pragma unroll
+      for (int j = 0; j < MAX_DIM / 32; ++j) {
+        const int d = lane + 32 * j;
+        k_raw[i][j] = v_raw[i][j] = 0;
+        if (slot[j] >= 0) k_raw[i][j] = raw_element(k_row, k.dtype, d * ks);
+        if (d < vd) v_raw[i][j] = raw_element(v_row, v.dtype, d * vs);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int t = warp + THREADS / 32 * i;
+      /* K: codes in table order */
+#pragma unroll
+      for (int j = 0; j < MAX_DIM / 32; ++j) {
+        if (slot[j] < 0) continue;
+        const float x = value_of(k_raw[i][j], k.dtype);
+        uint32_t code = 0;
+        if (t < in_tile) {
+          if (a.joint) {
+            const float lo = -static_cast<float>(1 << ((1 << k_level[j]) - 1));
+            code = static_cast<uint32_t>(__fsub_rn(code_of(x, mid[j], inv[j], lo, -lo - 1), lo));
+          } else {
+            const zero_point z = {inv[j], mid[j]};
+            code = code_paper(x, z, 1 << k_level[j]);
           }
         }
+        codes[t][slot[j]] = static_cast<uint8_t>(code);
       }
+      /* V */
+      float lo = 3.402823466e38f, hi = -3.402823466e38f;
       if (level == 4) { /* halves as they are */
         uint16_t *half = reinterpret_cast<uint16_t *>(out + h->k_tile + 128);
         const int sub = t >> 4, pr = t >> 3 & 1, tt = t >> 1 & 3, e = t & 1;
-        for (int j = 0; 32 * j < vp; ++j) {
+#pragma unroll
+        for (int j = 0; j < MAX_DIM / 32; ++j) {
           const int d = lane + 32 * j;
           if (d >= vp) continue;
           const int to = sub * (vp / 16) + d / 16, r = d >> 3 & 1, l = 4 * (d & 7) + tt;
           half[2 * ((to * 32 + l) * 4 + r + 2 * pr) + e] =
-              t < in_tile && d < vd ? to_half(element(row_of(v, token[t], head), v.dtype, d * vs))
-                                    : 0;
+              t < in_tile && d < vd ? to_half(value_of(v_raw[i][j], v.dtype)) : 0;
         }
         if (lane == 0 && t < in_tile) params[2 * (4 * (t & 7) + (t >> 3))] = 0x3c00;
         continue;
@@ -3044,6 +3074,11 @@ static __global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
       if (t >= in_tile) {
         for (int d = lane; d < vp; d += 32) v_codes[t][d] = 0;
         continue;
+      }
+#pragma unroll
+      for (int j = 0; j < MAX_DIM / 32; ++j) {
+        const float x = value_of(v_raw[i][j], v.dtype);
+        if (lane + 32 * j < vd) lo = fminf(lo, x), hi = fmaxf(hi, x);
       }
       for (int m = 16; m; m >>= 1) {
         lo = fminf(lo, __shfl_xor_sync(FULL, lo, m));
@@ -3063,16 +3098,18 @@ static __global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
       for (int j = 0; j < MAX_DIM / 32; ++j) {
         const int d = lane + 32 * j;
         if (d >= vp) continue;
+        const float x = value_of(v_raw[i][j], v.dtype);
         uint32_t code = 0;
         if (d < vd)
-          code = a.joint ? static_cast<uint32_t>(
-                               __fsub_rn(code_of(x[j], q.mid, q.inv, low, -low - 1), low))
-                         : code_paper(x[j], z, bits);
+          code =
+              a.joint
+                  ? static_cast<uint32_t>(__fsub_rn(code_of(x, q.mid, q.inv, low, -low - 1), low))
+                  : code_paper(x, z, bits);
         v_codes[t][d] = static_cast<uint8_t>(code);
       }
       if (lane == 0) {
-        const int slot = 2 * (4 * (t & 7) + (t >> 3));
-        params[slot] = to_half(q.scale), params[slot + 1] = to_half(q.mid);
+        const int to = 2 * (4 * (t & 7) + (t >> 3));
+        params[to] = to_half(q.scale), params[to + 1] = to_half(q.mid);
       }
     }
     __syncthreads();
@@ -3173,7 +3210,7 @@ __device__ __forceinline__ float lanes(float x) {
 
 /* Squared errors of V's rows, 16 lanes a token: element i belongs to lane i mod 16, as in rdkv.h.
    N is the most elements of a lane. */
-template <int N>
+template <int N, int DTYPE>
 __global__ void __launch_bounds__(THREADS) v_error_kernel(measure_args a) {
   const int head = static_cast<int>(blockIdx.y), vd = a.channel.v_dim;
   const int lane = static_cast<int>(threadIdx.x) & 15;
@@ -3192,15 +3229,18 @@ __global__ void __launch_bounds__(THREADS) v_error_kernel(measure_args a) {
     const uint32_t want = r * (THREADS / 16) + (threadIdx.x >> 4), t = least(want, a.n - 1);
     const void *row = row_of(a.v, t, head);
     float x[N], lo = 3.402823466e38f, hi = -3.402823466e38f;
+    uint32_t raw[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const int d = lane + 16 * i;
-      x[i] = 0;
-      if (d < vd) {
-        x[i] = element(row, a.v.dtype, d * stride);
-        bad |= !in_range(x[i]);
-        lo = fminf(lo, x[i]), hi = fmaxf(hi, x[i]);
-      }
+      raw[i] = 0;
+      if (d < vd) raw[i] = raw_element(row, DTYPE, d * stride);
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      x[i] = value_of(raw[i], DTYPE);
+      bad |= !in_range(x[i]);
+      if (lane + 16 * i < vd) lo = fminf(lo, x[i]), hi = fmaxf(hi, x[i]);
     }
     for (int d = 8; d; d >>= 1) {
       lo = fminf(lo, __shfl_xor_sync(FULL, lo, d));
@@ -3227,7 +3267,7 @@ __global__ void __launch_bounds__(THREADS) v_error_kernel(measure_args a) {
       if (lane + 16 * i < vd) {
         const float d = __fsub_rn(x[i], o[i]);
         e[0] = __fadd_rn(e[0], __fmul_rn(d, d));
-        if (a.v.dtype != RDKV_F16) {
+        if (DTYPE != RDKV_F16) {
           const float h = __fsub_rn(x[i], nearest_half(x[i]));
           e[4] = __fadd_rn(e[4], __fmul_rn(h, h));
         }
@@ -3330,6 +3370,7 @@ struct score_args {
   const float *lse; /* [n_q_heads][window] with a stride between heads; NULL = to be found */
   ptrdiff_t lse_stride;
   float *token, *q_square, *k_square, *mean_out;
+  float *see;       /* [2][window + 1] weight of query i, and of queries i and later */
   float *query;     /* [heads][k_dim][columns] scaled by softmax_scale * log2(e) */
   float *reference; /* [heads][columns]: weight = 2^(logit - reference) */
   float2 *stats;    /* [heads][splits][columns] largest logit, sum of 2^(logit - it) */
@@ -3348,65 +3389,95 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-/* Weight of a window's query, 1 on average. */
-__device__ inline double recency(const score_args &a, int i) {
-  double sum = 0;
-  if (!a.joint) return 1;
-  for (int j = 1; j <= a.window; ++j) sum += 1 / sqrt(static_cast<double>(j));
-  return a.window / sum / sqrt(static_cast<double>(a.window - i));
+/* Weights of the window's queries, 1 on average: as rdkv__recency. One block. */
+static __global__ void recency_kernel(score_args a) {
+  __shared__ float part[1024];
+  __shared__ float total[1];
+  for (int i = static_cast<int>(threadIdx.x); i < a.window; i += THREADS)
+    part[i] = a.joint ? static_cast<float>(1 / sqrt(static_cast<double>(a.window - i))) : 1;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    double sum = 0;
+    for (int i = a.window - 1; i >= 0; --i) sum += static_cast<double>(part[i]);
+    total[0] = a.joint ? static_cast<float>(a.window / sum) : 1;
+    float see = 0;
+    a.see[2 * a.window + 1] = 0;
+    for (int i = a.window - 1; i >= 0; --i) {
+      see += part[i] * total[0];
+      a.see[i] = part[i] * total[0], a.see[a.window + 1 + i] = see;
+    }
+  }
 }
 
-/* Queries to fp32 columns i * group + g, their squares, and the references where the log-sum-exp
-   is given. One block a head. */
+/* Queries to fp32 columns i * group + g, and their squares: 32 channels of a head a block. */
 static __global__ void query_kernel(score_args a) {
-  const int head = static_cast<int>(blockIdx.x), used = a.group * a.window;
+  __shared__ double sums[THREADS / 32][32];
+  const int head = static_cast<int>(blockIdx.y), used = a.group * a.window;
+  const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
+  const int d = static_cast<int>(blockIdx.x) * 32 + lane;
   const ptrdiff_t stride = a.q.dim_stride ? a.q.dim_stride : 1;
-  float *query = a.query + static_cast<size_t>(head) * static_cast<size_t>(a.k_dim * a.columns);
-  for (int d = static_cast<int>(threadIdx.x); d < a.k_dim; d += THREADS) {
-    double sum = 0;
-    for (int c = 0; c < a.columns; ++c) {
-      float x = 0;
-      if (c < used) {
-        x = element(row_of(a.q, static_cast<uint32_t>(c / a.group), head * a.group + c % a.group),
-                    a.q.dtype, d * stride);
-        if (!in_range(x)) fail(a.status, RDKV_ERR_NONFINITE);
-        sum = __dadd_rn(sum, __dmul_rn(static_cast<double>(x), static_cast<double>(x)));
-      }
-      query[static_cast<size_t>(d) * static_cast<size_t>(a.columns) + static_cast<size_t>(c)] =
-          x * a.scale;
+  float *query = a.query + static_cast<size_t>(head) * static_cast<size_t>(a.k_dim * a.columns) +
+                 static_cast<size_t>(d) * static_cast<size_t>(a.columns);
+  double sum = 0;
+  bool bad = false;
+  for (int c0 = warp; c0 < a.columns && d < a.k_dim; c0 += THREADS / 32 * 8) {
+    uint32_t raw[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int c = c0 + THREADS / 32 * i;
+      raw[i] = 0;
+      if (c < used)
+        raw[i] = raw_element(
+            row_of(a.q, static_cast<uint32_t>(c / a.group), head * a.group + c % a.group),
+            a.q.dtype, d * stride);
     }
-    a.q_square[head * a.k_dim + d] = static_cast<float>(sum / static_cast<double>(used));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float x = value_of(raw[i], a.q.dtype);
+      bad |= !in_range(x);
+      sum += static_cast<double>(x) * static_cast<double>(x);
+      if (c0 + THREADS / 32 * i < a.columns) query[c0 + THREADS / 32 * i] = x * a.scale;
+    }
   }
+  if (bad) fail(a.status, RDKV_ERR_NONFINITE);
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp != 0 || d >= a.k_dim) return;
+  sum = 0;
+  for (int w = 0; w < THREADS / 32; ++w) sum += sums[w][lane];
+  a.q_square[head * a.k_dim + d] = static_cast<float>(sum / static_cast<double>(used));
 }
 
 /* References of a head's columns, from the log-sum-exp given or from the splits' parts. The weight
-   of the query goes in too; columns that pad weigh nothing. */
+   of the query goes in too; columns that pad weigh nothing. A warp a column. */
 static __global__ void reference_kernel(score_args a) {
-  const int head = static_cast<int>(blockIdx.x), used = a.group * a.window;
-  for (int c = static_cast<int>(threadIdx.x); c < a.columns; c += THREADS) {
-    float r = __int_as_float(0x7f800000);
-    if (c < used) {
-      const int i = c / a.group;
-      double log2_sum;
-      if (a.lse) {
-        log2_sum = static_cast<double>(a.lse[(head * a.group + c % a.group) * a.lse_stride + i]) *
-                   1.4426950408889634;
-      } else {
-        const float2 *s = a.stats + static_cast<size_t>(head) * a.splits * a.columns + c;
-        float top = -1e30f;
-        double sum = 0;
-        for (int j = 0; j < a.splits; ++j)
-          top = fmaxf(top, s[static_cast<size_t>(j) * a.columns].x);
-        for (int j = 0; j < a.splits; ++j) {
-          const float2 x = s[static_cast<size_t>(j) * a.columns];
-          sum += static_cast<double>(x.y) * static_cast<double>(exp2f(x.x - top));
-        }
-        log2_sum = static_cast<double>(top) + log2(sum);
+  const int head = static_cast<int>(blockIdx.y), used = a.group * a.window;
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  const int c = static_cast<int>(blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5));
+  if (c >= a.columns) return;
+  float r = __int_as_float(0x7f800000);
+  if (c < used) {
+    const int i = c / a.group;
+    double log2_sum;
+    if (a.lse) {
+      log2_sum = static_cast<double>(a.lse[(head * a.group + c % a.group) * a.lse_stride + i]) *
+                 1.4426950408889634;
+    } else {
+      const float2 *s = a.stats + static_cast<size_t>(head) * a.splits * a.columns + c;
+      float top = -1e30f, sum = 0;
+      for (int j = lane; j < a.splits; j += 32)
+        top = fmaxf(top, s[static_cast<size_t>(j) * a.columns].x);
+      for (int m = 16; m; m >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, m));
+      for (int j = lane; j < a.splits; j += 32) {
+        const float2 x = s[static_cast<size_t>(j) * a.columns];
+        sum += x.y * exp2f(x.x - top);
       }
-      r = static_cast<float>(log2_sum - log2(recency(a, i)));
+      for (int m = 16; m; m >>= 1) sum += __shfl_xor_sync(FULL, sum, m);
+      log2_sum = static_cast<double>(top) + log2(static_cast<double>(sum));
     }
-    a.reference[head * a.columns + c] = r;
+    r = static_cast<float>(log2_sum - log2(static_cast<double>(a.see[i])));
   }
+  if (lane == 0) a.reference[head * a.columns + c] = r;
 }
 
 /* Any dtype, stride and size, plain multiply and add: 16 rows of K at a time in shared memory, a
@@ -3748,11 +3819,13 @@ static __global__ void finish_kernel(score_args a) {
   const size_t part = static_cast<size_t>(head) * a.splits;
   double s = 0;
   if (d < a.k_dim) {
+#pragma unroll 8
     for (int i = 0; i < a.splits; ++i) s += static_cast<double>(a.square[(part + i) * a.k_dim + d]);
     a.k_square[head * a.k_dim + d] = static_cast<float>(s / static_cast<double>(a.n));
   }
   if (a.joint && d < a.v_dim) {
     s = 0;
+#pragma unroll 8
     for (int i = 0; i < a.splits; ++i) s += static_cast<double>(a.out[(part + i) * a.v_dim + d]);
     a.mean_out[head * a.v_dim + d] =
         static_cast<float>(s / (static_cast<double>(a.group) * a.window));
@@ -3760,21 +3833,10 @@ static __global__ void finish_kernel(score_args a) {
 }
 
 static __global__ void pool_kernel(score_args a) {
-  __shared__ float see[1025]; /* weight of queries i and later */
+  const float *see = a.see + a.window + 1;
   const uint32_t seen = a.n - static_cast<uint32_t>(a.window);
   const uint32_t t = blockIdx.x * THREADS + threadIdx.x;
   const size_t base = static_cast<size_t>(blockIdx.y) * a.n;
-  if (threadIdx.x == 0) {
-    double sum = 0;
-    see[a.window] = 0;
-    for (int j = 1; j <= a.window && a.joint; ++j) sum += 1 / sqrt(static_cast<double>(j));
-    for (int i = a.window - 1; i >= 0; --i)
-      see[i] =
-          see[i + 1] +
-          (a.joint ? static_cast<float>(a.window / sum / sqrt(static_cast<double>(a.window - i)))
-                   : 1.0f);
-  }
-  __syncthreads();
   if (t >= a.n) return;
   const int64_t last = static_cast<int64_t>(a.n) - 1, at = t;
   int64_t half = (a.pool - 1) / 2;
@@ -5012,6 +5074,7 @@ static void layout_score(const rdkv_config *cfg, uint32_t n, void *workspace, sc
   a->splits = static_cast<int>(blocks_of(n, a->split, 0x7fffffff));
   const uint64_t splits = static_cast<uint64_t>(a->splits),
                  columns = static_cast<uint64_t>(a->columns);
+  s->m.take(&a->see, 2 * static_cast<uint64_t>(cfg->window) + 2);
   s->m.take(&a->query, heads * static_cast<uint64_t>(a->k_dim) * columns);
   s->m.take(&a->reference, heads * columns);
   s->m.take(&a->stats, heads * splits * columns);
@@ -5071,6 +5134,14 @@ static score_kernel tensor_kernel_of(const score_args &a, bool stats, size_t *sh
 
 /* measure */
 
+typedef void (*measure_kernel)(measure_args);
+template <int N>
+static measure_kernel v_error_kernel_for(rdkv_dtype dtype) {
+  return dtype == RDKV_F16    ? v_error_kernel<N, RDKV_F16>
+         : dtype == RDKV_BF16 ? v_error_kernel<N, RDKV_BF16>
+                              : v_error_kernel<N, RDKV_F32>;
+}
+
 struct measure_memory {
   arena m;
   measure_args a;
@@ -5129,7 +5200,7 @@ static void layout_pack(const rdkv_config *cfg, int n_layers, uint32_t n, void *
   s->m.next = static_cast<uint8_t *>(workspace), s->m.bytes = 0;
   s->m.take(&s->a.state, 1);
   s->m.take(&s->a.heads, heads);
-  s->m.take(&s->a.slots, kv * (PACKED + MAX_DIM));
+  s->m.take(&s->a.slot_of, kv * MAX_DIM);
   s->m.take(&s->a.quantiser, kv * 2 * PACKED);
   layout_list(&s->m, heads, kv, n, &s->a.list, &s->a.channel);
 }
@@ -5209,7 +5280,10 @@ extern "C" cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv
   a.mean_out = layer->mean_out, a.status = status;
   const dim3 grid(static_cast<uint32_t>(a.splits), heads);
   size_t shared = 0;
-  query_kernel<<<heads, THREADS, 0, stream>>>(a);
+  const dim3 query_grid(static_cast<uint32_t>(a.k_dim + 31) / 32, heads);
+  const dim3 column_grid(static_cast<uint32_t>(a.columns + 7) / 8, heads);
+  recency_kernel<<<1, THREADS, 0, stream>>>(a);
+  query_kernel<<<query_grid, THREADS, 0, stream>>>(a);
   if (!lse) {
     const score_kernel k = tensor_kernel_of(a, true, &shared);
     if (k)
@@ -5217,7 +5291,7 @@ extern "C" cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv
     else
       plain_kernel<true><<<grid, THREADS, 0, stream>>>(a);
   }
-  reference_kernel<<<heads, THREADS, 0, stream>>>(a);
+  reference_kernel<<<column_grid, THREADS, 0, stream>>>(a);
   const score_kernel k = tensor_kernel_of(a, false, &shared);
   if (k)
     k<<<grid, 128, shared, stream>>>(a);
@@ -5269,12 +5343,10 @@ extern "C" cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *
   if (e) return e;
   const dim3 chunks(o.chunks, heads), rows(blocks_of(n, 64, 512), heads);
   any_kernel<<<chunks, THREADS, 0, stream>>>(layer->v_bits, n, a.any);
-  if (cfg->v_dim <= 64)
-    v_error_kernel<4><<<rows, THREADS, 0, stream>>>(a);
-  else if (cfg->v_dim <= 128)
-    v_error_kernel<8><<<rows, THREADS, 0, stream>>>(a);
-  else
-    v_error_kernel<16><<<rows, THREADS, 0, stream>>>(a);
+  const measure_kernel v_error = cfg->v_dim <= 64    ? v_error_kernel_for<4>(kv->v.dtype)
+                                 : cfg->v_dim <= 128 ? v_error_kernel_for<8>(kv->v.dtype)
+                                                     : v_error_kernel_for<16>(kv->v.dtype);
+  v_error<<<rows, THREADS, 0, stream>>>(a);
   const dim3 drop(blocks_of(n, 2048, 64), heads);
   drop_kernel<<<drop, THREADS, 0, stream>>>(a);
   cut_kernel<<<heads, THREADS, 0, stream>>>(a);

@@ -1,6 +1,6 @@
 /* Time of each step of compression on the GPU, a layer at a time: 8 kv heads, groups of 4, head_dim
    128, fp16, a tenth of the bytes kept. Medians of repeated launches; up to 8K tokens K and V stay
-   in the L2, above they do not fit. --csv: one line a row.
+   in the L2, above they do not fit. --csv: one line a row; a number: that many tokens alone.
    nvcc -O3 -std=c++17 -arch=native bench/bench_compress.cu -o bench_compress && ./bench_compress */
 #define RDKV_IMPLEMENTATION
 #define RDKV_CUDA_IMPLEMENTATION
@@ -69,6 +69,7 @@ int main(int argc, char **argv) {
   for (int profile = 0; profile < 2; ++profile)
     for (uint32_t n : lengths)
       for (int window = 32; window <= 64; window *= 2) {
+        if (argc > 1 && !csv && static_cast<uint32_t>(atoi(argv[1])) != n) continue;
         rdkv_config c = rdkv_config();
         c.n_q_heads = 32, c.n_kv_heads = 8, c.k_dim = 128, c.window = window;
         c.profile = profile ? RDKV_PAPER : RDKV_JOINT;
