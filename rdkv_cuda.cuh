@@ -2544,7 +2544,11 @@ struct channel_args {
   int k_dim, v_dim;
 };
 
-static __global__ void range_kernel(channel_args a) {
+/* J is at least the dims by 32. DTYPE is that of K and V where it is one, which spares the loads a
+   choice; else -1. */
+template <int J, int DTYPE>
+__global__ void __launch_bounds__(THREADS) range_kernel(channel_args a) {
+  const int k_type = DTYPE < 0 ? a.k.dtype : DTYPE, v_type = DTYPE < 0 ? a.v.dtype : DTYPE;
   __shared__ int lo[MAX_DIM];
   __shared__ int hi[MAX_DIM];
   const int head = static_cast<int>(blockIdx.y), lane = static_cast<int>(threadIdx.x) & 31;
@@ -2554,33 +2558,33 @@ static __global__ void range_kernel(channel_args a) {
   const uint32_t *order = a.order + static_cast<size_t>(head) * a.n;
   const ptrdiff_t ks = a.k.dim_stride ? a.k.dim_stride : 1;
   const ptrdiff_t vs = a.v.dim_stride ? a.v.dim_stride : 1;
-  float low[MAX_DIM / 32], high[MAX_DIM / 32];
+  float low[J], high[J];
   bool bad = false;
 #pragma unroll
-  for (int j = 0; j < MAX_DIM / 32; ++j) low[j] = 3.402823466e38f, high[j] = -3.402823466e38f;
+  for (int j = 0; j < J; ++j) low[j] = 3.402823466e38f, high[j] = -3.402823466e38f;
   lo[threadIdx.x] = 0x7fffffff, hi[threadIdx.x] = -0x7fffffff - 1;
   __syncthreads();
   for (uint32_t i = warp; i < kept; i += n_warps) {
     const void *row = row_of(a.k, order[i], head);
     const void *v_row = a.v.data ? row_of(a.v, order[i], head) : nullptr;
-    uint32_t raw[MAX_DIM / 32], v_raw[MAX_DIM / 32];
+    uint32_t raw[J], v_raw[J];
 #pragma unroll
-    for (int j = 0; j < MAX_DIM / 32; ++j) {
+    for (int j = 0; j < J; ++j) {
       const int d = lane + 32 * j;
       raw[j] = v_raw[j] = 0;
-      if (d < a.k_dim) raw[j] = raw_element(row, a.k.dtype, d * ks);
-      if (v_row && d < a.v_dim) v_raw[j] = raw_element(v_row, a.v.dtype, d * vs);
+      if (d < a.k_dim) raw[j] = raw_element(row, k_type, d * ks);
+      if (v_row && d < a.v_dim) v_raw[j] = raw_element(v_row, v_type, d * vs);
     }
 #pragma unroll
-    for (int j = 0; j < MAX_DIM / 32; ++j) {
-      const float x = value_of(raw[j], a.k.dtype);
-      bad |= !in_range(x) || (v_row && !in_range(value_of(v_raw[j], a.v.dtype)));
+    for (int j = 0; j < J; ++j) {
+      const float x = value_of(raw[j], k_type);
+      bad |= !in_range(x) || (v_row && !in_range(value_of(v_raw[j], v_type)));
       if (lane + 32 * j < a.k_dim) low[j] = fminf(low[j], x), high[j] = fmaxf(high[j], x);
     }
   }
   if (bad) fail(a.status, RDKV_ERR_NONFINITE);
 #pragma unroll
-  for (int j = 0; j < MAX_DIM / 32; ++j) {
+  for (int j = 0; j < J; ++j) {
     const int d = lane + 32 * j;
     if (d < a.k_dim) {
       atomicMin(&lo[d], ordered(low[j]));
@@ -2606,7 +2610,7 @@ static __global__ void range_clear_kernel(int *lo, int *hi) {
    ahead, and their places in the list two. */
 enum { CHAIN_WARPS = 16, CHAIN = 8 * CHAIN_WARPS }; /* tokens of a round */
 
-template <bool ERROR>
+template <bool ERROR, int DTYPE>
 __global__ void __launch_bounds__(32 * (CHAIN_WARPS + 1)) chain_kernel(channel_args a) {
   __shared__ float terms[2][CHAIN][32];
   __shared__ uint32_t wanted[1];
@@ -2639,7 +2643,7 @@ __global__ void __launch_bounds__(32 * (CHAIN_WARPS + 1)) chain_kernel(channel_a
     const uint32_t i = static_cast<uint32_t>(8 * warp + j);
     if (!adds && i < kept) {
       token[j] = order[i];
-      if (real) x[j] = raw_element(row_of(a.k, token[j], head), a.k.dtype, d * stride);
+      if (real) x[j] = raw_element(row_of(a.k, token[j], head), DTYPE, d * stride);
       if (ERROR) g[j] = d0[token[j]];
     }
     if (!adds && i + CHAIN < kept) token[j] = order[i + CHAIN];
@@ -2659,7 +2663,7 @@ __global__ void __launch_bounds__(32 * (CHAIN_WARPS + 1)) chain_kernel(channel_a
     } else if (r < rounds) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        float y = value_of(x[j], a.k.dtype);
+        float y = value_of(x[j], DTYPE);
         if (ERROR) {
           if (level == 0) {
             y = __fsub_rn(y, q.mid);
@@ -2675,7 +2679,7 @@ __global__ void __launch_bounds__(32 * (CHAIN_WARPS + 1)) chain_kernel(channel_a
       for (int j = 0; j < 8; ++j) {
         const uint32_t i = (r + 1) * CHAIN + static_cast<uint32_t>(8 * warp + j);
         if (i < kept) {
-          if (real) x[j] = raw_element(row_of(a.k, token[j], head), a.k.dtype, d * stride);
+          if (real) x[j] = raw_element(row_of(a.k, token[j], head), DTYPE, d * stride);
           if (ERROR) g[j] = d0[token[j]];
         }
         if (i + CHAIN < kept) token[j] = order[i + CHAIN];
@@ -2959,8 +2963,12 @@ __device__ __forceinline__ uint32_t word_of(const uint8_t *codes, int stride, in
   return w;
 }
 
-/* Tiles of one layer; a block takes every gridDim.x-th of a head. */
-static __global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
+/* Tiles of one layer, J and DTYPE as for range_kernel; a block takes every gridDim.x-th of a head.
+ */
+template <int J, int DTYPE>
+__global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
+  const int k_type = DTYPE < 0 ? a.channel.k.dtype : DTYPE;
+  const int v_type = DTYPE < 0 ? a.channel.v.dtype : DTYPE;
   __shared__ uint8_t codes[TILE][PACKED + 4];
   __shared__ uint8_t v_codes[TILE][MAX_DIM + 4];
   __shared__ uint16_t params[64];
@@ -2976,10 +2984,10 @@ static __global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
   const int n = 16 * static_cast<int>(h->k_blocks[3]);
   enum { EACH = TILE / (THREADS / 32) };
   /* a lane's channels: slot in the table (-1: dropped) and quantiser; pads stay 0 */
-  int slot[MAX_DIM / 32], k_level[MAX_DIM / 32];
-  float mid[MAX_DIM / 32], inv[MAX_DIM / 32];
+  int slot[J], k_level[J];
+  float mid[J], inv[J];
 #pragma unroll
-  for (int j = 0; j < MAX_DIM / 32; ++j) {
+  for (int j = 0; j < J; ++j) {
     slot[j] = -1, k_level[j] = 1, mid[j] = inv[j] = 0;
     if (lane + 32 * j < a.channel.k_dim) {
       const int s = a.slot_of[head * MAX_DIM + lane + 32 * j];
@@ -3021,18 +3029,18 @@ static __global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
     if (tid < 64) params[tid] = 0;
     __syncthreads();
     /* a warp takes every eighth token; all its rows are asked for before the first is waited for */
-    uint32_t k_raw[EACH][MAX_DIM / 32], v_raw[EACH][MAX_DIM / 32];
+    uint32_t k_raw[EACH][J], v_raw[EACH][J];
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
       const int t = warp + THREADS / 32 * i;
       const uint32_t at = token[t < in_tile ? t : 0];
       const void *k_row = row_of(k, at, head), *v_row = row_of(v, at, head);
 #pragma unroll
-      for (int j = 0; j < MAX_DIM / 32; ++j) {
+      for (int j = 0; j < J; ++j) {
         const int d = lane + 32 * j;
         k_raw[i][j] = v_raw[i][j] = 0;
-        if (slot[j] >= 0) k_raw[i][j] = raw_element(k_row, k.dtype, d * ks);
-        if (d < vd) v_raw[i][j] = raw_element(v_row, v.dtype, d * vs);
+        if (slot[j] >= 0) k_raw[i][j] = raw_element(k_row, k_type, d * ks);
+        if (d < vd) v_raw[i][j] = raw_element(v_row, v_type, d * vs);
       }
     }
 #pragma unroll
@@ -3040,9 +3048,9 @@ static __global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
       const int t = warp + THREADS / 32 * i;
       /* K: codes in table order */
 #pragma unroll
-      for (int j = 0; j < MAX_DIM / 32; ++j) {
+      for (int j = 0; j < J; ++j) {
         if (slot[j] < 0) continue;
-        const float x = value_of(k_raw[i][j], k.dtype);
+        const float x = value_of(k_raw[i][j], k_type);
         uint32_t code = 0;
         if (t < in_tile) {
           if (a.joint) {
@@ -3061,12 +3069,12 @@ static __global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
         uint16_t *half = reinterpret_cast<uint16_t *>(out + h->k_tile + 128);
         const int sub = t >> 4, pr = t >> 3 & 1, tt = t >> 1 & 3, e = t & 1;
 #pragma unroll
-        for (int j = 0; j < MAX_DIM / 32; ++j) {
+        for (int j = 0; j < J; ++j) {
           const int d = lane + 32 * j;
           if (d >= vp) continue;
           const int to = sub * (vp / 16) + d / 16, r = d >> 3 & 1, l = 4 * (d & 7) + tt;
           half[2 * ((to * 32 + l) * 4 + r + 2 * pr) + e] =
-              t < in_tile && d < vd ? to_half(value_of(v_raw[i][j], v.dtype)) : 0;
+              t < in_tile && d < vd ? to_half(value_of(v_raw[i][j], v_type)) : 0;
         }
         if (lane == 0 && t < in_tile) params[2 * (4 * (t & 7) + (t >> 3))] = 0x3c00;
         continue;
@@ -3076,8 +3084,8 @@ static __global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
         continue;
       }
 #pragma unroll
-      for (int j = 0; j < MAX_DIM / 32; ++j) {
-        const float x = value_of(v_raw[i][j], v.dtype);
+      for (int j = 0; j < J; ++j) {
+        const float x = value_of(v_raw[i][j], v_type);
         if (lane + 32 * j < vd) lo = fminf(lo, x), hi = fmaxf(hi, x);
       }
       for (int m = 16; m; m >>= 1) {
@@ -3095,10 +3103,10 @@ static __global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
         q = affine_paper(z, bits);
       }
 #pragma unroll
-      for (int j = 0; j < MAX_DIM / 32; ++j) {
+      for (int j = 0; j < J; ++j) {
         const int d = lane + 32 * j;
         if (d >= vp) continue;
-        const float x = value_of(v_raw[i][j], v.dtype);
+        const float x = value_of(v_raw[i][j], v_type);
         uint32_t code = 0;
         if (d < vd)
           code =
@@ -5044,10 +5052,48 @@ static void list_tokens(const order_args &o, uint32_t heads, cudaStream_t stream
   if (o.n > 0) order_kernel<<<grid, THREADS, 0, stream>>>(o);
 }
 
+typedef void (*channel_kernel)(channel_args);
+typedef void (*tile_kernel_type)(pack_args);
+
+/* The type that K and V share, K's where V is not looked at; else -1. */
+static int shared_type(const channel_args &c) {
+  return !c.v.data || c.v.dtype == c.k.dtype ? c.k.dtype : -1;
+}
+static bool narrow(const channel_args &c) { return c.k_dim <= 128 && c.v_dim <= 128; }
+
+static channel_kernel range_kernel_of(const channel_args &c) {
+  switch (shared_type(c)) {
+    case RDKV_F16:
+      return narrow(c) ? range_kernel<4, RDKV_F16> : range_kernel<8, RDKV_F16>;
+    case RDKV_BF16:
+      return narrow(c) ? range_kernel<4, RDKV_BF16> : range_kernel<8, RDKV_BF16>;
+    case RDKV_F32:
+      return narrow(c) ? range_kernel<4, RDKV_F32> : range_kernel<8, RDKV_F32>;
+  }
+  return range_kernel<8, -1>;
+}
+static tile_kernel_type tile_kernel_of(const channel_args &c) {
+  switch (shared_type(c)) {
+    case RDKV_F16:
+      return narrow(c) ? tile_kernel<4, RDKV_F16> : tile_kernel<8, RDKV_F16>;
+    case RDKV_BF16:
+      return narrow(c) ? tile_kernel<4, RDKV_BF16> : tile_kernel<8, RDKV_BF16>;
+    case RDKV_F32:
+      return narrow(c) ? tile_kernel<4, RDKV_F32> : tile_kernel<8, RDKV_F32>;
+  }
+  return tile_kernel<8, -1>;
+}
+template <bool ERROR>
+static channel_kernel chain_kernel_of(const channel_args &c) {
+  return c.k.dtype == RDKV_F16    ? chain_kernel<ERROR, RDKV_F16>
+         : c.k.dtype == RDKV_BF16 ? chain_kernel<ERROR, RDKV_BF16>
+                                  : chain_kernel<ERROR, RDKV_F32>;
+}
+
 static void find_range(const channel_args &c, uint32_t heads, cudaStream_t stream) {
   range_clear_kernel<<<heads, MAX_DIM, 0, stream>>>(c.lo, c.hi);
   const dim3 grid(blocks_of(c.n, 512, 64), heads);
-  range_kernel<<<grid, THREADS, 0, stream>>>(c);
+  range_kernel_of(c)<<<grid, THREADS, 0, stream>>>(c);
 }
 
 /* score */
@@ -5354,9 +5400,9 @@ extern "C" cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *
   find_range(a.channel, heads, stream);
   const uint32_t groups = static_cast<uint32_t>(cfg->k_dim + 31) / 32;
   const dim3 sums(groups, heads), errors(groups, heads, 4);
-  chain_kernel<false><<<sums, 32 * (CHAIN_WARPS + 1), 0, stream>>>(a.channel);
+  chain_kernel_of<false>(a.channel)<<<sums, 32 * (CHAIN_WARPS + 1), 0, stream>>>(a.channel);
   fit_kernel<<<heads, MAX_DIM, 0, stream>>>(a);
-  chain_kernel<true><<<errors, 32 * (CHAIN_WARPS + 1), 0, stream>>>(a.channel);
+  chain_kernel_of<true>(a.channel)<<<errors, 32 * (CHAIN_WARPS + 1), 0, stream>>>(a.channel);
   k_distortion_kernel<<<heads, MAX_DIM, 0, stream>>>(a);
   return cudaGetLastError();
 }
@@ -5481,11 +5527,11 @@ extern "C" cudaError_t rdkv_cuda_pack(const rdkv_config *cfg, const rdkv_kv *kv,
     if (n_layers > 1) list_tokens(l.list, heads, stream); /* the order has room for one layer */
     if (a.joint) {
       const dim3 sums(static_cast<uint32_t>(cfg->k_dim + 31) / 32, heads);
-      chain_kernel<false><<<sums, 32 * (CHAIN_WARPS + 1), 0, stream>>>(l.channel);
+      chain_kernel_of<false>(l.channel)<<<sums, 32 * (CHAIN_WARPS + 1), 0, stream>>>(l.channel);
     }
     table_kernel<<<heads, THREADS, 0, stream>>>(l);
     const dim3 tiles(blocks_of(n, TILE, 1024 / heads + 1), heads);
-    if (n > 0) tile_kernel<<<tiles, THREADS, 0, stream>>>(l);
+    if (n > 0) tile_kernel_of(l.channel)<<<tiles, THREADS, 0, stream>>>(l);
   }
   body_sum_kernel<<<264, THREADS, 0, stream>>>(status, a.state, a.block);
   head_sum_kernel<<<1, THREADS, 0, stream>>>(status, a.state, a.block, block_bytes);
