@@ -142,6 +142,56 @@ cudaError_t rdkv_cuda_attend(const rdkv_cuda_config *cfg, const void *plan, int 
 /* Adds 1 to every tail's length, after the last layer of a step that appended. */
 cudaError_t rdkv_cuda_advance(uint32_t *tail_tokens, int batch, cudaStream_t stream);
 
+/* ---- >>cuda-compress : score, measure, allocate and pack on the device ------------------------
+
+   The calls of rdkv.h of the same names, for arrays in device memory. cfg is resolved by
+   rdkv_resolve. An rdkv_layer, an rdkv_kv and their arrays of them are the host's and read while
+   the call runs; what their pointers point to lies on the device. A layer's arrays are as
+   rdkv_layer_init lays them out in memory of rdkv_layer_bytes, of which nothing need be cleared:
+   do that on the host with a buffer of its own and shift the pointers, or fill them in yourself.
+   The same widths as rdkv.h from the same distortions or weights, the same bytes from the same
+   widths; scores differ by rounding.
+
+   status [1] on the device, set to RDKV_OK (0) by the caller before the first call of a chain: an
+   rdkv_status. The first error stays, and allocate and pack do nothing behind one. workspace
+   256-byte aligned, contents irrelevant; one may serve one stream's calls one after the other.
+   A call returns cudaErrorInvalidValue for arguments that are wrong on their face. No allocation,
+   no synchronisation; all may be captured. */
+
+/* Workspace bytes of score, measure, and pack of one layer; of allocate; of pack of several
+   layers. 0 if cfg is not resolved. */
+size_t rdkv_cuda_layer_workspace(const rdkv_config *cfg, uint32_t n_tokens);
+size_t rdkv_cuda_allocate_workspace(const rdkv_config *cfg, int n_layers, uint32_t n_tokens);
+size_t rdkv_cuda_pack_workspace(const rdkv_config *cfg, int n_layers, uint32_t n_tokens);
+
+/* rdkv_score. lse: natural log-sum-exp of the scaled logits of the window's rows as the prefill
+   attention leaves it, row i of query head h at lse[h * lse_stride + i], causal; it saves a pass
+   over K. NULL: found here. Dense 16-byte aligned fp16 or bf16 rows of k_dim 64, 96, 128, 192 or
+   256 (K and Q of one type) go through the tensor cores; all else works, slowly. */
+cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv, const float *lse,
+                            ptrdiff_t lse_stride, const rdkv_layer *layer, uint32_t *status,
+                            void *workspace, size_t workspace_bytes, cudaStream_t stream);
+
+/* rdkv_measure. */
+cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv_layer *layer,
+                              uint32_t *status, void *workspace, size_t workspace_bytes,
+                              cudaStream_t stream);
+
+/* rdkv_allocate; the threshold that was used goes to lambda [n_layers] on the device, 0 with
+   RDKV_PAPER. One cooperative launch. cudaErrorNotSupported where config.max_error is set. */
+cudaError_t rdkv_cuda_allocate(const rdkv_config *cfg, const rdkv_layer *layers, int n_layers,
+                               double *lambda, uint32_t *status, void *workspace,
+                               size_t workspace_bytes, cudaStream_t stream);
+
+/* rdkv_pack. lambda on the device, of the first layer, or NULL for 0. block [capacity] and
+   block_bytes on the device; rdkv_block_bound is always capacity enough. On an error nothing is
+   written to block, and 0 to block_bytes. */
+cudaError_t rdkv_cuda_pack(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv_layer *layers,
+                           int n_layers, const double *lambda, int first_layer,
+                           uint64_t token_begin, void *block, size_t capacity,
+                           uint64_t *block_bytes, uint32_t *status, void *workspace,
+                           size_t workspace_bytes, cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif
@@ -2141,6 +2191,3355 @@ extern "C" cudaError_t rdkv_cuda_advance(uint32_t *tail_tokens, int batch, cudaS
   if (!tail_tokens || batch < 1) return cudaErrorInvalidValue;
   rdkv_cuda__advance_kernel<<<static_cast<uint32_t>((batch + 255) / 256), 256, 0, stream>>>(
       tail_tokens, batch);
+  return cudaGetLastError();
+}
+
+/* ---- >>cuda-compress : score, measure, allocate and pack on the device -------------------------
+
+   Whatever decides a width or a code is computed as rdkv.h does it, operation by operation: the
+   _rn intrinsics round every product and sum apart, integer counts may be added in any order, and
+   what rdkv.h sums one after the other in float is summed one after the other here. Do not compile
+   with -use_fast_math: flushed subnormals are other bits. */
+
+namespace rdkv_cuda_compress {
+
+typedef unsigned long long u64; /* as atomicAdd wants it */
+
+enum {
+  TILE = 32,     /* tokens of a tile */
+  MAX_DIM = 256, /* as rdkv_config says */
+  PACKED = 304,  /* most slots of a channel table: 16 blocks and a partly filled one for each run */
+  CHUNK = 1024,  /* tokens that a block counts and orders */
+  THREADS = 256,
+  BINS = RDKV_HISTOGRAM_BINS
+};
+static const uint32_t FULL = 0xffffffffu, MAX_HALF = 0x477fe000u; /* bits of 65504.0f */
+
+__host__ __device__ inline int level_of(int bits) {
+  return bits == 0 ? 0 : bits == 2 ? 1 : bits == 4 ? 2 : bits == 8 ? 3 : bits == 16 ? 4 : -1;
+}
+__host__ __device__ inline int width_of(int level) { return level ? 1 << level : 0; }
+__host__ __device__ inline int pad16(int n) { return (n + 15) & ~15; }
+__host__ __device__ inline uint64_t round_up(uint64_t a, uint64_t to) {
+  return (a + to - 1) / to * to;
+}
+__host__ __device__ inline uint32_t least(uint32_t a, uint32_t b) { return a < b ? a : b; }
+__host__ __device__ inline uint32_t most(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+/* ---- bytes, as rdkv.h counts them */
+
+struct parts {
+  uint64_t table, positions, tiles;
+  uint32_t n_tiles[5]; /* [0] is their sum */
+  uint32_t k_blocks;
+  uint32_t k_tile; /* bytes of K in a tile */
+};
+
+__host__ __device__ inline uint64_t head_bytes(int v_dim, int positions, const uint32_t *count,
+                                               const uint32_t *channels, parts *p) {
+  const uint64_t d_blocks = static_cast<uint64_t>(pad16(v_dim)) / 16;
+  uint64_t v = 0;
+  p->k_blocks = p->k_tile = p->n_tiles[0] = 0;
+  for (int l = 1; l < 4; ++l) {
+    const uint32_t blocks = (channels[l] + 15) / 16;
+    p->k_blocks += blocks, p->k_tile += blocks * (64u << l);
+  }
+  for (int l = 1; l < 5; ++l) {
+    p->n_tiles[l] = (count[l] + TILE - 1) / TILE;
+    p->n_tiles[0] += p->n_tiles[l];
+    v += p->n_tiles[l] * d_blocks * (64u << l);
+  }
+  p->tiles = static_cast<uint64_t>(p->n_tiles[0]) * (p->k_tile + 128) + v;
+  p->table = round_up(80 * static_cast<uint64_t>(p->k_blocks) + 3 * channels[0], 128);
+  p->positions = positions ? static_cast<uint64_t>(p->n_tiles[0]) * 4 * TILE : 0;
+  return p->table + p->positions + p->tiles;
+}
+
+__host__ __device__ inline uint64_t fixed_bytes(uint64_t n_heads) {
+  return round_up(sizeof(rdkv_header) + n_heads * sizeof(rdkv_record), 128);
+}
+
+static uint64_t fp16_bytes(const rdkv_config *c, uint32_t n_tokens) {
+  return static_cast<uint64_t>(c->n_kv_heads) * static_cast<uint64_t>(c->k_dim + c->v_dim) * 2 *
+         static_cast<uint64_t>(c->n_layers) * n_tokens;
+}
+
+static uint64_t budget_of(const rdkv_config *c, uint32_t n_tokens, int n_layers) {
+  uint64_t total = c->budget_bytes;
+  const uint64_t l = static_cast<uint64_t>(c->n_layers), n = static_cast<uint64_t>(n_layers);
+  if (total == 0)
+    total = static_cast<uint64_t>(c->keep * static_cast<double>(fp16_bytes(c, n_tokens)));
+  return total / l * n + total % l * n / l;
+}
+
+/* ---- values */
+
+__device__ __forceinline__ float half_value(uint16_t h) {
+  return __half2float(__ushort_as_half(h));
+}
+__device__ __forceinline__ uint16_t to_half(float x) {
+  return __half_as_ushort(__float2half_rn(x));
+}
+__device__ __forceinline__ float nearest_half(float x) { return half_value(to_half(x)); }
+
+/* An element as it lies in memory, and its value: apart, so that several can be asked for before
+   the first is waited for. */
+__device__ __forceinline__ uint32_t raw_element(const void *p, int dtype, ptrdiff_t i) {
+  return dtype == RDKV_F32 ? static_cast<const uint32_t *>(p)[i]
+                           : static_cast<const uint16_t *>(p)[i];
+}
+__device__ __forceinline__ float value_of(uint32_t raw, int dtype) {
+  const float half = half_value(static_cast<uint16_t>(raw));
+  return dtype == RDKV_F16 ? half : __uint_as_float(dtype == RDKV_BF16 ? raw << 16 : raw);
+}
+__device__ __forceinline__ float element(const void *p, int dtype, ptrdiff_t i) {
+  return value_of(raw_element(p, dtype, i), dtype);
+}
+
+__device__ __forceinline__ const void *row_of(const rdkv_tensor &t, uint32_t token, int head) {
+  const ptrdiff_t i =
+      static_cast<ptrdiff_t>(token) * t.token_stride + static_cast<ptrdiff_t>(head) * t.head_stride;
+  return static_cast<const char *>(t.data) + i * (t.dtype == RDKV_F32 ? 4 : 2);
+}
+
+__device__ __forceinline__ bool in_range(float x) {
+  return (__float_as_uint(x) & 0x7fffffffu) <= MAX_HALF;
+}
+
+/* The first error stays. */
+__device__ __forceinline__ void fail(uint32_t *status, rdkv_status error) {
+  atomicCAS(status, static_cast<uint32_t>(RDKV_OK), static_cast<uint32_t>(error));
+}
+
+/* Floats as integers in the same order, so that atomics find the smallest and the largest. */
+__device__ __forceinline__ int ordered(float x) {
+  const int i = __float_as_int(x);
+  return i < 0 ? i ^ 0x7fffffff : i;
+}
+__device__ __forceinline__ float unordered(int i) {
+  return __int_as_float(i < 0 ? i ^ 0x7fffffff : i);
+}
+
+struct affine {
+  float scale, mid, inv;
+};
+
+__device__ inline affine fit(float lo, float hi, int bits) {
+  const float n = static_cast<float>(1 << (bits - 1));
+  const float step = __fdiv_rn(__fsub_rn(hi, lo), 2 * n - 1);
+  affine a;
+  a.mid = nearest_half(__fadd_rn(lo, __fmul_rn(step, n)));
+  const float up = __fdiv_rn(__fsub_rn(hi, a.mid), n - 1),
+              down = __fdiv_rn(__fsub_rn(a.mid, lo), n);
+  const float want = up > down ? up : (down > 0 ? down : 0);
+  uint16_t h = to_half(want);
+  if (half_value(h) < want) ++h;
+  a.scale = half_value(h);
+  a.inv = a.scale > 0 ? __fdiv_rn(1, a.scale) : 0;
+  return a;
+}
+
+/* x to the nearest whole number, |x| < 2^22, ties to even. */
+__device__ __forceinline__ float nearest(float x) {
+  return __fsub_rn(__fadd_rn(x, 12582912.0f), 12582912.0f);
+}
+
+/* The code, not yet lifted to 0..: clamped first, which whole bounds allow. */
+__device__ __forceinline__ float code_of(float x, float mid, float inv, float lo, float hi) {
+  return nearest(fmaxf(fminf(__fmul_rn(__fsub_rn(x, mid), inv), hi), lo));
+}
+
+__device__ __forceinline__ float square_error(float x, const affine &a, float lo, float hi) {
+  const float d = __fsub_rn(x, a.mid);
+  const float c = nearest(fmaxf(fminf(__fmul_rn(d, a.inv), hi), lo));
+  const float e = __fsub_rn(d, __fmul_rn(a.scale, c));
+  return __fmul_rn(e, e);
+}
+
+/* The authors' quantiser. */
+struct zero_point {
+  float scale, zero;
+};
+
+__device__ inline zero_point fit_paper(float lo, float hi, int bits) {
+  const float top = static_cast<float>((1 << bits) - 1);
+  zero_point z;
+  z.scale = __fmul_rn(__fsub_rn(hi, lo), __fdiv_rn(1, top));
+  if (z.scale < 1e-8f) z.scale = 1e-8f;
+  z.zero = __fdiv_rn(-lo, z.scale);
+  z.zero = rintf(z.zero < 0 ? 0 : z.zero > top ? top : z.zero);
+  return z;
+}
+__device__ inline uint32_t code_paper(float x, zero_point z, int bits) {
+  const float top = static_cast<float>((1 << bits) - 1);
+  const float c = __fadd_rn(__fdiv_rn(x, z.scale), z.zero);
+  return static_cast<uint32_t>(rintf(c < 0 ? 0 : c > top ? top : c));
+}
+__device__ inline affine affine_paper(zero_point z, int bits) {
+  affine a;
+  a.scale = nearest_half(z.scale), a.inv = 0;
+  a.mid = nearest_half(__fsub_rn(__fmul_rn(a.scale, static_cast<float>(1 << (bits - 1))),
+                                 __fmul_rn(a.scale, z.zero)));
+  return a;
+}
+
+/* ---- sums over a block; all threads call them */
+
+__device__ inline u64 warp_sum(u64 x) {
+  for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(FULL, x, d);
+  return x;
+}
+
+/* Sum of the threads before this one; *total that of all. scratch [33]. */
+__device__ inline u64 block_scan(u64 x, u64 *scratch, u64 *total) {
+  const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
+  const int n_warps = static_cast<int>(blockDim.x) >> 5;
+  u64 sum = x;
+  for (int d = 1; d < 32; d <<= 1) {
+    const u64 y = __shfl_up_sync(FULL, sum, d);
+    if (lane >= d) sum += y;
+  }
+  __syncthreads();
+  if (lane == 31) scratch[warp] = sum;
+  __syncthreads();
+  u64 before = 0, all = 0;
+  for (int i = 0; i < n_warps; ++i) {
+    if (i < warp) before += scratch[i];
+    all += scratch[i];
+  }
+  *total = all;
+  return before + sum - x;
+}
+
+/* ---- tokens in order: which are kept, by run */
+
+/* Tokens of one layer that are packed, or that K is measured over. */
+struct order_args {
+  const uint8_t *v_bits; /* [heads][n] */
+  const float *d0;       /* [heads][5][n] or NULL: without widths, tokens whose bin of row 0 is at
+                            least cut */
+  const uint32_t *any;   /* [heads] tokens with widths; with d0 */
+  const uint32_t *cut;   /* [heads] */
+  const float *v_distortion; /* [heads][5][n] to add up, or NULL */
+  uint32_t *counts;          /* [heads][chunks][4], then the tokens before the chunk */
+  double *sums;              /* [heads][chunks] */
+  uint32_t *odd;             /* [heads] 1: a distortion is no number >= 0 */
+  uint32_t *order;           /* [heads][n] */
+  uint32_t *kept;            /* [heads][5] tokens in all, and where each run starts */
+  uint32_t *status;
+  uint32_t n, chunks;
+};
+
+__device__ __forceinline__ uint32_t bin_of(float x) {
+  return least(__float_as_uint(x) >> 20, BINS - 1);
+}
+
+/* Run of a token, 0..3; -1 if it is not in the list. */
+__device__ __forceinline__ int run_of(const order_args &a, int head, uint32_t t) {
+  const size_t i = static_cast<size_t>(head) * a.n + t;
+  if (!a.d0) {
+    const int level = level_of(a.v_bits[i]);
+    if (level < 0) fail(a.status, RDKV_ERR_CONFIG);
+    return level < 1 ? -1 : level - 1;
+  }
+  const bool in = a.any[head]
+                      ? a.v_bits[i] != 0
+                      : bin_of(a.d0[static_cast<size_t>(head) * 5 * a.n + t]) >= a.cut[head];
+  return in ? 0 : -1;
+}
+
+static __global__ void count_kernel(order_args a) {
+  __shared__ uint32_t count[4];
+  __shared__ double sum[THREADS];
+  const int head = static_cast<int>(blockIdx.y);
+  const uint32_t chunk = blockIdx.x, tid = threadIdx.x;
+  if (tid < 4) count[tid] = 0;
+  __syncthreads();
+  uint32_t mine[4] = {0, 0, 0, 0};
+  double s = 0;
+  bool odd = false;
+  for (uint32_t i = 0; i < CHUNK / THREADS; ++i) {
+    const uint32_t t = chunk * CHUNK + i * THREADS + tid;
+    if (t >= a.n) break;
+    const int run = run_of(a, head, t);
+    for (int r = 0; r < 4; ++r) mine[r] += run == r;
+    if (a.v_distortion) {
+      const float d =
+          a.v_distortion[(static_cast<size_t>(head) * 5 + static_cast<size_t>(run + 1)) * a.n + t];
+      odd |= __float_as_uint(d) >= 0x7f800000u;
+      s = __dadd_rn(s, static_cast<double>(d));
+    }
+  }
+  for (int r = 0; r < 4; ++r)
+    if (mine[r]) atomicAdd(&count[r], mine[r]);
+  if (odd) atomicOr(&a.odd[head], 1u);
+  sum[tid] = s;
+  __syncthreads();
+  for (uint32_t d = THREADS / 2; d; d >>= 1) {
+    if (tid < d) sum[tid] = __dadd_rn(sum[tid], sum[tid + d]);
+    __syncthreads();
+  }
+  const size_t at = static_cast<size_t>(head) * a.chunks + chunk;
+  if (tid < 4) a.counts[at * 4 + tid] = count[tid];
+  if (tid == 0 && a.v_distortion) a.sums[at] = sum[0];
+}
+
+/* One block a head, four warps a run each. */
+static __global__ void scan_kernel(order_args a) {
+  __shared__ uint32_t total[4];
+  const int head = static_cast<int>(blockIdx.x);
+  const uint32_t lane = threadIdx.x & 31, run = threadIdx.x >> 5;
+  uint32_t *counts = a.counts + static_cast<size_t>(head) * a.chunks * 4 + run;
+  uint32_t before = 0;
+  for (uint32_t c = 0; c < a.chunks; c += 32) {
+    const uint32_t x = c + lane < a.chunks ? counts[(c + lane) * 4] : 0;
+    uint32_t sum = x;
+    for (int d = 1; d < 32; d <<= 1) {
+      const uint32_t y = __shfl_up_sync(FULL, sum, d);
+      if (lane >= static_cast<uint32_t>(d)) sum += y;
+    }
+    if (c + lane < a.chunks) counts[(c + lane) * 4] = before + sum - x;
+    before += __shfl_sync(FULL, sum, 31);
+  }
+  if (lane == 0) total[run] = before;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    uint32_t *kept = a.kept + static_cast<size_t>(head) * 5, sum = 0;
+    for (int r = 0; r < 4; ++r) kept[1 + r] = sum, sum += total[r];
+    kept[0] = sum;
+  }
+}
+
+static __global__ void order_kernel(order_args a) {
+  __shared__ u64 scratch[33];
+  const int head = static_cast<int>(blockIdx.y);
+  const uint32_t first = blockIdx.x * CHUNK + threadIdx.x * (CHUNK / THREADS);
+  int run[CHUNK / THREADS];
+  u64 mine = 0, all; /* four counts of 16 bits */
+  for (uint32_t i = 0; i < CHUNK / THREADS; ++i) {
+    run[i] = first + i < a.n ? run_of(a, head, first + i) : -1;
+    if (run[i] >= 0) mine += 1ull << (16 * run[i]);
+  }
+  const u64 before = block_scan(mine, scratch, &all);
+  const size_t at = (static_cast<size_t>(head) * a.chunks + blockIdx.x) * 4;
+  uint32_t to[4];
+  for (int r = 0; r < 4; ++r)
+    to[r] = a.kept[static_cast<size_t>(head) * 5 + 1 + static_cast<size_t>(r)] +
+            a.counts[at + static_cast<size_t>(r)] +
+            static_cast<uint32_t>(before >> (16 * r) & 0xffff);
+  for (uint32_t i = 0; i < CHUNK / THREADS; ++i)
+    for (int r = 0; r < 4; ++r)
+      if (run[i] == r) a.order[static_cast<size_t>(head) * a.n + to[r]++] = first + i;
+}
+
+/* ---- K over the listed tokens: range, sums, errors */
+
+struct channel_args {
+  rdkv_tensor k, v;      /* v.data NULL: not looked at */
+  const uint32_t *order; /* [heads][n] */
+  const uint32_t *kept;  /* [heads][5] */
+  int *lo, *hi;          /* [heads][MAX_DIM] ordered */
+  float *sum;            /* [heads][MAX_DIM] one after the other */
+  const uint8_t *k_bits; /* sums are wanted of channels without bits alone; NULL = of all */
+  const float *d0;       /* [heads][5][n], row 0: weights of the errors */
+  float *quantiser;      /* [heads][3][4][MAX_DIM]: scale, mid, inv at 0, 2, 4, 8 bits */
+  float *error;          /* [heads][4][MAX_DIM] */
+  uint32_t *status;
+  uint32_t n;
+  int k_dim, v_dim;
+};
+
+/* J is at least the dims by 32. DTYPE is that of K and V where it is one, which spares the loads a
+   choice; else -1. */
+template <int J, int DTYPE>
+__global__ void __launch_bounds__(THREADS) range_kernel(channel_args a) {
+  const int k_type = DTYPE < 0 ? a.k.dtype : DTYPE, v_type = DTYPE < 0 ? a.v.dtype : DTYPE;
+  __shared__ int lo[MAX_DIM];
+  __shared__ int hi[MAX_DIM];
+  const int head = static_cast<int>(blockIdx.y), lane = static_cast<int>(threadIdx.x) & 31;
+  const uint32_t kept = a.kept[static_cast<size_t>(head) * 5];
+  const uint32_t warp = blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5);
+  const uint32_t n_warps = gridDim.x * (THREADS / 32);
+  const uint32_t *order = a.order + static_cast<size_t>(head) * a.n;
+  const ptrdiff_t ks = a.k.dim_stride ? a.k.dim_stride : 1;
+  const ptrdiff_t vs = a.v.dim_stride ? a.v.dim_stride : 1;
+  float low[J], high[J];
+  bool bad = false;
+#pragma unroll
+  for (int j = 0; j < J; ++j) low[j] = 3.402823466e38f, high[j] = -3.402823466e38f;
+  lo[threadIdx.x] = 0x7fffffff, hi[threadIdx.x] = -0x7fffffff - 1;
+  __syncthreads();
+  for (uint32_t i = warp; i < kept; i += n_warps) {
+    const void *row = row_of(a.k, order[i], head);
+    const void *v_row = a.v.data ? row_of(a.v, order[i], head) : nullptr;
+    uint32_t raw[J], v_raw[J];
+#pragma unroll
+    for (int j = 0; j < J; ++j) {
+      const int d = lane + 32 * j;
+      raw[j] = v_raw[j] = 0;
+      if (d < a.k_dim) raw[j] = raw_element(row, k_type, d * ks);
+      if (v_row && d < a.v_dim) v_raw[j] = raw_element(v_row, v_type, d * vs);
+    }
+#pragma unroll
+    for (int j = 0; j < J; ++j) {
+      const float x = value_of(raw[j], k_type);
+      bad |= !in_range(x) || (v_row && !in_range(value_of(v_raw[j], v_type)));
+      if (lane + 32 * j < a.k_dim) low[j] = fminf(low[j], x), high[j] = fmaxf(high[j], x);
+    }
+  }
+  if (bad) fail(a.status, RDKV_ERR_NONFINITE);
+#pragma unroll
+  for (int j = 0; j < J; ++j) {
+    const int d = lane + 32 * j;
+    if (d < a.k_dim) {
+      atomicMin(&lo[d], ordered(low[j]));
+      atomicMax(&hi[d], ordered(high[j]));
+    }
+  }
+  __syncthreads();
+  const size_t at = static_cast<size_t>(head) * MAX_DIM + threadIdx.x;
+  if (static_cast<int>(threadIdx.x) < a.k_dim) {
+    atomicMin(&a.lo[at], lo[threadIdx.x]);
+    atomicMax(&a.hi[at], hi[threadIdx.x]);
+  }
+}
+
+static __global__ void range_clear_kernel(int *lo, int *hi) {
+  const size_t at = static_cast<size_t>(blockIdx.x) * MAX_DIM + threadIdx.x;
+  lo[at] = ordered(3.402823466e38f), hi[at] = ordered(-3.402823466e38f);
+}
+
+/* Sums over the listed tokens, one after the other as rdkv.h adds them: of K where ERROR is false,
+   else of its weighted squared errors at one width. A block has 32 channels of a head; all warps
+   but the last fill a buffer with what is to be added, the last adds. Rows are asked for one round
+   ahead, and their places in the list two. */
+enum { CHAIN_WARPS = 16, CHAIN = 8 * CHAIN_WARPS }; /* tokens of a round */
+
+template <bool ERROR, int DTYPE>
+__global__ void __launch_bounds__(32 * (CHAIN_WARPS + 1)) chain_kernel(channel_args a) {
+  __shared__ float terms[2][CHAIN][32];
+  __shared__ uint32_t wanted[1];
+  const int head = static_cast<int>(blockIdx.y), lane = static_cast<int>(threadIdx.x) & 31;
+  const int warp = static_cast<int>(threadIdx.x) >> 5, level = static_cast<int>(blockIdx.z);
+  const int d = static_cast<int>(blockIdx.x) * 32 + lane;
+  const uint32_t kept = a.kept[static_cast<size_t>(head) * 5];
+  const uint32_t *order = a.order + static_cast<size_t>(head) * a.n;
+  const bool adds = warp == CHAIN_WARPS, real = d < a.k_dim;
+  if (threadIdx.x == 0) wanted[0] = 0;
+  __syncthreads();
+  if (real && (!a.k_bits || a.k_bits[head * a.k_dim + d] == 0)) wanted[0] = 1;
+  __syncthreads();
+  if (!wanted[0]) return;
+  affine q = {0, 0, 0};
+  if (ERROR && real) {
+    const float *p =
+        a.quantiser + (static_cast<size_t>(head) * 12 + static_cast<size_t>(level)) * MAX_DIM + d;
+    q.scale = p[0], q.mid = p[4 * MAX_DIM], q.inv = p[8 * MAX_DIM];
+  }
+  const float top = level == 1 ? 1.0f : level == 2 ? 7.0f : 127.0f;
+  const float *d0 = ERROR ? a.d0 + static_cast<size_t>(head) * 5 * a.n : nullptr;
+  const ptrdiff_t stride = a.k.dim_stride ? a.k.dim_stride : 1;
+  const uint32_t rounds = (kept + CHAIN - 1) / CHAIN;
+  uint32_t token[8], x[8]; /* as they lie in memory */
+  float g[8], sum = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    token[j] = x[j] = 0, g[j] = 0;
+    const uint32_t i = static_cast<uint32_t>(8 * warp + j);
+    if (!adds && i < kept) {
+      token[j] = order[i];
+      if (real) x[j] = raw_element(row_of(a.k, token[j], head), DTYPE, d * stride);
+      if (ERROR) g[j] = d0[token[j]];
+    }
+    if (!adds && i + CHAIN < kept) token[j] = order[i + CHAIN];
+  }
+  for (uint32_t r = 0; r <= rounds; ++r) {
+    if (adds) {
+      if (r > 0) {
+        const uint32_t n = least(kept - (r - 1) * CHAIN, CHAIN);
+        const float(*from)[32] = terms[(r - 1) & 1];
+        if (n == CHAIN) {
+#pragma unroll 32
+          for (int i = 0; i < CHAIN; ++i) sum = __fadd_rn(sum, from[i][lane]);
+        } else {
+          for (uint32_t i = 0; i < n; ++i) sum = __fadd_rn(sum, from[i][lane]);
+        }
+      }
+    } else if (r < rounds) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        float y = value_of(x[j], DTYPE);
+        if (ERROR) {
+          if (level == 0) {
+            y = __fsub_rn(y, q.mid);
+            y = __fmul_rn(y, y);
+          } else {
+            y = square_error(y, q, -top - 1, top);
+          }
+          y = g[j] > 0 ? __fmul_rn(y, g[j]) : 0; /* adding 0 changes nothing */
+        }
+        terms[r & 1][8 * warp + j][lane] = y;
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const uint32_t i = (r + 1) * CHAIN + static_cast<uint32_t>(8 * warp + j);
+        if (i < kept) {
+          if (real) x[j] = raw_element(row_of(a.k, token[j], head), DTYPE, d * stride);
+          if (ERROR) g[j] = d0[token[j]];
+        }
+        if (i + CHAIN < kept) token[j] = order[i + CHAIN];
+      }
+    }
+    __syncthreads();
+  }
+  if (adds && real) {
+    if (ERROR)
+      a.error[(static_cast<size_t>(head) * 4 + static_cast<size_t>(level)) * MAX_DIM + d] = sum;
+    else
+      a.sum[static_cast<size_t>(head) * MAX_DIM + d] = sum;
+  }
+}
+
+/* ---- pack */
+
+/* One head of the block to be. */
+struct head_plan {
+  uint32_t count[5], channels[4];
+  uint32_t first_tile[5]; /* tiles before each run; [4] all */
+  uint32_t run_bytes[4];  /* of a tile of each run */
+  uint32_t k_blocks[4];   /* blocks of 16 channels up to each level */
+  uint32_t k_tile;
+  uint64_t table, position, tile; /* offsets */
+  double v, k;                    /* predicted */
+  uint32_t serial;                /* the sum is too close to a tie between floats */
+};
+
+struct block_state {
+  uint64_t total, head_bytes;
+  u64 body_sum, head_sum;
+};
+
+struct pack_args {
+  order_args list;      /* of one layer */
+  channel_args channel; /* likewise */
+  head_plan *heads;     /* [n_layers][n_kv_heads]; of one layer where a kernel has one layer */
+  block_state *state;
+  const uint8_t *k_bits; /* [heads][k_dim] of one layer */
+  const float *k_distortion;
+  int16_t *slot_of; /* [heads][MAX_DIM] a channel's place in table order */
+  float *quantiser; /* [heads][2][PACKED]: mid, inv; or the authors' zero, scale */
+  const double *lambda;
+  uint8_t *block;
+  uint64_t capacity;
+  uint64_t *bytes;
+  uint32_t n_heads; /* in all layers */
+  int joint, positions;
+  rdkv_header header;
+};
+
+/* Counts and the predicted distortion of a layer's heads, a block each. */
+static __global__ void head_kernel(pack_args a) {
+  __shared__ uint32_t channels[4];
+  const int head = static_cast<int>(blockIdx.x), kd = a.channel.k_dim;
+  const int d = static_cast<int>(threadIdx.x);
+  head_plan *h = a.heads + head;
+  if (d < 4) channels[d] = 0;
+  __syncthreads();
+  if (d < kd) {
+    const int bits = a.k_bits[head * kd + d], level = level_of(bits);
+    if (level < 0 || (level == 4 && a.joint)) fail(a.list.status, RDKV_ERR_CONFIG);
+    atomicAdd(&channels[level < 0 ? 0 : level > 3 ? 3 : level], 1u);
+  }
+  __syncthreads();
+  if (d != 0) return;
+  const uint32_t *kept = a.list.kept + head * 5, n = a.list.n;
+  for (int l = 1; l < 5; ++l) h->count[l] = (l < 4 ? kept[l + 1] : kept[0]) - kept[l];
+  h->count[0] = n - kept[0];
+  for (int l = 0; l < 4; ++l) h->channels[l] = channels[l];
+  h->serial = 0, h->v = h->k = 0;
+  if (!a.joint) return;
+  /* rdkv.h adds doubles one after the other and rounds the sum to float. Here they are added in
+     another order; either sum is off by less than n * 2^-53 of itself, so where both ends of that
+     range round to one float it is that float. Elsewhere serial_kernel adds them in order. */
+  double v = 0, k = 0;
+  for (uint32_t c = 0; c < a.list.chunks; ++c)
+    v = __dadd_rn(v, a.list.sums[static_cast<size_t>(head) * a.list.chunks + c]);
+  const double slack = (static_cast<double>(n) + 8) * 4.44089209850062616e-16; /* 2^-51 */
+  h->v = v;
+  h->serial =
+      a.list.odd[head] || __double2float_rn(v * (1 - slack)) != __double2float_rn(v * (1 + slack));
+  const float *dk = a.k_distortion + static_cast<size_t>(head) * 4 * static_cast<size_t>(kd);
+  for (int i = 0; i < kd && kept[0] > 0; ++i) {
+    const int level = level_of(a.k_bits[head * kd + i]);
+    k = __dadd_rn(k, static_cast<double>(dk[(level < 0 ? 0 : level > 3 ? 3 : level) * kd + i]));
+  }
+  h->k = k;
+}
+
+static __global__ void serial_kernel(pack_args a) {
+  __shared__ float value[CHUNK];
+  const int head = static_cast<int>(blockIdx.x);
+  head_plan *h = a.heads + head;
+  if (!h->serial) return;
+  double v = 0;
+  for (uint32_t t0 = 0; t0 < a.list.n; t0 += CHUNK) {
+    const uint32_t n = least(CHUNK, a.list.n - t0);
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
+      const int level = level_of(a.list.v_bits[static_cast<size_t>(head) * a.list.n + t0 + i]);
+      value[i] = a.list.v_distortion[(static_cast<size_t>(head) * 5 +
+                                      static_cast<size_t>(level < 0 ? 0 : level)) *
+                                         a.list.n +
+                                     t0 + i];
+    }
+    __syncthreads();
+    if (threadIdx.x == 0)
+      for (uint32_t i = 0; i < n; ++i) v = __dadd_rn(v, static_cast<double>(value[i]));
+  }
+  if (threadIdx.x == 0) h->v = v;
+}
+
+/* Offsets of every part, header and records. One block. */
+static __global__ void offsets_kernel(pack_args a) {
+  __shared__ u64 scratch[33];
+  u64 base[3] = {fixed_bytes(a.n_heads), 0, 0};
+  const int vd = a.channel.v_dim;
+  for (int pass = 0; pass < 3; ++pass) { /* tables, then positions, then tiles */
+    u64 at = base[pass];
+    for (uint32_t first = 0; first < a.n_heads; first += THREADS) {
+      const uint32_t i = first + threadIdx.x;
+      head_plan *h = a.heads + i;
+      parts p;
+      u64 bytes = 0, all;
+      if (i < a.n_heads) {
+        head_bytes(vd, a.positions, h->count, h->channels, &p);
+        bytes = pass == 0 ? p.table : pass == 1 ? p.positions : p.tiles;
+      }
+      const u64 before = block_scan(bytes, scratch, &all);
+      if (i < a.n_heads) {
+        if (pass == 0) {
+          h->table = at + before;
+          h->k_tile = p.k_tile, h->k_blocks[0] = h->first_tile[0] = 0;
+          for (int l = 1; l < 4; ++l)
+            h->k_blocks[l] = h->k_blocks[l - 1] + (h->channels[l] + 15) / 16;
+          for (int r = 0; r < 4; ++r) {
+            h->first_tile[r + 1] = h->first_tile[r] + p.n_tiles[r + 1];
+            h->run_bytes[r] = p.k_tile + 128 + static_cast<uint32_t>(pad16(vd) / 16) * (128u << r);
+          }
+        } else if (pass == 1) {
+          h->position = a.positions ? at + before : 0;
+        } else {
+          h->tile = at + before;
+        }
+      }
+      at += all;
+    }
+    if (pass < 2) base[pass + 1] = at;
+    if (pass == 2) base[0] = at;
+  }
+  const u64 total = base[0];
+  if (total > a.capacity && threadIdx.x == 0) fail(a.list.status, RDKV_ERR_MEMORY);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    a.state->total = total, a.state->head_bytes = base[1];
+    a.state->body_sum = a.state->head_sum = 0;
+    *a.bytes = 0;
+  }
+}
+
+/* Header and records, once nothing can fail any more. */
+static __global__ void header_kernel(pack_args a) {
+  if (*a.list.status != RDKV_OK) return;
+  const uint32_t first = static_cast<uint32_t>(sizeof(rdkv_header) / sizeof(rdkv_record));
+  rdkv_record *records = reinterpret_cast<rdkv_record *>(a.block);
+  const uint32_t end = static_cast<uint32_t>(fixed_bytes(a.n_heads) / sizeof(rdkv_record));
+  for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i + first < end;
+       i += gridDim.x * blockDim.x) {
+    rdkv_record r = rdkv_record();
+    if (i < a.n_heads) {
+      const head_plan *h = a.heads + i;
+      for (int l = 0; l < 4; ++l) r.n_tokens[l] = h->count[l + 1];
+      for (int l = 0; l < 3; ++l) r.n_channels[l] = static_cast<uint16_t>(h->channels[l + 1]);
+      r.n_dropped = static_cast<uint16_t>(h->channels[0]);
+      r.table = h->table, r.position = h->position, r.tile = h->tile;
+      r.v_distortion = __double2float_rn(h->v), r.k_distortion = __double2float_rn(h->k);
+    }
+    records[first + i] = r;
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    rdkv_header *h = reinterpret_cast<rdkv_header *>(a.block);
+    *h = a.header;
+    h->total_bytes = a.state->total, h->head_bytes = a.state->head_bytes;
+    h->lambda = a.lambda ? *a.lambda : 0;
+  }
+}
+
+/* The channel table of a head of one layer, a block each. */
+static __global__ void table_kernel(pack_args a) {
+  __shared__ uint8_t level[MAX_DIM];
+  __shared__ int16_t slot[PACKED + MAX_DIM];
+  __shared__ uint16_t table[2 * (PACKED + MAX_DIM)];
+  if (*a.list.status != RDKV_OK) return;
+  const int head = static_cast<int>(blockIdx.x), kd = a.channel.k_dim;
+  const int d = static_cast<int>(threadIdx.x);
+  const head_plan *h = a.heads + head;
+  const uint32_t kept = a.list.kept[head * 5];
+  const int n = 16 * static_cast<int>(h->k_blocks[3]);
+  const int n_all = n + static_cast<int>(h->channels[0]);
+  if (d < kd) {
+    const int l = level_of(a.k_bits[head * kd + d]);
+    level[d] = static_cast<uint8_t>(l > 3 ? 3 : l);
+  }
+  for (int i = d; i < n_all; i += THREADS) slot[i] = -1;
+  for (int i = d; i < 2 * (PACKED + MAX_DIM); i += THREADS) table[i] = 0;
+  __syncthreads();
+  if (d < kd) {
+    int to = level[d] ? 16 * static_cast<int>(h->k_blocks[level[d] - 1]) : n;
+    for (int i = 0; i < d; ++i) to += level[i] == level[d];
+    slot[to] = static_cast<int16_t>(d);
+    a.slot_of[head * MAX_DIM + d] = static_cast<int16_t>(to);
+  }
+  __syncthreads();
+  uint16_t *mids = table + n;
+  for (int i = d; i < n_all; i += THREADS) {
+    const int c = slot[i];
+    float mid = 0, inv = 0;
+    if (c >= 0 && kept > 0) {
+      const size_t at = static_cast<size_t>(head) * MAX_DIM + static_cast<size_t>(c);
+      const float lo = unordered(a.channel.lo[at]), hi = unordered(a.channel.hi[at]);
+      const int bits = width_of(level[c]);
+      if (bits == 0) {
+        mids[i] = a.joint ? to_half(__fdiv_rn(a.channel.sum[at], static_cast<float>(kept))) : 0;
+      } else if (a.joint) {
+        const affine q = fit(lo, hi, bits);
+        table[i] = to_half(q.scale), mids[i] = to_half(q.mid);
+        mid = q.mid, inv = q.inv;
+      } else {
+        const zero_point z = fit_paper(lo, hi, bits);
+        const affine q = affine_paper(z, bits);
+        table[i] = to_half(q.scale), mids[i] = to_half(q.mid);
+        mid = z.zero, inv = z.scale;
+      }
+    }
+    if (i < n) {
+      a.quantiser[head * 2 * PACKED + i] = mid;
+      a.quantiser[(head * 2 + 1) * PACKED + i] = inv;
+    }
+  }
+  __syncthreads();
+  uint8_t *out = a.block + h->table;
+  const int halves = 2 * (n + n_all),
+            bytes = static_cast<int>(round_up(static_cast<uint64_t>(halves + n_all), 128));
+  for (int i = d; i < bytes; i += THREADS) {
+    uint32_t x = 0;
+    if (i < halves)
+      x = table[i / 2] >> (8 * (i & 1));
+    else if (i < halves + n_all)
+      x = slot[i - halves] < 0 ? 0 : static_cast<uint32_t>(slot[i - halves]);
+    out[i] = static_cast<uint8_t>(x);
+  }
+}
+
+/* Word `word` (of lane * words + j) of a block of 32 x 16 codes, by the format's formula; at(token
+   bits, channel bits) gives the code. K: rows are tokens 16 sub + 8 r + g, columns channels 4 t + 2
+   pr + e. V: rows are dims g + 8 r, columns tokens 16 sub + 2 t + 8 pr + e. */
+template <bool V>
+__device__ __forceinline__ uint32_t word_of(const uint8_t *codes, int stride, int level, int word) {
+  const int words = 1 << (level - 1), lane = word / words, j = word % words;
+  const int g = lane >> 2, t = lane & 3;
+  uint32_t w = 0;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const int e = i & 1, r = i >> 1 & 1, pr = i >> 2 & 1, sub = i >> 3;
+    int shift;
+    if (level == 1) {
+      shift = 2 * (2 * sub + pr) + 8 * r + 16 * e;
+    } else if (level == 2) {
+      if (sub != j) continue;
+      shift = 4 * pr + 8 * r + 16 * e;
+    } else {
+      if (2 * sub + pr != j) continue;
+      shift = 8 * (2 * r + e);
+    }
+    const int row = V ? 16 * sub + 2 * t + 8 * pr + e : 16 * sub + 8 * r + g; /* a token */
+    const int column = V ? g + 8 * r : 4 * t + 2 * pr + e;
+    w |= static_cast<uint32_t>(codes[row * stride + column]) << shift;
+  }
+  return w;
+}
+
+/* Tiles of one layer, J and DTYPE as for range_kernel; a block takes every gridDim.x-th of a head.
+ */
+template <int J, int DTYPE>
+__global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
+  const int k_type = DTYPE < 0 ? a.channel.k.dtype : DTYPE;
+  const int v_type = DTYPE < 0 ? a.channel.v.dtype : DTYPE;
+  __shared__ uint8_t codes[TILE][PACKED + 4];
+  __shared__ uint8_t v_codes[TILE][MAX_DIM + 4];
+  __shared__ uint16_t params[64];
+  __shared__ uint32_t token[TILE];
+  if (*a.list.status != RDKV_OK) return;
+  const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
+  const int lane = tid & 31, warp = tid >> 5, vd = a.channel.v_dim, vp = pad16(vd);
+  const head_plan *h = a.heads + head;
+  const uint32_t *kept = a.list.kept + head * 5;
+  const rdkv_tensor &k = a.channel.k, &v = a.channel.v;
+  const ptrdiff_t ks = k.dim_stride ? k.dim_stride : 1, vs = v.dim_stride ? v.dim_stride : 1;
+  const float *mids = a.quantiser + head * 2 * PACKED, *invs = mids + PACKED;
+  const int n = 16 * static_cast<int>(h->k_blocks[3]);
+  enum { EACH = TILE / (THREADS / 32) };
+  /* a lane's channels: slot in the table (-1: dropped) and quantiser; pads stay 0 */
+  int slot[J], k_level[J];
+  float mid[J], inv[J];
+#pragma unroll
+  for (int j = 0; j < J; ++j) {
+    slot[j] = -1, k_level[j] = 1, mid[j] = inv[j] = 0;
+    if (lane + 32 * j < a.channel.k_dim) {
+      const int s = a.slot_of[head * MAX_DIM + lane + 32 * j];
+      if (s < n) {
+        slot[j] = s, mid[j] = mids[s], inv[j] = invs[s];
+        k_level[j] = s < 16 * static_cast<int>(h->k_blocks[1])   ? 1
+                     : s < 16 * static_cast<int>(h->k_blocks[2]) ? 2
+                                                                 : 3;
+      }
+    }
+  }
+  for (int i = tid; i < TILE * (PACKED + 4); i += THREADS) (&codes[0][0])[i] = 0;
+  uint32_t tile_bytes[4];
+  uint64_t run_at[5];
+  run_at[0] = h->tile;
+  for (int r = 0; r < 4; ++r) {
+    tile_bytes[r] = h->run_bytes[r];
+    run_at[r + 1] =
+        run_at[r] + static_cast<uint64_t>(h->first_tile[r + 1] - h->first_tile[r]) * tile_bytes[r];
+  }
+  for (uint32_t tile = blockIdx.x; tile < h->first_tile[4]; tile += gridDim.x) {
+    int run = 0;
+    while (tile >= h->first_tile[run + 1]) ++run;
+    const uint32_t in_run = tile - h->first_tile[run];
+    const int level = run + 1,
+              in_tile = static_cast<int>(least(h->count[level] - in_run * TILE, TILE));
+    uint8_t *out = a.block + run_at[run] + static_cast<uint64_t>(in_run) * tile_bytes[run];
+    __syncthreads();
+    if (tid < TILE) {
+      const uint32_t t = tid < in_tile
+                             ? a.list.order[static_cast<size_t>(head) * a.list.n + kept[1 + run] +
+                                            in_run * TILE + static_cast<uint32_t>(tid)]
+                             : 0xffffffffu;
+      token[tid] = t;
+      if (a.positions)
+        reinterpret_cast<uint32_t *>(a.block +
+                                     h->position)[tile * TILE + static_cast<uint32_t>(tid)] = t;
+    }
+    if (tid < 64) params[tid] = 0;
+    __syncthreads();
+    /* a warp takes every eighth token; all its rows are asked for before the first is waited for */
+    uint32_t k_raw[EACH][J], v_raw[EACH][J];
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int t = warp + THREADS / 32 * i;
+      const uint32_t at = token[t < in_tile ? t : 0];
+      const void *k_row = row_of(k, at, head), *v_row = row_of(v, at, head);
+#pragma unroll
+      for (int j = 0; j < J; ++j) {
+        const int d = lane + 32 * j;
+        k_raw[i][j] = v_raw[i][j] = 0;
+        if (slot[j] >= 0) k_raw[i][j] = raw_element(k_row, k_type, d * ks);
+        if (d < vd) v_raw[i][j] = raw_element(v_row, v_type, d * vs);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int t = warp + THREADS / 32 * i;
+      /* K: codes in table order */
+#pragma unroll
+      for (int j = 0; j < J; ++j) {
+        if (slot[j] < 0) continue;
+        const float x = value_of(k_raw[i][j], k_type);
+        uint32_t code = 0;
+        if (t < in_tile) {
+          if (a.joint) {
+            const float lo = -static_cast<float>(1 << ((1 << k_level[j]) - 1));
+            code = static_cast<uint32_t>(__fsub_rn(code_of(x, mid[j], inv[j], lo, -lo - 1), lo));
+          } else {
+            const zero_point z = {inv[j], mid[j]};
+            code = code_paper(x, z, 1 << k_level[j]);
+          }
+        }
+        codes[t][slot[j]] = static_cast<uint8_t>(code);
+      }
+      /* V */
+      float lo = 3.402823466e38f, hi = -3.402823466e38f;
+      if (level == 4) { /* halves as they are */
+        uint16_t *half = reinterpret_cast<uint16_t *>(out + h->k_tile + 128);
+        const int sub = t >> 4, pr = t >> 3 & 1, tt = t >> 1 & 3, e = t & 1;
+#pragma unroll
+        for (int j = 0; j < J; ++j) {
+          const int d = lane + 32 * j;
+          if (d >= vp) continue;
+          const int to = sub * (vp / 16) + d / 16, r = d >> 3 & 1, l = 4 * (d & 7) + tt;
+          half[2 * ((to * 32 + l) * 4 + r + 2 * pr) + e] =
+              t < in_tile && d < vd ? to_half(value_of(v_raw[i][j], v_type)) : 0;
+        }
+        if (lane == 0 && t < in_tile) params[2 * (4 * (t & 7) + (t >> 3))] = 0x3c00;
+        continue;
+      }
+      if (t >= in_tile) {
+        for (int d = lane; d < vp; d += 32) v_codes[t][d] = 0;
+        continue;
+      }
+#pragma unroll
+      for (int j = 0; j < J; ++j) {
+        const float x = value_of(v_raw[i][j], v_type);
+        if (lane + 32 * j < vd) lo = fminf(lo, x), hi = fmaxf(hi, x);
+      }
+      for (int m = 16; m; m >>= 1) {
+        lo = fminf(lo, __shfl_xor_sync(FULL, lo, m));
+        hi = fmaxf(hi, __shfl_xor_sync(FULL, hi, m));
+      }
+      const int bits = 1 << level;
+      const float low = -static_cast<float>(1 << (bits - 1));
+      affine q;
+      zero_point z = {0, 0};
+      if (a.joint) {
+        q = fit(lo, hi, bits);
+      } else {
+        z = fit_paper(lo, hi, bits);
+        q = affine_paper(z, bits);
+      }
+#pragma unroll
+      for (int j = 0; j < J; ++j) {
+        const int d = lane + 32 * j;
+        if (d >= vp) continue;
+        const float x = value_of(v_raw[i][j], v_type);
+        uint32_t code = 0;
+        if (d < vd)
+          code =
+              a.joint
+                  ? static_cast<uint32_t>(__fsub_rn(code_of(x, q.mid, q.inv, low, -low - 1), low))
+                  : code_paper(x, z, bits);
+        v_codes[t][d] = static_cast<uint8_t>(code);
+      }
+      if (lane == 0) {
+        const int to = 2 * (4 * (t & 7) + (t >> 3));
+        params[to] = to_half(q.scale), params[to + 1] = to_half(q.mid);
+      }
+    }
+    __syncthreads();
+    uint32_t *words = reinterpret_cast<uint32_t *>(out);
+    for (int l = 1, at = 0; l < 4; ++l) {
+      const int first = static_cast<int>(h->k_blocks[l - 1]);
+      const int all = (static_cast<int>(h->k_blocks[l]) - first) << (l + 4);
+      for (int w = tid; w < all; w += THREADS)
+        words[at + w] = word_of<false>(&codes[0][16 * (first + (w >> (l + 4)))], PACKED + 4, l,
+                                       w & ((16 << l) - 1));
+      at += all;
+    }
+    words += h->k_tile / 4;
+    if (tid < 32) words[tid] = params[2 * tid] | static_cast<uint32_t>(params[2 * tid + 1]) << 16;
+    words += 32;
+    if (level < 4)
+      for (int w = tid; w < vp / 16 << (level + 4); w += THREADS)
+        words[w] = word_of<true>(&v_codes[0][16 * (w >> (level + 4))], MAX_DIM + 4, level,
+                                 w & ((16 << level) - 1));
+  }
+}
+
+__device__ __forceinline__ u64 mix(u64 x) { /* splitmix64's finaliser */
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+
+static __global__ void body_sum_kernel(const uint32_t *status, block_state *s,
+                                       const uint8_t *block) {
+  __shared__ u64 scratch[33];
+  if (*status != RDKV_OK) return;
+  const u64 *words = reinterpret_cast<const u64 *>(block);
+  const u64 end = s->total / 8, step = static_cast<u64>(gridDim.x) * blockDim.x;
+  u64 sum = 0, all;
+#pragma unroll 4
+  for (u64 i = s->head_bytes / 8 + blockIdx.x * blockDim.x + threadIdx.x; i < end; i += step)
+    sum += mix(words[i] + (i + 1) * 0x9e3779b97f4a7c15ull);
+  block_scan(sum, scratch, &all);
+  if (threadIdx.x == 0) atomicAdd(&s->body_sum, all);
+}
+
+/* The head's checksum counts that of the body, and itself as 0. One block. */
+static __global__ void head_sum_kernel(const uint32_t *status, block_state *s, uint8_t *block,
+                                       uint64_t *bytes) {
+  __shared__ u64 scratch[33];
+  if (*status != RDKV_OK) return;
+  rdkv_header *h = reinterpret_cast<rdkv_header *>(block);
+  const u64 *words = reinterpret_cast<const u64 *>(block);
+  u64 sum = 0, all;
+  for (u64 i = threadIdx.x; i < s->head_bytes / 8; i += blockDim.x) {
+    const u64 w = i == 3 ? 0 : i == 4 ? s->body_sum : words[i];
+    sum += mix(w + (i + 1) * 0x9e3779b97f4a7c15ull);
+  }
+  block_scan(sum, scratch, &all);
+  if (threadIdx.x == 0) h->body_sum = s->body_sum, h->head_sum = all, *bytes = s->total;
+}
+
+/* ---- measure */
+
+struct measure_args {
+  rdkv_tensor v;
+  const float *token;    /* [heads][n] */
+  const float *q_square; /* [heads][k_dim] */
+  const float *mean_out; /* [heads][v_dim] */
+  const uint8_t *v_bits;
+  float *dv, *dk;
+  uint32_t *any;       /* [heads] tokens with widths */
+  float *mean;         /* [heads][n] |v - o|^2, or the attention */
+  uint32_t *histogram; /* [heads][BINS] */
+  uint32_t *cut;       /* [heads] */
+  channel_args channel;
+  float norm; /* softmax_scale squared */
+  uint32_t n, want;
+  int pool;
+};
+
+static __global__ void any_kernel(const uint8_t *v_bits, uint32_t n, uint32_t *any) {
+  __shared__ uint32_t count[1];
+  const size_t base = static_cast<size_t>(blockIdx.y) * n;
+  if (threadIdx.x == 0) count[0] = 0;
+  __syncthreads();
+  uint32_t mine = 0;
+  for (uint32_t i = 0; i < CHUNK / THREADS; ++i) {
+    const uint32_t t = blockIdx.x * CHUNK + i * THREADS + threadIdx.x;
+    if (t < n) mine += v_bits[base + t] != 0;
+  }
+  if (mine) atomicAdd(&count[0], mine);
+  __syncthreads();
+  if (threadIdx.x == 0 && count[0]) atomicAdd(&any[blockIdx.y], count[0]);
+}
+
+/* The sum of 16 lanes in rdkv.h's order: lanes 8, then 4, 2 and 1 apart. */
+__device__ __forceinline__ float lanes(float x) {
+  for (int d = 8; d; d >>= 1) x = __fadd_rn(x, __shfl_xor_sync(FULL, x, d));
+  return x;
+}
+
+/* Squared errors of V's rows, 16 lanes a token: element i belongs to lane i mod 16, as in rdkv.h.
+   N is the most elements of a lane. */
+template <int N, int DTYPE>
+__global__ void __launch_bounds__(THREADS) v_error_kernel(measure_args a) {
+  const int head = static_cast<int>(blockIdx.y), vd = a.channel.v_dim;
+  const int lane = static_cast<int>(threadIdx.x) & 15;
+  const size_t row0 = static_cast<size_t>(head) * a.n;
+  if (a.any[head]) return;
+  const ptrdiff_t stride = a.v.dim_stride ? a.v.dim_stride : 1;
+  float o[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int d = lane + 16 * i;
+    o[i] = d < vd ? a.mean_out[head * vd + d] : 0;
+  }
+  bool bad = false;
+  const uint32_t rounds = (a.n + THREADS / 16 - 1) / (THREADS / 16);
+  for (uint32_t r = blockIdx.x; r < rounds; r += gridDim.x) {
+    const uint32_t want = r * (THREADS / 16) + (threadIdx.x >> 4), t = least(want, a.n - 1);
+    const void *row = row_of(a.v, t, head);
+    float x[N], lo = 3.402823466e38f, hi = -3.402823466e38f;
+    uint32_t raw[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const int d = lane + 16 * i;
+      raw[i] = 0;
+      if (d < vd) raw[i] = raw_element(row, DTYPE, d * stride);
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      x[i] = value_of(raw[i], DTYPE);
+      bad |= !in_range(x[i]);
+      if (lane + 16 * i < vd) lo = fminf(lo, x[i]), hi = fmaxf(hi, x[i]);
+    }
+    for (int d = 8; d; d >>= 1) {
+      lo = fminf(lo, __shfl_xor_sync(FULL, lo, d));
+      hi = fmaxf(hi, __shfl_xor_sync(FULL, hi, d));
+    }
+    /* every lane fits one width, and all three get around */
+    const int mine = lane % 3;
+    const affine f = fit(lo, hi, 2 << mine);
+    float e[5] = {0, 0, 0, 0, 0};
+#pragma unroll
+    for (int j = 0; j < 3; ++j) {
+      const int from = (static_cast<int>(threadIdx.x) & 16) + j;
+      affine q;
+      q.scale = __shfl_sync(FULL, f.scale, from), q.mid = __shfl_sync(FULL, f.mid, from);
+      q.inv = __shfl_sync(FULL, f.inv, from);
+      const float top = j == 0 ? 1.0f : j == 1 ? 7.0f : 127.0f;
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        if (lane + 16 * i < vd)
+          e[1 + j] = __fadd_rn(e[1 + j], square_error(x[i], q, -top - 1, top));
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (lane + 16 * i < vd) {
+        const float d = __fsub_rn(x[i], o[i]);
+        e[0] = __fadd_rn(e[0], __fmul_rn(d, d));
+        if (DTYPE != RDKV_F16) {
+          const float h = __fsub_rn(x[i], nearest_half(x[i]));
+          e[4] = __fadd_rn(e[4], __fmul_rn(h, h));
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 5; ++j) e[j] = lanes(e[j]);
+    if (want < a.n) {
+      const float w = a.token[row0 + t];
+      if (lane == 0) a.mean[row0 + t] = e[0];
+#pragma unroll
+      for (int j = 1; j < 5; ++j)
+        if (lane == j) a.dv[row0 * 5 + static_cast<size_t>(j) * a.n + t] = __fmul_rn(w, e[j]);
+    }
+  }
+  if (bad) fail(a.channel.status, RDKV_ERR_NONFINITE);
+}
+
+/* Average of in over `pool` neighbours of t, as rdkv.h rounds it. */
+__device__ inline float pooled(const float *in, uint32_t n, int pool, uint32_t t) {
+  const int64_t last = static_cast<int64_t>(n) - 1, at = t;
+  int64_t half = (pool - 1) / 2;
+  if (half > last) half = last;
+  float s = 0;
+  for (int64_t i = at - half; i <= at + half; ++i)
+    s = __fadd_rn(s, in[i < 0 ? -i : i > last ? 2 * last - i : i]);
+  return __fdiv_rn(s, static_cast<float>(2 * half + 1));
+}
+
+/* D(0) of every token, and how many lie in each bin. */
+static __global__ void drop_kernel(measure_args a) {
+  __shared__ uint32_t count[BINS];
+  const uint32_t head = blockIdx.y;
+  const size_t base = static_cast<size_t>(head) * a.n;
+  if (a.any[head]) return;
+  for (uint32_t i = threadIdx.x; i < BINS; i += THREADS) count[i] = 0;
+  __syncthreads();
+  for (uint32_t t = blockIdx.x * THREADS + threadIdx.x; t < a.n; t += gridDim.x * THREADS) {
+    const float d = __fmul_rn(a.token[base + t], pooled(a.mean + base, a.n, a.pool, t));
+    a.dv[base * 5 + t] = d;
+    atomicAdd(&count[bin_of(d)], 1u);
+  }
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < BINS; i += THREADS)
+    if (count[i]) atomicAdd(&a.histogram[head * BINS + i], count[i]);
+}
+
+/* The lowest bin above 0 down to which there are fewer than `want`, or with which there are as
+   many; rdkv.h's rdkv__likely. One block a head. */
+static __global__ void cut_kernel(measure_args a) {
+  __shared__ u64 scratch[33];
+  __shared__ uint32_t cut[1];
+  const uint32_t *count = a.histogram + blockIdx.x * BINS;
+  u64 mine = 0, all;
+  const uint32_t top = BINS - 1 - threadIdx.x * (BINS / THREADS);
+  for (uint32_t i = 0; i < BINS / THREADS; ++i) mine += count[top - i];
+  u64 sum = block_scan(mine, scratch, &all);
+  if (threadIdx.x == 0) cut[0] = 0;
+  __syncthreads();
+  for (uint32_t i = 0; i < BINS / THREADS; ++i) {
+    const u64 with = sum + count[top - i];
+    if (top - i > 0 && sum < a.want && with >= a.want) cut[0] = top - i;
+    sum = with;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) a.cut[blockIdx.x] = cut[0];
+}
+
+/* K's quantisers at each width, for the errors. One block a head. */
+static __global__ void fit_kernel(measure_args a) {
+  const size_t at = static_cast<size_t>(blockIdx.x) * MAX_DIM + threadIdx.x;
+  const uint32_t kept = a.channel.kept[blockIdx.x * 5];
+  float *p = a.channel.quantiser + static_cast<size_t>(blockIdx.x) * 12 * MAX_DIM + threadIdx.x;
+  if (static_cast<int>(threadIdx.x) >= a.channel.k_dim) return;
+  const float lo = unordered(a.channel.lo[at]), hi = unordered(a.channel.hi[at]);
+  for (int j = 0; j < 4; ++j) {
+    affine q = {0, 0, 0};
+    if (j == 0)
+      q.mid = __fdiv_rn(a.channel.sum[at], static_cast<float>(kept));
+    else
+      q = fit(lo, hi, 1 << j);
+    p[j * MAX_DIM] = q.scale, p[(4 + j) * MAX_DIM] = q.mid, p[(8 + j) * MAX_DIM] = q.inv;
+  }
+}
+
+static __global__ void k_distortion_kernel(measure_args a) {
+  const int d = static_cast<int>(threadIdx.x), kd = a.channel.k_dim;
+  const int head = static_cast<int>(blockIdx.x);
+  if (d >= kd) return;
+  const float q2 = __fmul_rn(a.q_square[head * kd + d], a.norm);
+  for (int j = 0; j < 4; ++j)
+    a.dk[(head * 4 + j) * kd + d] = __fmul_rn(
+        q2, a.channel.error[static_cast<size_t>(head * 4 + j) * MAX_DIM + static_cast<size_t>(d)]);
+}
+
+/* ---- score */
+
+struct score_args {
+  rdkv_tensor k, v, q;
+  const float *lse; /* [n_q_heads][window] with a stride between heads; NULL = to be found */
+  ptrdiff_t lse_stride;
+  float *token, *q_square, *k_square, *mean_out;
+  float *see;       /* [2][window + 1] weight of query i, and of queries i and later */
+  float *query;     /* [heads][k_dim][columns] scaled by softmax_scale * log2(e) */
+  float *reference; /* [heads][columns]: weight = 2^(logit - reference) */
+  float2 *stats;    /* [heads][splits][columns] largest logit, sum of 2^(logit - it) */
+  float *square;    /* [heads][splits][k_dim] */
+  float *out;       /* [heads][splits][v_dim] */
+  float *mean;      /* [heads][n] attention before pooling */
+  uint32_t *status;
+  uint32_t n, split; /* tokens of a split: a multiple of 128 */
+  int splits, heads, group, window, columns, k_dim, v_dim, pool, joint;
+  float scale; /* softmax_scale * log2(e) */
+};
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/* Weights of the window's queries, 1 on average: as rdkv__recency. One block. */
+static __global__ void recency_kernel(score_args a) {
+  __shared__ float part[1024];
+  __shared__ float total[1];
+  for (int i = static_cast<int>(threadIdx.x); i < a.window; i += THREADS)
+    part[i] = a.joint ? static_cast<float>(1 / sqrt(static_cast<double>(a.window - i))) : 1;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    double sum = 0;
+    for (int i = a.window - 1; i >= 0; --i) sum += static_cast<double>(part[i]);
+    total[0] = a.joint ? static_cast<float>(a.window / sum) : 1;
+    float see = 0;
+    a.see[2 * a.window + 1] = 0;
+    for (int i = a.window - 1; i >= 0; --i) {
+      see += part[i] * total[0];
+      a.see[i] = part[i] * total[0], a.see[a.window + 1 + i] = see;
+    }
+  }
+}
+
+/* Queries to fp32 columns i * group + g, and their squares: 32 channels of a head a block. */
+static __global__ void query_kernel(score_args a) {
+  __shared__ double sums[THREADS / 32][32];
+  const int head = static_cast<int>(blockIdx.y), used = a.group * a.window;
+  const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
+  const int d = static_cast<int>(blockIdx.x) * 32 + lane;
+  const ptrdiff_t stride = a.q.dim_stride ? a.q.dim_stride : 1;
+  float *query = a.query + static_cast<size_t>(head) * static_cast<size_t>(a.k_dim * a.columns) +
+                 static_cast<size_t>(d) * static_cast<size_t>(a.columns);
+  double sum = 0;
+  bool bad = false;
+  for (int c0 = warp; c0 < a.columns && d < a.k_dim; c0 += THREADS / 32 * 8) {
+    uint32_t raw[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int c = c0 + THREADS / 32 * i;
+      raw[i] = 0;
+      if (c < used)
+        raw[i] = raw_element(
+            row_of(a.q, static_cast<uint32_t>(c / a.group), head * a.group + c % a.group),
+            a.q.dtype, d * stride);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float x = value_of(raw[i], a.q.dtype);
+      bad |= !in_range(x);
+      sum += static_cast<double>(x) * static_cast<double>(x);
+      if (c0 + THREADS / 32 * i < a.columns) query[c0 + THREADS / 32 * i] = x * a.scale;
+    }
+  }
+  if (bad) fail(a.status, RDKV_ERR_NONFINITE);
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp != 0 || d >= a.k_dim) return;
+  sum = 0;
+  for (int w = 0; w < THREADS / 32; ++w) sum += sums[w][lane];
+  a.q_square[head * a.k_dim + d] = static_cast<float>(sum / static_cast<double>(used));
+}
+
+/* References of a head's columns, from the log-sum-exp given or from the splits' parts. The weight
+   of the query goes in too; columns that pad weigh nothing. A warp a column. */
+static __global__ void reference_kernel(score_args a) {
+  const int head = static_cast<int>(blockIdx.y), used = a.group * a.window;
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  const int c = static_cast<int>(blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5));
+  if (c >= a.columns) return;
+  float r = __int_as_float(0x7f800000);
+  if (c < used) {
+    const int i = c / a.group;
+    double log2_sum;
+    if (a.lse) {
+      log2_sum = static_cast<double>(a.lse[(head * a.group + c % a.group) * a.lse_stride + i]) *
+                 1.4426950408889634;
+    } else {
+      const float2 *s = a.stats + static_cast<size_t>(head) * a.splits * a.columns + c;
+      float top = -1e30f, sum = 0;
+      for (int j = lane; j < a.splits; j += 32)
+        top = fmaxf(top, s[static_cast<size_t>(j) * a.columns].x);
+      for (int m = 16; m; m >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, m));
+      for (int j = lane; j < a.splits; j += 32) {
+        const float2 x = s[static_cast<size_t>(j) * a.columns];
+        sum += x.y * exp2f(x.x - top);
+      }
+      for (int m = 16; m; m >>= 1) sum += __shfl_xor_sync(FULL, sum, m);
+      log2_sum = static_cast<double>(top) + log2(static_cast<double>(sum));
+    }
+    r = static_cast<float>(log2_sum - log2(static_cast<double>(a.see[i])));
+  }
+  if (lane == 0) a.reference[head * a.columns + c] = r;
+}
+
+/* Any dtype, stride and size, plain multiply and add: 16 rows of K at a time in shared memory, a
+   thread a column. STATS finds the columns' softmax; else the weights of the tokens. */
+template <bool STATS>
+__global__ void __launch_bounds__(THREADS) plain_kernel(score_args a) {
+  __shared__ float rows[16][MAX_DIM];
+  __shared__ float sums[THREADS / 32][16];
+  const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
+  const uint32_t first = blockIdx.x * a.split, end = least(first + a.split, a.n);
+  const uint32_t seen = a.n - static_cast<uint32_t>(a.window); /* token of the first query */
+  const ptrdiff_t stride = a.k.dim_stride ? a.k.dim_stride : 1;
+  const float *query =
+      a.query + static_cast<size_t>(head) * static_cast<size_t>(a.k_dim * a.columns);
+  const size_t part = static_cast<size_t>(head) * a.splits + blockIdx.x;
+  float square = 0;
+  bool bad = false;
+  for (int c0 = 0; c0 < (STATS ? a.columns : 1); c0 += THREADS) {
+    float top = -1e30f, sum = 0;
+    for (uint32_t t0 = first; t0 < end; t0 += 16) {
+      const int n = static_cast<int>(least(end - t0, 16));
+      float s[16];
+      __syncthreads();
+      for (int i = tid; i < 16 * a.k_dim; i += THREADS) {
+        const int t = i / a.k_dim, d = i - t * a.k_dim;
+        const float x =
+            t < n ? element(row_of(a.k, t0 + static_cast<uint32_t>(t), head), a.k.dtype, d * stride)
+                  : 0;
+        bad |= !in_range(x);
+        rows[t][d] = x;
+      }
+      __syncthreads();
+#pragma unroll
+      for (int t = 0; t < 16; ++t) s[t] = 0;
+      if (!STATS && tid < a.k_dim) {
+#pragma unroll
+        for (int t = 0; t < 16; ++t) square += rows[t][tid] * rows[t][tid];
+      }
+      const int c1 = STATS && c0 + THREADS < a.columns ? c0 + THREADS : a.columns;
+      for (int c = c0 + tid; c < c1; c += THREADS) {
+        float x[16];
+#pragma unroll
+        for (int t = 0; t < 16; ++t) x[t] = 0;
+        for (int d = 0; d < a.k_dim; ++d) {
+          const float q = query[static_cast<size_t>(d) * static_cast<size_t>(a.columns) +
+                                static_cast<size_t>(c)];
+#pragma unroll
+          for (int t = 0; t < 16; ++t) x[t] += rows[t][d] * q;
+        }
+        const float r = STATS ? 0 : a.reference[head * a.columns + c];
+        float old = top;
+#pragma unroll
+        for (int t = 0; t < 16; ++t) {
+          const uint32_t at = t0 + static_cast<uint32_t>(t);
+          const bool hidden =
+              t >= n || (at > seen &&
+                         static_cast<uint32_t>(c) < (at - seen) * static_cast<uint32_t>(a.group));
+          if (hidden) x[t] = -1e30f;
+          if (STATS) top = fmaxf(top, x[t]);
+          if (!STATS && !hidden) s[t] += exp2_fast(x[t] - r);
+        }
+        if (STATS) {
+          sum *= exp2_fast(old - top);
+#pragma unroll
+          for (int t = 0; t < 16; ++t)
+            if (x[t] > -1e30f) sum += exp2_fast(x[t] - top);
+        }
+      }
+      if (!STATS) {
+#pragma unroll
+        for (int t = 0; t < 16; ++t) {
+          for (int d = 16; d; d >>= 1) s[t] += __shfl_xor_sync(FULL, s[t], d);
+          if ((tid & 31) == 0) sums[tid >> 5][t] = s[t];
+        }
+        __syncthreads();
+        if (tid < n) {
+          float w = 0;
+          for (int i = 0; i < THREADS / 32; ++i) w += sums[i][tid];
+          a.mean[static_cast<size_t>(head) * a.n + t0 + static_cast<uint32_t>(tid)] = w;
+        }
+      }
+    }
+    if (STATS && c0 + tid < a.columns) a.stats[part * a.columns + c0 + tid] = make_float2(top, sum);
+  }
+  if (!STATS && tid < a.k_dim) a.square[part * a.k_dim + tid] = square;
+  if (bad) fail(a.status, RDKV_ERR_NONFINITE);
+}
+
+/* Dense fp16 or bf16 rows, with the tensor cores. A product is a sum over channels in any order, so
+   a lane's 16-byte load of 8 neighbouring channels serves as the fragments of two steps, for K and
+   Q alike: no rearranging. C is k_dim / 32; a warp takes 16 M tokens, which are A, against all
+   columns, which lie in shared memory as B. STATS: a lane keeps maximum and sum of its rows for its
+   columns in shared memory. */
+template <int C>
+struct tensor_shape {
+  enum { M = C <= 4 ? 2 : 1, WARPS = 4 };
+};
+
+static size_t tensor_shared(int k_dim, int columns, bool stats) {
+  return static_cast<size_t>(columns) * static_cast<size_t>(k_dim) * 2 +
+         static_cast<size_t>(columns) * 4 + (stats ? static_cast<size_t>(columns) * 256 : 0);
+}
+
+template <int C, bool BF16, bool STATS>
+__global__ void __launch_bounds__(128) tensor_kernel(score_args a) {
+  enum { M = tensor_shape<C>::M, WARPS = tensor_shape<C>::WARPS };
+  extern __shared__ uint4 rdkv_cuda_compress_memory[];
+  const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
+  const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
+  const int used = a.group * a.window, n_tiles = a.columns / 8;
+  uint4 *queries = rdkv_cuda_compress_memory; /* [column tile][C][lane] */
+  float *reference = reinterpret_cast<float *>(queries + n_tiles * C * 32);
+  float4 *stats = reinterpret_cast<float4 *>(reference + a.columns) + warp * n_tiles * 32;
+  float(*squares)[32 * C] = reinterpret_cast<float(*)[32 * C]>(rdkv_cuda_compress_memory);
+  for (int i = tid; i < n_tiles * C * 32; i += 128) {
+    const int l = i & 31, c = i / 32 % C, column = i / 32 / C * 8 + (l >> 2);
+    uint4 x = make_uint4(0, 0, 0, 0);
+    if (column < used) {
+      const uint16_t *row = static_cast<const uint16_t *>(
+          row_of(a.q, static_cast<uint32_t>(column / a.group), head * a.group + column % a.group));
+      x = *reinterpret_cast<const uint4 *>(row + 32 * c + 8 * (l & 3));
+    }
+    queries[i] = x;
+  }
+  if (STATS) {
+    for (int i = lane; i < n_tiles * 32; i += 32) stats[i] = make_float4(-1e30f, 0, -1e30f, 0);
+  } else {
+    for (int i = tid; i < a.columns; i += 128) reference[i] = a.reference[head * a.columns + i];
+  }
+  __syncthreads();
+  const uint32_t first = blockIdx.x * a.split, end = least(first + a.split, a.n);
+  const uint32_t seen = a.n - static_cast<uint32_t>(a.window);
+  float square[STATS ? 1 : C][8];
+  bool bad = false;
+#pragma unroll
+  for (int c = 0; c < (STATS ? 1 : C); ++c)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) square[c][i] = 0;
+  for (uint32_t t0 = first + static_cast<uint32_t>(warp) * 16 * M; t0 < end; t0 += WARPS * 16 * M) {
+    uint4 x[M][2][C];
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint32_t at = t0 + static_cast<uint32_t>(16 * m + 8 * r + g);
+        const uint16_t *row = static_cast<const uint16_t *>(row_of(a.k, least(at, a.n - 1), head));
+#pragma unroll
+        for (int c = 0; c < C; ++c) {
+          x[m][r][c] = *reinterpret_cast<const uint4 *>(row + 32 * c + 8 * t);
+          if (at >= end) x[m][r][c] = make_uint4(0, 0, 0, 0);
+        }
+      }
+    if (!STATS) {
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+          for (int c = 0; c < C; ++c) {
+            const uint32_t w[4] = {x[m][r][c].x, x[m][r][c].y, x[m][r][c].z, x[m][r][c].w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              float low, high;
+              if (BF16) {
+                low = __uint_as_float(w[i] << 16), high = __uint_as_float(w[i] & 0xffff0000u);
+              } else {
+                low = half_value(static_cast<uint16_t>(w[i]));
+                high = half_value(static_cast<uint16_t>(w[i] >> 16));
+              }
+              bad |= !in_range(low) | !in_range(high);
+              square[c][2 * i] += low * low, square[c][2 * i + 1] += high * high;
+            }
+          }
+    }
+    const bool edge = t0 + 16 * M > seen || t0 + 16 * M > end;
+    float sum[M][2];
+#pragma unroll
+    for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = 0;
+#pragma unroll 2
+    for (int j = 0; j < n_tiles; ++j) {
+      float y[M][4];
+#pragma unroll
+      for (int m = 0; m < M; ++m) y[m][0] = y[m][1] = y[m][2] = y[m][3] = 0;
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        const uint4 b = queries[(j * C + c) * 32 + lane];
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          rdkv_cuda__mma<BF16>(y[m], x[m][0][c].x, x[m][1][c].x, x[m][0][c].y, x[m][1][c].y, b.x,
+                               b.y);
+          rdkv_cuda__mma<BF16>(y[m], x[m][0][c].z, x[m][1][c].z, x[m][0][c].w, x[m][1][c].w, b.z,
+                               b.w);
+        }
+      }
+      const int column = 8 * j + 2 * t;
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          y[m][i] *= a.scale;
+          if (edge) {
+            const uint32_t at = t0 + static_cast<uint32_t>(16 * m + 8 * (i >> 1) + g);
+            if (at >= end || (at > seen && static_cast<uint32_t>(column + (i & 1)) <
+                                               (at - seen) * static_cast<uint32_t>(a.group)))
+              y[m][i] = -1e30f;
+          }
+        }
+      if (STATS) {
+        float4 s = stats[j * 32 + lane];
+        float top0 = s.x, top1 = s.z;
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          top0 = fmaxf(top0, fmaxf(y[m][0], y[m][2]));
+          top1 = fmaxf(top1, fmaxf(y[m][1], y[m][3]));
+        }
+        s.y *= exp2_fast(s.x - top0), s.w *= exp2_fast(s.z - top1);
+        s.x = top0, s.z = top1;
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float e = exp2_fast(y[m][i] - (i & 1 ? top1 : top0));
+            /* hidden ones count only while a lane has seen nothing else: then the sum is of 1s, and
+               is scaled away, or discarded by reference_kernel with its maximum */
+            if (i & 1)
+              s.w += e;
+            else
+              s.y += e;
+          }
+        stats[j * 32 + lane] = s;
+      } else {
+        const float2 r = *reinterpret_cast<const float2 *>(reference + column);
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum[m][i >> 1] += exp2_fast(y[m][i] - (i & 1 ? r.y : r.x));
+      }
+    }
+    if (!STATS) {
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float s = sum[m][r];
+          s += __shfl_xor_sync(FULL, s, 1);
+          s += __shfl_xor_sync(FULL, s, 2);
+          const uint32_t at = t0 + static_cast<uint32_t>(16 * m + 8 * r + g);
+          if (t == 0 && at < end) a.mean[static_cast<size_t>(head) * a.n + at] = s;
+        }
+    }
+  }
+  if (bad) fail(a.status, RDKV_ERR_NONFINITE);
+  const size_t part = static_cast<size_t>(head) * a.splits + blockIdx.x;
+  __syncthreads();
+  if (STATS) {
+    const float4 *all = stats - warp * n_tiles * 32;
+    for (int c = tid; c < a.columns; c += 128) { /* the 8 lanes of each warp that have the column */
+      float top = -1e30f, sum = 0;
+      for (int pass = 0; pass < 2; ++pass)
+        for (int w = 0; w < WARPS; ++w)
+          for (int i = 0; i < 8; ++i) {
+            const float4 s = all[(w * n_tiles + c / 8) * 32 + 4 * i + (c >> 1 & 3)];
+            const float m = c & 1 ? s.z : s.x, z = c & 1 ? s.w : s.y;
+            if (pass == 0)
+              top = fmaxf(top, m);
+            else if (m > -1e29f)
+              sum += z * exp2f(m - top);
+          }
+      a.stats[part * a.columns + c] = make_float2(top, sum);
+    }
+  } else {
+#pragma unroll
+    for (int c = 0; c < (STATS ? 1 : C); ++c)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float s = square[c][i];
+        for (int d = 4; d < 32; d <<= 1) s += __shfl_xor_sync(FULL, s, d);
+        if (g == 0) squares[warp][32 * c + 8 * t + i] = s;
+      }
+    __syncthreads();
+    for (int d = tid; d < a.k_dim; d += 128)
+      a.square[part * a.k_dim + d] = squares[0][d] + squares[1][d] + squares[2][d] + squares[3][d];
+  }
+}
+
+/* Sum of V weighted by the attention, a split each; WIDE loads 8 elements at a time. */
+template <bool WIDE>
+__global__ void __launch_bounds__(THREADS) out_kernel(score_args a) {
+  __shared__ float sums[THREADS * 8];
+  const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
+  const uint32_t first = blockIdx.x * a.split, end = least(first + a.split, a.n);
+  const ptrdiff_t stride = a.v.dim_stride ? a.v.dim_stride : 1;
+  const int each = WIDE ? 8 : 1, lanes_of_row = (a.v_dim + each - 1) / each;
+  const int n_rows = THREADS / lanes_of_row, row = tid / lanes_of_row;
+  const int d = (tid - row * lanes_of_row) * each;
+  const float *mean = a.mean + static_cast<size_t>(head) * a.n;
+  float acc[8];
+  bool bad = false;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) acc[i] = 0;
+  if (row < n_rows) {
+#pragma unroll 4
+    for (uint32_t t = first + static_cast<uint32_t>(row); t < end;
+         t += static_cast<uint32_t>(n_rows)) {
+      const void *p = row_of(a.v, t, head);
+      const float w = mean[t];
+      if (WIDE) {
+        const uint4 y = *reinterpret_cast<const uint4 *>(static_cast<const uint16_t *>(p) + d);
+        const uint32_t z[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const uint16_t h = static_cast<uint16_t>(z[i / 2] >> (16 * (i & 1)));
+          const float x = a.v.dtype == RDKV_F16 ? half_value(h)
+                                                : __uint_as_float(static_cast<uint32_t>(h) << 16);
+          bad |= !in_range(x);
+          acc[i] += w * x;
+        }
+      } else {
+        const float x = element(p, a.v.dtype, d * stride);
+        bad |= !in_range(x);
+        acc[0] += w * x;
+      }
+    }
+  }
+  if (bad) fail(a.status, RDKV_ERR_NONFINITE);
+  for (int i = 0; i < each; ++i) sums[tid * each + i] = acc[i];
+  __syncthreads();
+  const size_t part = static_cast<size_t>(head) * a.splits + blockIdx.x;
+  for (int i = tid; i < a.v_dim; i += THREADS) {
+    float s = 0;
+    for (int r = 0; r < n_rows; ++r) s += sums[r * lanes_of_row * each + i];
+    a.out[part * a.v_dim + i] = s;
+  }
+}
+
+/* The splits' sums together; the attention pooled. */
+static __global__ void finish_kernel(score_args a) {
+  const int head = static_cast<int>(blockIdx.x), d = static_cast<int>(threadIdx.x);
+  const size_t part = static_cast<size_t>(head) * a.splits;
+  double s = 0;
+  if (d < a.k_dim) {
+#pragma unroll 8
+    for (int i = 0; i < a.splits; ++i) s += static_cast<double>(a.square[(part + i) * a.k_dim + d]);
+    a.k_square[head * a.k_dim + d] = static_cast<float>(s / static_cast<double>(a.n));
+  }
+  if (a.joint && d < a.v_dim) {
+    s = 0;
+#pragma unroll 8
+    for (int i = 0; i < a.splits; ++i) s += static_cast<double>(a.out[(part + i) * a.v_dim + d]);
+    a.mean_out[head * a.v_dim + d] =
+        static_cast<float>(s / (static_cast<double>(a.group) * a.window));
+  }
+}
+
+static __global__ void pool_kernel(score_args a) {
+  const float *see = a.see + a.window + 1;
+  const uint32_t seen = a.n - static_cast<uint32_t>(a.window);
+  const uint32_t t = blockIdx.x * THREADS + threadIdx.x;
+  const size_t base = static_cast<size_t>(blockIdx.y) * a.n;
+  if (t >= a.n) return;
+  const int64_t last = static_cast<int64_t>(a.n) - 1, at = t;
+  int64_t half = (a.pool - 1) / 2;
+  if (half > last) half = last;
+  float s = 0;
+  for (int64_t i = at - half; i <= at + half; ++i) {
+    const uint32_t from = static_cast<uint32_t>(i < 0 ? -i : i > last ? 2 * last - i : i);
+    s = __fadd_rn(s, __fdiv_rn(a.mean[base + from], see[from > seen ? from - seen : 0]));
+  }
+  a.token[base + t] = __fdiv_rn(s, static_cast<float>(2 * half + 1));
+}
+
+/* ---- allocate : one cooperative kernel, whose blocks all go through the steps of rdkv__solve */
+
+enum {
+  SOLVE = 512, /* threads of a block */
+  FILL = 192,  /* as RDKV__FILL */
+  FINE = 512   /* as RDKV__FINE */
+};
+static const uint32_t PINNED = 0x7f7fffffu; /* FLT_MAX: what must be kept */
+
+struct layer_view {
+  const float *token, *q_square, *k_square, *v_distortion, *k_distortion;
+  uint8_t *v_bits, *k_bits;
+};
+
+struct solve_head {
+  uint32_t count[5], channels[4], at_least[4], k_tile;
+  uint32_t cut, low, take; /* of the level at hand: bins, and tokens of the cut bin to take */
+  uint32_t n_list;
+  uint32_t n_fill[4], fill[4][FILL];
+  double v, k; /* predicted */
+};
+
+struct solve_state {
+  uint32_t barrier, odd;
+  uint32_t pinned[5];
+};
+
+struct solve_args {
+  layer_view *layers;
+  solve_head *heads;     /* [n_layers][n_kv_heads] */
+  uint32_t *bins, *more; /* [heads][BINS] */
+  u64 *hist;             /* [BINS] */
+  u64 *list;             /* [heads][n] slope above inverted index: greater is better */
+  float *gain;           /* [heads][8] */
+  u64 *cost;             /* [heads][8] */
+  uint8_t *pin;          /* [n] or NULL */
+  solve_state *state;
+  double *lambda; /* [n_layers] */
+  uint32_t *status;
+  uint64_t budget, fixed;
+  double given_lambda, tokens, k_share, keep;
+  float threshold; /* RDKV_SCOPE_LAMBDA */
+  float eps_k[5], eps_v[5];
+  uint32_t n, n_heads, n_kv_heads;
+  int n_layers, k_dim, v_dim, positions, scope, paper, search;
+};
+
+struct solve_pin {
+  uint32_t begin, end;
+  int level;
+};
+struct solve_pins {
+  solve_pin pin[64];
+};
+struct solve_views {
+  layer_view view[32];
+};
+
+static __global__ void view_kernel(layer_view *to, solve_views from, int n) {
+  if (static_cast<int>(threadIdx.x) < n) to[threadIdx.x] = from.view[threadIdx.x];
+}
+
+static __global__ void pin_kernel(uint8_t *pin, uint32_t n, solve_pins pins, int n_pins) {
+  const uint32_t t = blockIdx.x * THREADS + threadIdx.x;
+  if (t >= n) return;
+  int level = pin[t];
+  for (int i = 0; i < n_pins; ++i)
+    if (t >= pins.pin[i].begin && t < pins.pin[i].end && level < pins.pin[i].level)
+      level = pins.pin[i].level;
+  pin[t] = static_cast<uint8_t>(level);
+}
+
+/* The part of the heads that share a budget, and where this block stands. */
+struct solver {
+  const solve_args &a;
+  uint32_t phase; /* barriers passed */
+  uint32_t first, n_heads;
+  uint32_t slice;  /* tokens of a unit of work */
+  uint32_t slices; /* units of a head */
+  float bias;
+  uint32_t round_up;
+
+  __device__ explicit solver(const solve_args &args) : a(args), phase(0), bias(1), round_up(0) {
+    part(0, args.n_heads);
+  }
+
+  __device__ void part(uint32_t at, uint32_t n) {
+    first = at, n_heads = n;
+    const uint64_t each = static_cast<uint64_t>(a.n) * n / gridDim.x + 1;
+    slice = static_cast<uint32_t>(round_up_to(each < (1u << 20) ? each : 1u << 20));
+    slices = (a.n + slice - 1) / slice;
+  }
+  __device__ static uint64_t round_up_to(uint64_t x) { return (x + SOLVE - 1) / SOLVE * SOLVE; }
+
+  /* All blocks meet, and see what the others wrote. */
+  __device__ void sync() {
+    __syncthreads();
+    ++phase;
+    if (threadIdx.x == 0) {
+      volatile uint32_t *barrier = &a.state->barrier;
+      __threadfence();
+      atomicAdd(&a.state->barrier, 1u);
+      while (*barrier < phase * gridDim.x) __nanosleep(64);
+      __threadfence();
+    }
+    __syncthreads();
+  }
+
+  __device__ solve_head *head(uint32_t i) const { return a.heads + first + i; }
+  __device__ const layer_view &layer_of(uint32_t i) const {
+    return a.layers[(first + i) / a.n_kv_heads];
+  }
+  __device__ size_t row(uint32_t i) const { return (first + i) % a.n_kv_heads; }
+  __device__ uint8_t *v_bits(uint32_t i) const { return layer_of(i).v_bits + row(i) * a.n; }
+  __device__ uint8_t *k_bits(uint32_t i) const {
+    return layer_of(i).k_bits + row(i) * static_cast<size_t>(a.k_dim);
+  }
+  __device__ const float *v_distortion(uint32_t i) const {
+    return layer_of(i).v_distortion + row(i) * 5 * a.n;
+  }
+  __device__ const float *k_distortion(uint32_t i) const {
+    return layer_of(i).k_distortion + row(i) * 4 * static_cast<size_t>(a.k_dim);
+  }
+  __device__ uint32_t *bins(uint32_t i) const {
+    return a.bins + static_cast<size_t>(first + i) * BINS;
+  }
+  __device__ uint32_t *more(uint32_t i) const {
+    return a.more + static_cast<size_t>(first + i) * BINS;
+  }
+};
+
+/* Slopes of the hull, as rdkv__hull. */
+__device__ inline void hull(const float *d, const float *cost, int levels, int first,
+                            uint32_t *slope) {
+  float gain[4], width[4], s[4];
+  int end[4], n = 0, l = 0;
+  for (; l < first; ++l) slope[l] = PINNED;
+  for (; l < levels; ++l) {
+    gain[n] = __fsub_rn(d[l], d[l + 1]), width[n] = cost[l], end[n] = l + 1;
+    s[n] = __fdiv_rn(gain[n], width[n]);
+    while (n > 0 && s[n] > s[n - 1]) {
+      --n;
+      gain[n] = __fadd_rn(gain[n], gain[n + 1]), width[n] = __fadd_rn(width[n], width[n + 1]);
+      end[n] = end[n + 1];
+      s[n] = __fdiv_rn(gain[n], width[n]);
+    }
+    ++n;
+  }
+  l = first;
+  for (int i = 0; i < n; ++i)
+    for (; l < end[i]; ++l) slope[l] = s[i] > 0 ? __float_as_uint(s[i]) : 0;
+}
+
+struct v_costs {
+  float cost[4], inv[4][5];
+};
+
+__device__ inline v_costs costs_of(const solver &s, uint32_t i) {
+  v_costs c;
+  const uint32_t block = static_cast<uint32_t>(pad16(s.a.v_dim)) / 16 * 128;
+  const uint32_t whole = s.head(i)->k_tile + 128 + block + (s.a.positions ? 128u : 0u);
+  c.cost[0] = static_cast<float>(whole) / TILE, c.cost[1] = static_cast<float>(block) / TILE;
+  c.cost[2] = static_cast<float>(2 * block) / TILE,
+  c.cost[3] = static_cast<float>(4 * block) / TILE;
+#pragma unroll
+  for (int a = 0; a < 4; ++a) {
+    float sum = 0;
+#pragma unroll
+    for (int b = a + 1; b < 5; ++b) {
+      sum += c.cost[b - 1]; /* exact: multiples of 4 */
+      c.inv[a][b] = __fdiv_rn(1, sum);
+    }
+  }
+  return c;
+}
+
+/* Slopes of a token's hull, as rdkv.h's hull kernel. */
+__device__ __forceinline__ void slopes_of(const solver &s, const float *d, const v_costs &c,
+                                          uint32_t t, uint32_t slope[4]) {
+  float x[5], m[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int l = 0; l < 5; ++l) x[l] = d[static_cast<size_t>(l) * s.a.n + t];
+  if (s.a.pin && s.a.pin[t]) {
+    hull(x, c.cost, 4, s.a.pin[t], slope);
+    return;
+  }
+#pragma unroll
+  for (int a = 0; a < 4; ++a) {
+    float top = 0;
+#pragma unroll
+    for (int b = 4; b > a; --b) {
+      top = fmaxf(top, __fmul_rn(__fsub_rn(x[a], x[b]), c.inv[a][b]));
+      m[b - 1] = a ? fminf(m[b - 1], top) : top;
+    }
+  }
+#pragma unroll
+  for (int l = 0; l < 4; ++l) slope[l] = __float_as_uint(m[l]);
+}
+
+/* f(head, token) over all tokens of the part, begin(head) before and end(head) after the tokens of
+   a unit; both are for the whole block. */
+template <typename Begin, typename F, typename End>
+__device__ __forceinline__ void each_token(const solver &s, Begin begin, F f, End end) {
+  for (uint32_t u = blockIdx.x; u < s.n_heads * s.slices; u += gridDim.x) {
+    const uint32_t i = u / s.slices, t0 = (u - i * s.slices) * s.slice;
+    const uint32_t t1 = least(t0 + s.slice, s.a.n);
+    begin(i);
+    for (uint32_t t = t0 + threadIdx.x; t < t1; t += SOLVE) f(i, t);
+    end(i);
+  }
+}
+
+__device__ inline void clear_bins(const solver &s) {
+  const uint32_t n = s.n_heads * BINS;
+  for (uint32_t i = blockIdx.x * SOLVE + threadIdx.x; i < n; i += gridDim.x * SOLVE)
+    s.bins(0)[i] = s.more(0)[i] = 0;
+  for (uint32_t i = blockIdx.x * SOLVE + threadIdx.x; i < BINS; i += gridDim.x * SOLVE)
+    s.a.hist[i] = 0;
+  for (uint32_t i = blockIdx.x * SOLVE + threadIdx.x; i < s.n_heads; i += gridDim.x * SOLVE)
+    s.head(i)->n_list = 0;
+}
+
+/* Shared memory for two sets of bins; one function has it at a time. */
+__device__ inline uint32_t *bin_memory() {
+  __shared__ uint32_t memory[2 * BINS];
+  return memory;
+}
+
+/* Tokens of each head by slope of level 1, and what is spent at each slope. */
+__device__ __noinline__ void spectrum(solver &s, float floor) {
+  uint32_t *spectrum_count = bin_memory(), *spectrum_bytes = spectrum_count + BINS;
+  v_costs c;
+  const float *d = nullptr;
+  clear_bins(s);
+  s.sync();
+  each_token(
+      s,
+      [&](uint32_t i) {
+        c = costs_of(s, i), d = s.v_distortion(i);
+        for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE)
+          spectrum_count[b] = spectrum_bytes[b] = 0;
+        __syncthreads();
+      },
+      [&](uint32_t, uint32_t t) {
+        uint32_t slope[4];
+        slopes_of(s, d, c, t, slope);
+        if (__uint_as_float(slope[0]) <= floor) return;
+        atomicAdd(&spectrum_count[slope[0] >> 20], 1u);
+        for (int l = 0; l < 4; ++l)
+          atomicAdd(&spectrum_bytes[slope[l] >> 20], static_cast<uint32_t>(c.cost[l]));
+      },
+      [&](uint32_t i) {
+        __syncthreads();
+        for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE) {
+          if (spectrum_count[b]) atomicAdd(&s.bins(i)[b], spectrum_count[b]);
+          if (spectrum_bytes[b]) atomicAdd(&s.a.hist[b], static_cast<u64>(spectrum_bytes[b]));
+        }
+        __syncthreads();
+      });
+  s.sync();
+}
+
+/* Lowest edge of a bin down to which everything fits; *lowest the edge of the lowest bin in use. */
+__device__ __noinline__ float spectrum_edge(const solver &s, uint64_t bytes, float *lowest) {
+  __shared__ u64 edge_scratch[33];
+  __shared__ uint32_t edge_found[2];
+  const uint32_t top = BINS - 1 - threadIdx.x * (BINS / SOLVE);
+  u64 mine = 0, all;
+  for (uint32_t i = 0; i < BINS / SOLVE; ++i) mine += s.a.hist[top - i];
+  u64 sum = block_scan(mine, edge_scratch, &all);
+  if (threadIdx.x == 0) edge_found[0] = 0, edge_found[1] = BINS;
+  __syncthreads();
+  for (uint32_t i = 0; i < BINS / SOLVE; ++i) {
+    const uint32_t bin = top - i;
+    const u64 here = s.a.hist[bin];
+    if (bin > 0 && sum <= bytes && sum + here > bytes) edge_found[0] = bin;
+    if (bin > 0 && here) atomicMin(&edge_found[1], bin);
+    sum += here;
+  }
+  __syncthreads();
+  const uint32_t found = edge_found[0], low = edge_found[1];
+  __syncthreads();
+  if (lowest) *lowest = low < BINS ? __uint_as_float(low << 20) : 0;
+  return __uint_as_float(found < 0x7f7 ? (found + 1) << 20 : PINNED);
+}
+
+/* Tokens in a head's bins from `from` up. */
+__device__ inline uint32_t count_from(const uint32_t *bins, uint32_t from) {
+  __shared__ u64 from_scratch[33];
+  u64 mine = 0, all;
+  for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE) mine += b >= from ? bins[b] : 0;
+  block_scan(mine, from_scratch, &all);
+  return static_cast<uint32_t>(all);
+}
+
+/* rdkv__choose_k by one block: what it takes one by one is here a rank. */
+__device__ __noinline__ void choose_k(const solver &s, uint32_t i, float threshold,
+                                      uint32_t n_tokens) {
+  __shared__ uint32_t k_slope[3][MAX_DIM];
+  __shared__ uint32_t k_level[MAX_DIM];
+  __shared__ uint32_t k_count[4];
+  const int c = static_cast<int>(threadIdx.x), kd = s.a.k_dim;
+  const uint32_t tiles = (most(n_tokens, 1) + TILE - 1) / TILE;
+  const float lambda = threshold < 1e37f ? __fmul_rn(threshold, s.bias) : threshold;
+  const float cost[3] = {static_cast<float>(tiles * 8), static_cast<float>(tiles * 8),
+                         static_cast<float>(tiles * 16)};
+  __syncthreads();
+  if (c < 4) k_count[c] = 0;
+  if (c < kd) {
+    float d[4];
+    uint32_t slope[4];
+    for (int l = 0; l < 4; ++l) d[l] = s.k_distortion(i)[l * kd + c];
+    hull(d, cost, 3, 0, slope);
+    for (int l = 0; l < 3; ++l) k_slope[l][c] = slope[l];
+    k_level[c] = 0;
+  }
+  __syncthreads();
+  if (c < kd)
+    for (int l = 0; l < 3; ++l)
+      if (__uint_as_float(k_slope[l][c]) > lambda) atomicAdd(&k_count[l], 1u);
+  __syncthreads();
+  uint32_t level = static_cast<uint32_t>(kd);
+  for (uint32_t l = 0; l < 3; ++l) {
+    const uint32_t want = least((k_count[l] + 8) / 16 * 16, level);
+    uint32_t rank = 0;
+    const bool able = c < kd && k_level[c] == l;
+    for (int o = 0; able && o < kd; ++o)
+      rank += k_level[o] == l &&
+              (k_slope[l][o] > k_slope[l][c] || (k_slope[l][o] == k_slope[l][c] && o < c));
+    __syncthreads();
+    if (able && rank < want) k_level[c] = l + 1;
+    level = want;
+    __syncthreads();
+  }
+  if (c < 4) k_count[c] = 0;
+  __syncthreads();
+  if (c < kd) {
+    s.k_bits(i)[c] = static_cast<uint8_t>(width_of(static_cast<int>(k_level[c])));
+    atomicAdd(&k_count[k_level[c]], 1u);
+  }
+  __syncthreads();
+  if (c == 0) {
+    solve_head *h = s.head(i);
+    h->k_tile = 0;
+    for (int l = 0; l < 4; ++l) h->channels[l] = k_count[l];
+    for (int l = 1; l < 4; ++l) h->k_tile += (k_count[l] + 15) / 16 * (64u << l);
+  }
+  __syncthreads();
+}
+
+/* K of every head; tokens are those of `bins` from from_bin up (by eighths of octaves), or as fine
+   bins count them, or all. */
+enum { BY_BINS, BY_FINE, BY_ALL };
+__device__ __noinline__ void choose_all_k(solver &s, float threshold, int by, uint32_t bin) {
+  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x)
+    choose_k(s, i, threshold,
+             by == BY_BINS   ? count_from(s.bins(i), bin)
+             : by == BY_FINE ? s.bins(i)[bin]
+                             : s.a.n);
+  s.sync();
+}
+
+/* Tokens of every head and level by slope in 1/128 octaves from base up, cumulated from the top. */
+__device__ __noinline__ void fine_bins(solver &s, float base) {
+  uint32_t *fine_count = bin_memory();
+  __shared__ u64 fine_scratch[33];
+  const uint32_t bottom = __float_as_uint(base) >> 16;
+  v_costs c;
+  const float *d = nullptr;
+  clear_bins(s);
+  s.sync();
+  each_token(
+      s,
+      [&](uint32_t i) {
+        c = costs_of(s, i), d = s.v_distortion(i);
+        for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE) fine_count[b] = 0;
+        __syncthreads();
+      },
+      [&](uint32_t, uint32_t t) {
+        uint32_t slope[4];
+        slopes_of(s, d, c, t, slope);
+        for (uint32_t l = 0; l < 4; ++l) {
+          const uint32_t b = slope[l] >> 16;
+          if (slope[l] == 0 || b < bottom) break;
+          atomicAdd(&fine_count[l * FINE + least(b - bottom, FINE - 1)], 1u);
+        }
+      },
+      [&](uint32_t i) {
+        __syncthreads();
+        for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE)
+          if (fine_count[b]) atomicAdd(&s.bins(i)[b], fine_count[b]);
+        __syncthreads();
+      });
+  s.sync();
+  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x)
+    for (uint32_t l = 0; l < 4; ++l) {
+      uint32_t *at = s.bins(i) + l * FINE + (FINE - 1 - threadIdx.x);
+      const u64 mine = *at;
+      u64 all;
+      const u64 before = block_scan(mine, fine_scratch, &all);
+      *at = static_cast<uint32_t>(before + mine);
+    }
+  s.sync();
+}
+
+__device__ __forceinline__ uint32_t whole_tiles(uint32_t n, uint32_t all) {
+  return n >= all ? all : n / TILE * TILE;
+}
+
+/* Bytes of the part if the threshold lies at the lower edge of a fine bin, or with nothing but pins
+   where bin is FINE. Every block finds them; keep: the first writes at_least down. */
+__device__ __noinline__ uint64_t bytes_at(const solver &s, uint32_t bin, bool keep) {
+  __shared__ u64 at_scratch[33];
+  u64 bytes = 0, all;
+  for (uint32_t i = threadIdx.x; i < s.n_heads; i += SOLVE) {
+    solve_head *h = s.head(i);
+    uint32_t n = s.a.n, at[4], count[5];
+    parts p;
+    for (uint32_t l = 0; l < 4; ++l) {
+      const uint32_t reach = bin < FINE ? s.bins(i)[l * FINE + bin] + s.round_up : 0;
+      n = least(n, whole_tiles(reach, s.a.n));
+      n = most(n, s.a.state->pinned[l + 1]);
+      at[l] = n;
+    }
+    count[0] = s.a.n - at[0];
+    for (int l = 1; l < 4; ++l) count[l] = at[l - 1] - at[l];
+    count[4] = at[3];
+    bytes += head_bytes(s.a.v_dim, s.a.positions, count, h->channels, &p);
+    if (keep && blockIdx.x == 0)
+      for (int l = 0; l < 4; ++l) h->at_least[l] = at[l];
+  }
+  block_scan(bytes, at_scratch, &all);
+  return all;
+}
+
+__device__ __noinline__ float pins_alone(solver &s) {
+  choose_all_k(s, __uint_as_float(PINNED), BY_BINS, BINS);
+  bytes_at(s, FINE, true);
+  s.sync();
+  return __uint_as_float(PINNED);
+}
+
+/* The key down to which there are k of those in list [m] that ok() accepts; k > 0 and there are as
+   many. By one block. */
+template <typename Ok>
+__device__ inline u64 kth_largest(const u64 *list, uint32_t m, uint32_t k, Ok ok) {
+  __shared__ uint32_t kth_count[256];
+  __shared__ uint32_t kth_digit[3];
+  u64 prefix = 0;
+  for (int shift = 56; shift >= 0; shift -= 8) {
+    if (threadIdx.x < 256) kth_count[threadIdx.x] = 0;
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < m; i += SOLVE) {
+      const u64 key = list[i];
+      if ((shift == 56 || key >> (shift + 8) == prefix) && ok(key))
+        atomicAdd(&kth_count[key >> shift & 255], 1u);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      int digit = 255;
+      uint32_t above = 0;
+      while (digit > 0 && above + kth_count[digit] < k) above += kth_count[digit--];
+      kth_digit[0] = static_cast<uint32_t>(digit), kth_digit[1] = above;
+      kth_digit[2] = kth_count[digit];
+    }
+    __syncthreads();
+    prefix = prefix << 8 | kth_digit[0];
+    k -= kth_digit[1];
+    const bool all = kth_digit[2] == k;
+    __syncthreads();
+    if (all) return prefix << shift;
+  }
+  return prefix;
+}
+
+/* The cut of a level: the bin in which the last token to take lies, how many to take there, and the
+   bin down to which the next FILL tokens lie. By one block. */
+__device__ __noinline__ void find_cut(const solver &s, uint32_t i, int l) {
+  __shared__ u64 cut_scratch[33];
+  __shared__ uint32_t cut_found[3];
+  solve_head *h = s.head(i);
+  const uint32_t *able_bins = s.bins(i), *all_bins = s.more(i);
+  const uint32_t top = BINS - 1 - threadIdx.x * (BINS / SOLVE);
+  u64 able = 0, total_able;
+  for (uint32_t b = 0; b < BINS / SOLVE; ++b) able += able_bins[top - b];
+  u64 sum = block_scan(able, cut_scratch, &total_able);
+  const uint32_t enough =
+      most(whole_tiles(static_cast<uint32_t>(total_able), s.a.n), s.a.state->pinned[l + 1]);
+  const uint32_t want = least(h->at_least[l], enough);
+  if (threadIdx.x == 0) cut_found[0] = BINS, cut_found[1] = 0, cut_found[2] = 0;
+  __syncthreads();
+  for (uint32_t b = 0; b < BINS / SOLVE; ++b) {
+    const u64 with = sum + able_bins[top - b];
+    if (sum < want && with >= want)
+      cut_found[0] = top - b, cut_found[1] = want - static_cast<uint32_t>(sum);
+    sum = with;
+  }
+  __syncthreads();
+  /* of the cut bin itself all are looked at; FILL are to lie below it */
+  const uint32_t cut = cut_found[0];
+  u64 mine = 0, total;
+  for (uint32_t b = 0; b < BINS / SOLVE; ++b) mine += top - b < cut ? all_bins[top - b] : 0;
+  u64 below = block_scan(mine, cut_scratch, &total);
+  for (uint32_t b = 0; b < BINS / SOLVE; ++b) {
+    const u64 with = below + (top - b < cut ? all_bins[top - b] : 0);
+    if (below < FILL && with >= FILL) cut_found[2] = top - b;
+    below = with;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0)
+    h->at_least[l] = want, h->cut = cut, h->take = cut_found[1], h->low = cut_found[2];
+  __syncthreads();
+}
+
+/* Takes the best of the cut bin, and lists the next FILL tokens, best first. By one block. */
+__device__ __noinline__ void take_cut(const solver &s, uint32_t i, int l) {
+  __shared__ u64 take_fill[FILL];
+  __shared__ uint32_t take_count[1];
+  solve_head *h = s.head(i);
+  uint8_t *v_bits = s.v_bits(i);
+  const u64 *list = s.a.list + static_cast<size_t>(s.first + i) * s.a.n;
+  const uint32_t m = h->n_list;
+  const int here = width_of(l), next = width_of(l + 1);
+  u64 limit = ~0ull;
+  if (h->take > 0) {
+    limit = kth_largest(list, m, h->take,
+                        [&](u64 key) { return v_bits[~static_cast<uint32_t>(key)] == here; });
+    __syncthreads();
+    for (uint32_t j = threadIdx.x; j < m; j += SOLVE) {
+      const uint32_t t = ~static_cast<uint32_t>(list[j]);
+      if (list[j] >= limit && v_bits[t] == here) v_bits[t] = static_cast<uint8_t>(next);
+    }
+  }
+  if (threadIdx.x == 0) take_count[0] = 0;
+  __syncthreads();
+  /* the limit may lie below the last key taken: what is between is neither taken nor able */
+  u64 last = ~0ull;
+  if (h->take > 0) {
+    __shared__ u64 take_last[1];
+    if (threadIdx.x == 0) take_last[0] = ~0ull;
+    __syncthreads();
+    for (uint32_t j = threadIdx.x; j < m; j += SOLVE)
+      if (list[j] >= limit && v_bits[~static_cast<uint32_t>(list[j])] == next)
+        atomicMin(&take_last[0], list[j]);
+    __syncthreads();
+    last = take_last[0];
+  }
+  uint32_t mine = 0;
+  for (uint32_t j = threadIdx.x; j < m; j += SOLVE) mine += list[j] < last;
+  if (mine) atomicAdd(&take_count[0], mine);
+  __syncthreads();
+  const uint32_t n = least(take_count[0], FILL);
+  __syncthreads();
+  if (n > 0) {
+    const u64 from = kth_largest(list, m, n, [&](u64 key) { return key < last; });
+    if (threadIdx.x == 0) take_count[0] = 0;
+    __syncthreads();
+    for (uint32_t j = threadIdx.x; j < m; j += SOLVE)
+      if (list[j] >= from && list[j] < last) take_fill[atomicAdd(&take_count[0], 1u)] = list[j];
+    __syncthreads();
+    if (threadIdx.x < n) {
+      const u64 key = take_fill[threadIdx.x];
+      uint32_t rank = 0;
+      for (uint32_t j = 0; j < n; ++j) rank += take_fill[j] > key;
+      h->fill[l][rank] = ~static_cast<uint32_t>(key);
+    }
+  }
+  if (threadIdx.x == 0) h->n_fill[l] = n;
+  __syncthreads();
+}
+
+/* rdkv__assign for every head: each level takes the at_least[] best of those that reached the level
+   below. */
+__device__ __noinline__ void assign(solver &s, float floor) {
+  uint32_t *assign_able = bin_memory(), *assign_all = assign_able + BINS;
+  v_costs c;
+  const float *d = nullptr;
+  uint8_t *v_bits = nullptr;
+  const uint32_t low = __float_as_uint(floor);
+  each_token(
+      s, [&](uint32_t i) { v_bits = s.v_bits(i); }, [&](uint32_t, uint32_t t) { v_bits[t] = 0; },
+      [](uint32_t) {});
+  for (int l = 0; l < 4; ++l) {
+    const int here = width_of(l), next = width_of(l + 1);
+    clear_bins(s);
+    s.sync();
+    each_token(
+        s,
+        [&](uint32_t i) {
+          c = costs_of(s, i), d = s.v_distortion(i), v_bits = s.v_bits(i);
+          for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE) assign_able[b] = assign_all[b] = 0;
+          __syncthreads();
+        },
+        [&](uint32_t, uint32_t t) {
+          uint32_t slope[4];
+          slopes_of(s, d, c, t, slope);
+          if (slope[l] == 0 || slope[l] < low) return;
+          atomicAdd(&assign_all[slope[l] >> 20], 1u);
+          if (v_bits[t] == here) atomicAdd(&assign_able[slope[l] >> 20], 1u);
+        },
+        [&](uint32_t i) {
+          __syncthreads();
+          for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE) {
+            if (assign_able[b]) atomicAdd(&s.bins(i)[b], assign_able[b]);
+            if (assign_all[b]) atomicAdd(&s.more(i)[b], assign_all[b]);
+          }
+          __syncthreads();
+        });
+    s.sync();
+    for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x) find_cut(s, i, l);
+    s.sync();
+    solve_head *h = nullptr;
+    u64 *list = nullptr;
+    each_token(
+        s,
+        [&](uint32_t i) {
+          c = costs_of(s, i), d = s.v_distortion(i), v_bits = s.v_bits(i), h = s.head(i);
+          list = s.a.list + static_cast<size_t>(s.first + i) * s.a.n;
+        },
+        [&](uint32_t, uint32_t t) {
+          uint32_t slope[4];
+          slopes_of(s, d, c, t, slope);
+          const uint32_t bin = slope[l] >> 20;
+          if (slope[l] == 0 || slope[l] < low || bin < h->low) return;
+          if (bin > h->cut) {
+            if (v_bits[t] == here) v_bits[t] = static_cast<uint8_t>(next);
+          } else {
+            list[atomicAdd(&h->n_list, 1u)] =
+                static_cast<u64>(slope[l]) << 32 | static_cast<uint32_t>(~t);
+          }
+        },
+        [](uint32_t) {});
+    s.sync();
+    for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x) take_cut(s, i, l);
+    s.sync();
+  }
+  for (uint32_t i = blockIdx.x * SOLVE + threadIdx.x; i < s.n_heads; i += gridDim.x * SOLVE) {
+    solve_head *h = s.head(i);
+    h->count[0] = s.a.n - h->at_least[0];
+    for (int l = 1; l < 4; ++l) h->count[l] = h->at_least[l - 1] - h->at_least[l];
+    h->count[4] = h->at_least[3];
+  }
+  s.sync();
+}
+
+__device__ __noinline__ uint64_t bytes_now(const solver &s) {
+  __shared__ u64 now_scratch[33];
+  u64 bytes = 0, all;
+  for (uint32_t i = threadIdx.x; i < s.n_heads; i += SOLVE) {
+    parts p;
+    bytes += head_bytes(s.a.v_dim, s.a.positions, s.head(i)->count, s.head(i)->channels, &p);
+  }
+  block_scan(bytes, now_scratch, &all);
+  return all;
+}
+
+/* Step `step` of a head, by one warp: its gain and cost, or carried out. */
+__device__ __noinline__ void step_of(const solver &s, uint32_t i, int step, bool apply) {
+  solve_head *h = s.head(i);
+  const int lane = static_cast<int>(threadIdx.x) & 31, kd = s.a.k_dim;
+  const int l = step < 4 ? step : step - 4, here = width_of(l), next = width_of(l + 1);
+  uint32_t got = 0, want;
+  float gain = 0;
+  if (step < 4) {
+    const float *from = s.v_distortion(i) + static_cast<size_t>(l) * s.a.n, *to = from + s.a.n;
+    uint8_t *v_bits = s.v_bits(i);
+    want = TILE - h->count[l + 1] % TILE;
+    for (uint32_t f = 0; f < h->n_fill[l] && got < want; f += 32) {
+      const uint32_t j = f + static_cast<uint32_t>(lane);
+      const uint32_t t = j < h->n_fill[l] ? h->fill[l][j] : 0;
+      const bool able = j < h->n_fill[l] && v_bits[t] == here;
+      const float d = able ? __fsub_rn(from[t], to[t]) : 0;
+      uint32_t left = __ballot_sync(FULL, able);
+      const uint32_t before = __popc(left & ((1u << lane) - 1));
+      if (apply && able && got + before < want) v_bits[t] = static_cast<uint8_t>(next);
+      for (; left && got < want; ++got, left &= left - 1)
+        gain = __fadd_rn(gain, __shfl_sync(FULL, d, __ffs(static_cast<int>(left)) - 1));
+    }
+  } else {
+    const float *from = s.k_distortion(i) + l * kd, *to = from + kd;
+    uint8_t *k_bits = s.k_bits(i);
+    float d[MAX_DIM / 32];
+    uint32_t able = 0;
+    want = 16 - h->channels[l + 1] % 16;
+#pragma unroll
+    for (int j = 0; j < MAX_DIM / 32; ++j) {
+      const int c = lane + 32 * j;
+      d[j] = c < kd ? __fsub_rn(from[c], to[c]) : 0;
+      if (c < kd && k_bits[c] == here) able |= 1u << j;
+    }
+    for (; got < want; ++got) {
+      u64 best = 0;
+#pragma unroll
+      for (int j = 0; j < MAX_DIM / 32; ++j) {
+        const u64 key = static_cast<u64>(static_cast<uint32_t>(ordered(d[j])) ^ 0x80000000u) << 32 |
+                        static_cast<uint32_t>(~(lane + 32 * j));
+        if ((able >> j & 1) && key > best) best = key;
+      }
+      for (int m = 16; m; m >>= 1) {
+        const u64 other = __shfl_xor_sync(FULL, best, m);
+        if (other > best) best = other;
+      }
+      if (best == 0) break;
+      const int c = static_cast<int>(~static_cast<uint32_t>(best));
+      gain = __fadd_rn(
+          gain, unordered(static_cast<int>(static_cast<uint32_t>(best >> 32) ^ 0x80000000u)));
+      if (c % 32 == lane) {
+        able &= ~(1u << (c / 32));
+        if (apply) k_bits[c] = static_cast<uint8_t>(next);
+      }
+    }
+  }
+  __syncwarp();
+  if (lane != 0) return;
+  uint32_t count[5], channels[4];
+  parts p;
+  for (int j = 0; j < 5; ++j) count[j] = h->count[j];
+  for (int j = 0; j < 4; ++j) channels[j] = h->channels[j];
+  const uint64_t now = head_bytes(s.a.v_dim, s.a.positions, count, channels, &p);
+  if (step < 4)
+    count[l] -= got, count[l + 1] += got;
+  else
+    channels[l] -= got, channels[l + 1] += got;
+  const uint64_t then = head_bytes(s.a.v_dim, s.a.positions, count, channels, &p);
+  if (apply) {
+    for (int j = 0; j < 5; ++j) h->count[j] = count[j];
+    for (int j = 0; j < 4; ++j) h->channels[j] = channels[j];
+    h->k_tile = p.k_tile;
+  } else {
+    s.a.gain[(s.first + i) * 8 + static_cast<uint32_t>(step)] = got > 0 && gain > 0 ? gain : 0;
+    s.a.cost[(s.first + i) * 8 + static_cast<uint32_t>(step)] = then > now ? then - now : 0;
+  }
+}
+
+/* Spends what is left, best gain for a byte first, until nothing fits: the first block does. */
+__device__ __noinline__ void spend(solver &s, uint64_t left) {
+  __shared__ u64 spend_best[SOLVE / 32];
+  const int warp = static_cast<int>(threadIdx.x) >> 5, lane = static_cast<int>(threadIdx.x) & 31;
+  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x)
+    if (warp < 7) step_of(s, i, warp, false);
+  s.sync();
+  while (blockIdx.x == 0) {
+    u64 best = 0;
+    for (uint32_t e = threadIdx.x; e < s.n_heads * 8; e += SOLVE) {
+      if (e % 8 == 7) continue;
+      const float gain = s.a.gain[s.first * 8 + e];
+      const u64 cost = s.a.cost[s.first * 8 + e];
+      if (gain <= 0 || cost > left) continue;
+      const float slope = cost ? __fdiv_rn(gain, __ull2float_rn(cost)) : __uint_as_float(PINNED);
+      const u64 key = static_cast<u64>(__float_as_uint(slope)) << 32 | static_cast<uint32_t>(~e);
+      if (slope > 0 && key > best) best = key;
+    }
+    for (int m = 16; m; m >>= 1) {
+      const u64 other = __shfl_xor_sync(FULL, best, m);
+      if (other > best) best = other;
+    }
+    __syncthreads();
+    if (lane == 0) spend_best[warp] = best;
+    __syncthreads();
+    for (int w = 0; w < SOLVE / 32; ++w)
+      if (spend_best[w] > best) best = spend_best[w];
+    if (best == 0) break;
+    const uint32_t e = ~static_cast<uint32_t>(best);
+    left -= s.a.cost[s.first * 8 + e];
+    __syncthreads();
+    if (warp == 0) step_of(s, e / 8, static_cast<int>(e % 8), true);
+    __syncthreads();
+    if (warp < 7) step_of(s, e / 8, warp, false);
+    __syncthreads();
+  }
+  s.sync();
+}
+
+/* Predicted distortion of the part, added up as rdkv__predict_all does. */
+__device__ __noinline__ double predict_all(solver &s) {
+  __shared__ float predict_value[SOLVE];
+  __shared__ double predict_sum[1];
+  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x) {
+    const float *d = s.v_distortion(i), *dk = s.k_distortion(i);
+    double v = 0, k = 0;
+    for (uint32_t t0 = 0; t0 < s.a.n; t0 += SOLVE) {
+      const uint32_t n = least(SOLVE, s.a.n - t0), t = t0 + threadIdx.x;
+      __syncthreads();
+      if (threadIdx.x < n)
+        predict_value[threadIdx.x] = d[static_cast<size_t>(level_of(s.v_bits(i)[t])) * s.a.n + t];
+      __syncthreads();
+      if (threadIdx.x == 0)
+        for (uint32_t j = 0; j < n; ++j) v = __dadd_rn(v, static_cast<double>(predict_value[j]));
+    }
+    if (threadIdx.x == 0) {
+      if (s.head(i)->count[0] < s.a.n)
+        for (int c = 0; c < s.a.k_dim; ++c)
+          k = __dadd_rn(k, static_cast<double>(dk[level_of(s.k_bits(i)[c]) * s.a.k_dim + c]));
+      s.head(i)->v = v, s.head(i)->k = k;
+    }
+    __syncthreads();
+  }
+  s.sync();
+  if (threadIdx.x == 0) {
+    double sum = 0;
+    for (uint32_t i = 0; i < s.n_heads; ++i)
+      sum = __dadd_rn(sum, __dadd_rn(s.head(i)->v, s.head(i)->k));
+    predict_sum[0] = sum;
+  }
+  __syncthreads();
+  const double sum = predict_sum[0];
+  __syncthreads();
+  return sum;
+}
+
+__device__ inline void begin_heads(solver &s) {
+  for (uint32_t i = blockIdx.x * SOLVE + threadIdx.x; i < s.n_heads; i += gridDim.x * SOLVE)
+    s.head(i)->k_tile = static_cast<uint32_t>(pad16(s.a.k_dim)) / 16 * 256; /* K at 4 bits */
+  s.sync();
+}
+
+__device__ __forceinline__ float fine_edge(float base, uint32_t bin) {
+  return __uint_as_float(((__float_as_uint(base) >> 16) + bin) << 16);
+}
+
+/* rdkv__solve. */
+__device__ __noinline__ void solve(solver &s, uint64_t budget, double *used) {
+  const float max = __uint_as_float(PINNED);
+  float threshold = 0, base = 0, lowest = 0;
+  uint32_t lo = 0, hi = FINE - 1;
+  bool raised = false;
+  begin_heads(s);
+  for (int round = 0; round < 3; ++round) {
+    spectrum(s, round ? threshold / 16 : 0);
+    threshold = spectrum_edge(s, budget, round ? nullptr : &lowest);
+    choose_all_k(s, threshold, BY_BINS, __float_as_uint(threshold) >> 20);
+  }
+  for (int tries = 0;; ++tries) { /* move the window until the budget lies in it */
+    base = threshold / 4;
+    fine_bins(s, base);
+    if (bytes_at(s, hi, false) > budget) {
+      if (threshold > 1e37f || tries > 64) {
+        threshold = pins_alone(s);
+        break;
+      }
+      threshold = threshold * 4 > lowest ? threshold * 4 : lowest;
+      s.sync(); /* all blocks have read the counts of channels */
+      choose_all_k(s, threshold, BY_FINE, hi);
+      raised = true;
+    } else if (base > 0 && tries <= 64 && bytes_at(s, 0, false) <= budget) {
+      threshold = base > lowest ? base : 0; /* below the lowest slope: everything */
+      s.sync();
+      if (!raised) choose_all_k(s, threshold, threshold > 0 ? BY_FINE : BY_ALL, 0);
+    } else {
+      while (lo < hi) { /* the lowest bin that fits */
+        const uint32_t mid = (lo + hi) / 2;
+        if (bytes_at(s, mid, false) <= budget)
+          hi = mid;
+        else
+          lo = mid + 1;
+      }
+      bytes_at(s, lo, true);
+      s.sync();
+      threshold = fine_edge(base, lo);
+      break;
+    }
+  }
+  uint64_t sum;
+  uint32_t from = lo; /* fine bins are gone once widths are assigned: they are made anew */
+  for (;;) {
+    assign(s, threshold / 2);
+    sum = bytes_now(s);
+    if (sum <= budget || threshold >= max) break;
+    s.sync();
+    if (++from < FINE) {
+      fine_bins(s, base);
+      bytes_at(s, from, true);
+      s.sync();
+      threshold = fine_edge(base, from);
+    } else {
+      threshold = pins_alone(s);
+    }
+  }
+  *used = static_cast<double>(threshold);
+  s.sync();
+  spend(s, sum <= budget ? budget - sum : 0);
+}
+
+__device__ inline uint64_t least_bytes(const solver &s, uint32_t n_heads) {
+  const uint32_t *pinned = s.a.state->pinned;
+  uint32_t count[5], channels[4] = {static_cast<uint32_t>(s.a.k_dim), 0, 0, 0};
+  parts p;
+  for (int l = 1; l < 5; ++l) count[l] = pinned[l] - (l < 4 ? pinned[l + 1] : 0);
+  count[0] = s.a.n - pinned[1];
+  return n_heads * head_bytes(s.a.v_dim, s.a.positions, count, channels, &p);
+}
+
+/* rdkv__solve_best. */
+__device__ inline void solve_best(solver &s, uint64_t budget, double *used) {
+  const uint64_t tile = static_cast<uint64_t>(pad16(s.a.k_dim + s.a.v_dim)) / 16 * 256;
+  const int n_bias = budget / tile < 64ull * s.n_heads ? 5 : 1;
+  uint64_t lowest = least_bytes(s, s.n_heads), best_budget = budget;
+  double best = 0;
+  float best_bias = 0;
+  bool first = true;
+  if (lowest < budget / 4 * 3) lowest = budget / 4 * 3;
+  if (static_cast<uint64_t>(s.a.n) * s.n_heads * (budget / 128) > 1 << 17) lowest = budget;
+  const bool one = n_bias == 1 && budget < lowest + 128;
+  for (uint64_t b = budget;; b -= 128) {
+    for (int i = 0; i < n_bias; ++i) {
+      s.bias = i == 0 ? 1.0f : i == 1 ? 4.0f : i == 2 ? 0.25f : i == 3 ? 16.0f : 64.0f;
+      solve(s, b, used);
+      if (one) return;
+      const double sum = predict_all(s);
+      if (first || sum < best) best = sum, best_bias = s.bias, best_budget = b, first = false;
+      s.sync();
+    }
+    if (b < lowest + 128) break;
+  }
+  if (n_bias > 1 || best_budget != budget) { /* the last one tried is not the one to keep */
+    s.bias = best_bias;
+    solve(s, best_budget, used);
+  }
+}
+
+/* rdkv__solve_at. */
+__device__ inline void solve_at(solver &s, float threshold) {
+  begin_heads(s);
+  for (int round = 0; round < 3; ++round) {
+    spectrum(s, threshold / 2);
+    choose_all_k(s, threshold, BY_BINS, __float_as_uint(threshold) >> 20);
+  }
+  fine_bins(s, threshold);
+  s.round_up = TILE / 4;
+  bytes_at(s, 0, true);
+  s.sync();
+  assign(s, threshold / 2);
+  spend(s, 0);
+}
+
+/* ---- the authors' solver */
+
+__device__ __forceinline__ int paper_level(float w, const float *eps, const float *rate) {
+  float best = __fadd_rn(__fmul_rn(w, eps[0]), rate[0]);
+  int level = 0;
+#pragma unroll
+  for (int l = 1; l < 5; ++l) {
+    const float cost = __fadd_rn(__fmul_rn(w, eps[l]), rate[l]);
+    if (cost < best) best = cost, level = l;
+  }
+  return level;
+}
+
+/* Mean width of a row at lambda. By one block, as what follows. */
+__device__ inline float paper_mean(const float *w, uint32_t n, const float *eps, float lambda) {
+  __shared__ u64 mean_scratch[33];
+  float rate[5];
+  u64 sum = 0, all;
+  for (int l = 0; l < 5; ++l) rate[l] = __fmul_rn(lambda, static_cast<float>(width_of(l)));
+  for (uint32_t i = threadIdx.x; i < n; i += SOLVE)
+    sum += static_cast<u64>(width_of(paper_level(w[i], eps, rate)));
+  block_scan(sum, mean_scratch, &all);
+  return __double2float_rn(__ddiv_rn(static_cast<double>(all), static_cast<double>(n)));
+}
+
+/* The lambda at which rdkv__paper_solve stops. */
+__device__ __noinline__ float paper_lambda(const float *w, uint32_t n, const float *eps,
+                                           float budget) {
+  __shared__ int max_bits[1];
+  if (threadIdx.x == 0) max_bits[0] = 0;
+  __syncthreads();
+  int m = 0;
+  for (uint32_t i = threadIdx.x; i < n; i += SOLVE) m = max(m, __float_as_int(w[i]));
+  atomicMax(&max_bits[0], m);
+  __syncthreads();
+  float lo = 0, hi = __fmul_rn(__int_as_float(max_bits[0]), 0.375f), mid = 0;
+  if (paper_mean(w, n, eps, 0) <= budget) return 0;
+  hi = hi > 1e-8f ? hi : 1e-8f;
+  for (int step = 0; step < 64; ++step) {
+    if (paper_mean(w, n, eps, hi) <= budget) break;
+    hi = __fmul_rn(hi, 2);
+  }
+  for (int step = 0; step < 64; ++step) {
+    mid = __fmul_rn(__fadd_rn(lo, hi), 0.5f);
+    const float mean = paper_mean(w, n, eps, mid);
+    if (fabsf(__fsub_rn(mean, budget)) <= __fmul_rn(0.01f, budget)) break;
+    if (mean > budget)
+      lo = mid;
+    else
+      hi = mid;
+  }
+  return mid;
+}
+
+__device__ inline void paper_widths(const float *w, uint32_t n, const float *eps, float lambda,
+                                    uint8_t *bits, uint32_t *count) {
+  __shared__ uint32_t widths_count[5];
+  float rate[5];
+  if (threadIdx.x < 5) widths_count[threadIdx.x] = 0;
+  for (int l = 0; l < 5; ++l) rate[l] = __fmul_rn(lambda, static_cast<float>(width_of(l)));
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < n; i += SOLVE) {
+    const int level = paper_level(w[i], eps, rate);
+    bits[i] = static_cast<uint8_t>(width_of(level));
+    atomicAdd(&widths_count[level], 1u);
+  }
+  __syncthreads();
+  for (int l = 0; l < 5; ++l) count[l] = widths_count[l];
+  __syncthreads();
+}
+
+/* rdkv__paper_layer for every head. */
+__device__ __noinline__ void paper_all(solver &s, double tokens) {
+  __shared__ float paper_channel[MAX_DIM];
+  const uint32_t kd = static_cast<uint32_t>(s.a.k_dim);
+  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x) {
+    const layer_view &layer = s.layer_of(i);
+    const float *w = layer.token + s.row(i) * s.a.n;
+    uint32_t count[5] = {0, 0, 0, 0, 0}, channels[5] = {kd, 0, 0, 0, 0};
+    if (s.a.n > 0) {
+      const float budget =
+          __double2float_rn((1 - s.a.k_share) * 2 * tokens * 16 / static_cast<double>(s.a.n));
+      const float lambda = paper_lambda(w, s.a.n, s.a.eps_v, budget);
+      paper_widths(w, s.a.n, s.a.eps_v, lambda, s.v_bits(i), count);
+    }
+    const uint32_t kept = s.a.n - count[0];
+    __syncthreads();
+    for (uint32_t c = threadIdx.x; c < kd; c += SOLVE) {
+      paper_channel[c] =
+          __fmul_rn(layer.q_square[s.row(i) * kd + c], layer.k_square[s.row(i) * kd + c]);
+      s.k_bits(i)[c] = 0;
+    }
+    __syncthreads();
+    if (s.a.n > 0 && kept) {
+      const float budget =
+          __double2float_rn(s.a.k_share * 2 * tokens * 16 / static_cast<double>(kept));
+      const float lambda = paper_lambda(paper_channel, kd, s.a.eps_k, budget);
+      paper_widths(paper_channel, kd, s.a.eps_k, lambda, s.k_bits(i), channels);
+    }
+    if (threadIdx.x == 0) {
+      solve_head *h = s.head(i);
+      for (int l = 0; l < 5; ++l) h->count[l] = count[l];
+      for (int l = 0; l < 4; ++l) h->channels[l] = channels[l] + (l == 3 ? channels[4] : 0);
+    }
+    __syncthreads();
+  }
+  s.sync();
+}
+
+__device__ inline void solve_paper(solver &s) {
+  double lo = 0, hi = 2 * static_cast<double>(s.a.n) + 1, tokens = s.a.tokens;
+  if (s.a.search) { /* most tokens whose block fits */
+    for (int step = 0; step < 24; ++step) {
+      const double mid = (lo + hi) / 2;
+      paper_all(s, mid);
+      if (s.a.fixed + bytes_now(s) <= s.a.budget)
+        lo = mid;
+      else
+        hi = mid;
+      s.sync();
+    }
+    tokens = lo;
+  }
+  paper_all(s, tokens);
+  if (s.a.search && s.a.fixed + bytes_now(s) > s.a.budget) {
+    s.sync();
+    uint8_t *v_bits = nullptr;
+    each_token(
+        s,
+        [&](uint32_t i) {
+          v_bits = s.v_bits(i);
+          if (static_cast<int>(threadIdx.x) < s.a.k_dim) s.k_bits(i)[threadIdx.x] = 0;
+        },
+        [&](uint32_t, uint32_t t) { v_bits[t] = 0; }, [](uint32_t) {});
+    if (blockIdx.x == 0 && threadIdx.x == 0) fail(s.a.status, RDKV_ERR_BUDGET);
+  }
+}
+
+static __global__ void __launch_bounds__(SOLVE, 1) solve_kernel(solve_args a) {
+  solver s(a);
+  /* weights and distortions must be finite and >= 0; how many tokens are pinned */
+  bool odd = false;
+  const uint32_t kd = static_cast<uint32_t>(a.k_dim);
+  for (uint32_t i = 0; i < a.n_heads; ++i) {
+    const size_t first = blockIdx.x * SOLVE + threadIdx.x, step = gridDim.x * SOLVE;
+    const float *v = a.paper ? s.layer_of(i).token + s.row(i) * a.n : s.v_distortion(i);
+    const size_t n = a.paper ? a.n : 5 * static_cast<size_t>(a.n);
+    for (size_t t = first; t < n; t += step) odd |= __float_as_uint(v[t]) >= 0x7f800000u;
+    for (size_t c = first; c < (a.paper ? kd : 4 * kd); c += step) {
+      if (a.paper)
+        odd |= __float_as_uint(s.layer_of(i).q_square[s.row(i) * kd + c]) >= 0x7f800000u ||
+               __float_as_uint(s.layer_of(i).k_square[s.row(i) * kd + c]) >= 0x7f800000u;
+      else
+        odd |= __float_as_uint(s.k_distortion(i)[c]) >= 0x7f800000u;
+    }
+  }
+  if (odd) atomicOr(&a.state->odd, 1u);
+  if (a.pin)
+    for (uint32_t t = blockIdx.x * SOLVE + threadIdx.x; t < a.n; t += gridDim.x * SOLVE)
+      for (int l = 1; l <= a.pin[t]; ++l) atomicAdd(&a.state->pinned[l], 1u);
+  const bool stop = *a.status != RDKV_OK; /* nobody writes it before the barrier */
+  s.sync();
+  if (stop) return;
+  if (a.state->odd) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) fail(a.status, RDKV_ERR_NONFINITE);
+    return;
+  }
+  if (a.paper) {
+    solve_paper(s);
+    for (int l = static_cast<int>(threadIdx.x); l < a.n_layers && blockIdx.x == 0; l += SOLVE)
+      a.lambda[l] = 0;
+    return;
+  }
+  if (a.scope == RDKV_SCOPE_LAMBDA) {
+    solve_at(s, a.threshold);
+    for (int l = static_cast<int>(threadIdx.x); l < a.n_layers && blockIdx.x == 0; l += SOLVE)
+      a.lambda[l] = a.given_lambda;
+    return;
+  }
+  const uint32_t n_parts = a.scope == RDKV_SCOPE_MODEL   ? 1u
+                           : a.scope == RDKV_SCOPE_LAYER ? static_cast<uint32_t>(a.n_layers)
+                                                         : a.n_heads;
+  const uint32_t each = a.n_heads / n_parts;
+  if (a.budget < a.fixed || (a.budget - a.fixed) / n_parts / 128 * 128 < least_bytes(s, each)) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) fail(a.status, RDKV_ERR_BUDGET);
+    return;
+  }
+  uint64_t left = a.budget - a.fixed;
+  for (uint32_t i = 0; i < n_parts; ++i) { /* equal parts; crumbs go on to the next */
+    double used = 0;
+    s.part(i * each, each);
+    solve_best(s, left / (n_parts - i) / 128 * 128, &used);
+    left -= bytes_now(s);
+    if (blockIdx.x == 0 && threadIdx.x == 0)
+      for (uint32_t h = i * each; h < (i + 1) * each; ++h) a.lambda[h / a.n_kv_heads] = used;
+    s.sync();
+  }
+}
+
+/* ---- the host's side */
+
+/* Takes pieces of a workspace, or counts their bytes. */
+struct arena {
+  uint8_t *next;
+  size_t bytes;
+  template <typename T>
+  void take(T **p, uint64_t n) {
+    const size_t size = static_cast<size_t>(round_up(n * sizeof(T), 256));
+    if (next) *p = reinterpret_cast<T *>(next + bytes);
+    bytes += size;
+  }
+};
+
+static bool resolved(const rdkv_config *c) {
+  return c && c->n_layers > 0 && c->n_kv_heads > 0 && c->k_dim > 0 && c->k_dim <= MAX_DIM &&
+         c->v_dim > 0 && c->v_dim <= MAX_DIM && c->window > 0 && c->n_q_heads % c->n_kv_heads == 0;
+}
+static bool tensor_ok(const rdkv_tensor &t) {
+  return t.data && static_cast<unsigned>(t.dtype) <= RDKV_BF16 &&
+         reinterpret_cast<uintptr_t>(t.data) % (t.dtype == RDKV_F32 ? 4 : 2) == 0;
+}
+static bool layer_ok(const rdkv_layer *l) {
+  return l && l->token && l->q_square && l->k_square && l->mean_out && l->v_distortion &&
+         l->k_distortion && l->v_bits && l->k_bits;
+}
+static uint32_t chunks_of(uint32_t n) { return (n + CHUNK - 1) / CHUNK; }
+static uint32_t blocks_of(uint32_t n, uint32_t each, uint32_t limit) {
+  const uint32_t blocks = n / each + (n % each != 0);
+  return blocks < 1 ? 1 : blocks > limit ? limit : blocks;
+}
+
+/* What listing the tokens of a layer and going through their K takes. */
+static void layout_list(arena *m, uint64_t heads, uint64_t kv_heads, uint32_t n, order_args *o,
+                        channel_args *c) {
+  const uint64_t chunks = chunks_of(n);
+  m->take(&o->counts, kv_heads * chunks * 4 + 4);
+  m->take(&o->sums, kv_heads * chunks + 1);
+  m->take(&o->order, kv_heads * n + 1);
+  m->take(&o->odd, heads);
+  m->take(&o->kept, heads * 5);
+  m->take(&c->lo, heads * MAX_DIM);
+  m->take(&c->hi, heads * MAX_DIM);
+  m->take(&c->sum, kv_heads * MAX_DIM);
+}
+
+static void fill_channels(const rdkv_config *cfg, const rdkv_kv *kv, const order_args &o,
+                          channel_args *c) {
+  c->k = kv->k, c->v = rdkv_tensor();
+  c->order = o.order, c->kept = o.kept, c->status = o.status, c->n = o.n;
+  c->k_bits = nullptr, c->d0 = nullptr;
+  c->k_dim = cfg->k_dim, c->v_dim = cfg->v_dim;
+}
+
+static void list_tokens(const order_args &o, uint32_t heads, cudaStream_t stream) {
+  const dim3 grid(o.chunks, heads);
+  if (o.n > 0) count_kernel<<<grid, THREADS, 0, stream>>>(o);
+  scan_kernel<<<heads, 128, 0, stream>>>(o);
+  if (o.n > 0) order_kernel<<<grid, THREADS, 0, stream>>>(o);
+}
+
+typedef void (*channel_kernel)(channel_args);
+typedef void (*tile_kernel_type)(pack_args);
+
+/* The type that K and V share, K's where V is not looked at; else -1. */
+static int shared_type(const channel_args &c) {
+  return !c.v.data || c.v.dtype == c.k.dtype ? c.k.dtype : -1;
+}
+static bool narrow(const channel_args &c) { return c.k_dim <= 128 && c.v_dim <= 128; }
+
+static channel_kernel range_kernel_of(const channel_args &c) {
+  switch (shared_type(c)) {
+    case RDKV_F16:
+      return narrow(c) ? range_kernel<4, RDKV_F16> : range_kernel<8, RDKV_F16>;
+    case RDKV_BF16:
+      return narrow(c) ? range_kernel<4, RDKV_BF16> : range_kernel<8, RDKV_BF16>;
+    case RDKV_F32:
+      return narrow(c) ? range_kernel<4, RDKV_F32> : range_kernel<8, RDKV_F32>;
+  }
+  return range_kernel<8, -1>;
+}
+static tile_kernel_type tile_kernel_of(const channel_args &c) {
+  switch (shared_type(c)) {
+    case RDKV_F16:
+      return narrow(c) ? tile_kernel<4, RDKV_F16> : tile_kernel<8, RDKV_F16>;
+    case RDKV_BF16:
+      return narrow(c) ? tile_kernel<4, RDKV_BF16> : tile_kernel<8, RDKV_BF16>;
+    case RDKV_F32:
+      return narrow(c) ? tile_kernel<4, RDKV_F32> : tile_kernel<8, RDKV_F32>;
+  }
+  return tile_kernel<8, -1>;
+}
+template <bool ERROR>
+static channel_kernel chain_kernel_of(const channel_args &c) {
+  return c.k.dtype == RDKV_F16    ? chain_kernel<ERROR, RDKV_F16>
+         : c.k.dtype == RDKV_BF16 ? chain_kernel<ERROR, RDKV_BF16>
+                                  : chain_kernel<ERROR, RDKV_F32>;
+}
+
+static void find_range(const channel_args &c, uint32_t heads, cudaStream_t stream) {
+  range_clear_kernel<<<heads, MAX_DIM, 0, stream>>>(c.lo, c.hi);
+  const dim3 grid(blocks_of(c.n, 512, 64), heads);
+  range_kernel_of(c)<<<grid, THREADS, 0, stream>>>(c);
+}
+
+/* score */
+
+struct score_memory {
+  arena m;
+  score_args a;
+};
+
+static void layout_score(const rdkv_config *cfg, uint32_t n, void *workspace, score_memory *s) {
+  score_args *a = &s->a;
+  const uint64_t heads = static_cast<uint64_t>(cfg->n_kv_heads);
+  *a = score_args();
+  s->m.next = static_cast<uint8_t *>(workspace), s->m.bytes = 0;
+  a->n = n, a->heads = cfg->n_kv_heads, a->group = cfg->n_q_heads / cfg->n_kv_heads;
+  a->window = static_cast<int>(least(static_cast<uint32_t>(cfg->window), n));
+  a->columns = (a->group * (a->window < 1 ? 1 : a->window) + 7) / 8 * 8;
+  a->k_dim = cfg->k_dim, a->v_dim = cfg->v_dim, a->pool = cfg->pool;
+  a->joint = cfg->profile == RDKV_JOINT;
+  a->scale = cfg->softmax_scale * 1.44269504088896341f;
+  /* enough splits for 8 blocks on each of 132 multiprocessors, but no shorter than 256 tokens */
+  const uint64_t want = (static_cast<uint64_t>(n) * heads / (132 * 6) + 127) / 128 * 128;
+  a->split = static_cast<uint32_t>(want < 256 ? 256 : want);
+  a->splits = static_cast<int>(blocks_of(n, a->split, 0x7fffffff));
+  const uint64_t splits = static_cast<uint64_t>(a->splits),
+                 columns = static_cast<uint64_t>(a->columns);
+  s->m.take(&a->see, 2 * static_cast<uint64_t>(cfg->window) + 2);
+  s->m.take(&a->query, heads * static_cast<uint64_t>(a->k_dim) * columns);
+  s->m.take(&a->reference, heads * columns);
+  s->m.take(&a->stats, heads * splits * columns);
+  s->m.take(&a->square, heads * splits * static_cast<uint64_t>(a->k_dim));
+  s->m.take(&a->out, heads * splits * static_cast<uint64_t>(a->v_dim));
+  s->m.take(&a->mean, heads * n + 1);
+}
+
+/* 16-byte loads of whole rows are possible. */
+static bool wide_rows(const rdkv_tensor &t, int dim, int each) {
+  return t.dtype != RDKV_F32 && (t.dim_stride == 0 || t.dim_stride == 1) && dim % each == 0 &&
+         t.token_stride % 8 == 0 && t.head_stride % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
+}
+
+typedef void (*score_kernel)(score_args);
+template <int C>
+static score_kernel tensor_kernel_for(bool bf16, bool stats) {
+  return bf16 ? (stats ? tensor_kernel<C, true, true> : tensor_kernel<C, true, false>)
+              : (stats ? tensor_kernel<C, false, true> : tensor_kernel<C, false, false>);
+}
+
+/* NULL where the tensor cores do not serve. */
+static score_kernel tensor_kernel_of(const score_args &a, bool stats, size_t *shared) {
+  score_kernel k = nullptr;
+  const bool bf16 = a.k.dtype == RDKV_BF16;
+  if (!wide_rows(a.k, a.k_dim, 32) || !wide_rows(a.q, a.k_dim, 32) || a.k.dtype != a.q.dtype)
+    return nullptr;
+  switch (a.k_dim) {
+    case 64:
+      k = tensor_kernel_for<2>(bf16, stats);
+      break;
+    case 96:
+      k = tensor_kernel_for<3>(bf16, stats);
+      break;
+    case 128:
+      k = tensor_kernel_for<4>(bf16, stats);
+      break;
+    case 192:
+      k = tensor_kernel_for<6>(bf16, stats);
+      break;
+    case 256:
+      k = tensor_kernel_for<8>(bf16, stats);
+      break;
+  }
+  *shared = tensor_shared(a.k_dim, a.columns, stats);
+  if (*shared < static_cast<size_t>(a.k_dim) * 16) *shared = static_cast<size_t>(a.k_dim) * 16;
+  if (k && *shared > 48 * 1024 &&
+      cudaFuncSetAttribute(reinterpret_cast<const void *>(k),
+                           cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(*shared)) != cudaSuccess) {
+    cudaGetLastError(); /* more than this device has: the plain kernel then */
+    k = nullptr;
+  }
+  return k;
+}
+
+/* measure */
+
+typedef void (*measure_kernel)(measure_args);
+template <int N>
+static measure_kernel v_error_kernel_for(rdkv_dtype dtype) {
+  return dtype == RDKV_F16    ? v_error_kernel<N, RDKV_F16>
+         : dtype == RDKV_BF16 ? v_error_kernel<N, RDKV_BF16>
+                              : v_error_kernel<N, RDKV_F32>;
+}
+
+struct measure_memory {
+  arena m;
+  measure_args a;
+  order_args o;
+};
+
+static void layout_measure(const rdkv_config *cfg, uint32_t n, void *workspace, measure_memory *s) {
+  const uint64_t heads = static_cast<uint64_t>(cfg->n_kv_heads);
+  s->a = measure_args(), s->o = order_args();
+  s->m.next = static_cast<uint8_t *>(workspace), s->m.bytes = 0;
+  s->m.take(&s->a.any, heads);
+  s->m.take(&s->a.histogram, heads * BINS); /* zeroed together with any */
+  s->m.take(&s->a.cut, heads);
+  s->m.take(&s->a.mean, heads * n + 1);
+  layout_list(&s->m, heads, heads, n, &s->o, &s->a.channel);
+  s->m.take(&s->a.channel.quantiser, heads * 12 * MAX_DIM);
+  s->m.take(&s->a.channel.error, heads * 4 * MAX_DIM);
+}
+
+/* allocate */
+
+struct solve_memory {
+  arena m;
+  solve_args a;
+};
+
+static void layout_solve(const rdkv_config *cfg, int n_layers, uint32_t n, void *workspace,
+                         solve_memory *s) {
+  const uint64_t heads = static_cast<uint64_t>(n_layers) * static_cast<uint64_t>(cfg->n_kv_heads);
+  s->a = solve_args();
+  s->m.next = static_cast<uint8_t *>(workspace), s->m.bytes = 0;
+  s->m.take(&s->a.state, 1);
+  s->m.take(&s->a.pin, static_cast<uint64_t>(n) + 1); /* zeroed together with state */
+  s->m.take(&s->a.layers, static_cast<uint64_t>(n_layers));
+  s->m.take(&s->a.heads, heads);
+  s->m.take(&s->a.bins, heads * BINS);
+  s->m.take(&s->a.more, heads * BINS);
+  s->m.take(&s->a.hist, static_cast<uint64_t>(BINS));
+  s->m.take(&s->a.gain, heads * 8);
+  s->m.take(&s->a.cost, heads * 8);
+  s->m.take(&s->a.list, cfg->profile == RDKV_PAPER ? 1 : heads * n + 1);
+}
+
+/* pack */
+
+struct pack_memory {
+  arena m;
+  pack_args a;
+};
+
+static void layout_pack(const rdkv_config *cfg, int n_layers, uint32_t n, void *workspace,
+                        pack_memory *s) {
+  const uint64_t kv = static_cast<uint64_t>(cfg->n_kv_heads),
+                 heads = static_cast<uint64_t>(n_layers) * kv;
+  s->a = pack_args();
+  s->m.next = static_cast<uint8_t *>(workspace), s->m.bytes = 0;
+  s->m.take(&s->a.state, 1);
+  s->m.take(&s->a.heads, heads);
+  s->m.take(&s->a.slot_of, kv * MAX_DIM);
+  s->m.take(&s->a.quantiser, kv * 2 * PACKED);
+  layout_list(&s->m, heads, kv, n, &s->a.list, &s->a.channel);
+}
+
+/* The arguments for one of the layers. */
+static pack_args pack_layer(const rdkv_config *cfg, const pack_args &all, const rdkv_kv *kv,
+                            const rdkv_layer *layers, int layer) {
+  pack_args a = all;
+  const size_t first = static_cast<size_t>(layer) * static_cast<size_t>(cfg->n_kv_heads);
+  a.heads += first;
+  a.list.odd += first, a.list.kept += first * 5;
+  a.list.v_bits = layers[layer].v_bits;
+  a.list.v_distortion = a.joint ? layers[layer].v_distortion : nullptr;
+  a.k_bits = layers[layer].k_bits, a.k_distortion = layers[layer].k_distortion;
+  fill_channels(cfg, kv + layer, a.list, &a.channel);
+  a.channel.v = kv[layer].v;
+  a.channel.lo += first * MAX_DIM, a.channel.hi += first * MAX_DIM;
+  a.channel.k_bits = a.k_bits;
+  return a;
+}
+
+} /* namespace rdkv_cuda_compress */
+
+extern "C" size_t rdkv_cuda_layer_workspace(const rdkv_config *cfg, uint32_t n_tokens) {
+  using namespace rdkv_cuda_compress;
+  if (!resolved(cfg)) return 0;
+  score_memory s;
+  measure_memory m;
+  pack_memory p;
+  layout_score(cfg, n_tokens, nullptr, &s);
+  layout_measure(cfg, n_tokens, nullptr, &m);
+  layout_pack(cfg, 1, n_tokens, nullptr, &p);
+  const size_t a = s.m.bytes > m.m.bytes ? s.m.bytes : m.m.bytes;
+  return a > p.m.bytes ? a : p.m.bytes;
+}
+
+extern "C" size_t rdkv_cuda_pack_workspace(const rdkv_config *cfg, int n_layers,
+                                           uint32_t n_tokens) {
+  using namespace rdkv_cuda_compress;
+  if (!resolved(cfg) || n_layers < 1) return 0;
+  pack_memory p;
+  layout_pack(cfg, n_layers, n_tokens, nullptr, &p);
+  return p.m.bytes;
+}
+
+extern "C" size_t rdkv_cuda_allocate_workspace(const rdkv_config *cfg, int n_layers,
+                                               uint32_t n_tokens) {
+  using namespace rdkv_cuda_compress;
+  if (!resolved(cfg) || n_layers < 1) return 0;
+  solve_memory s;
+  layout_solve(cfg, n_layers, n_tokens, nullptr, &s);
+  return s.m.bytes;
+}
+
+extern "C" cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv, const float *lse,
+                                       ptrdiff_t lse_stride, const rdkv_layer *layer,
+                                       uint32_t *status, void *workspace, size_t bytes,
+                                       cudaStream_t stream) {
+  using namespace rdkv_cuda_compress;
+  if (!resolved(cfg) || !kv || !layer_ok(layer) || !status || !workspace)
+    return cudaErrorInvalidValue;
+  const uint32_t n = layer->n_tokens, heads = static_cast<uint32_t>(cfg->n_kv_heads);
+  const size_t kd = static_cast<size_t>(cfg->k_dim);
+  score_memory s;
+  layout_score(cfg, n, workspace, &s);
+  score_args &a = s.a;
+  if (bytes < s.m.bytes ||
+      (n > 0 && (!tensor_ok(kv->k) || !tensor_ok(kv->q) || (a.joint && !tensor_ok(kv->v)))))
+    return cudaErrorInvalidValue;
+  cudaError_t e =
+      cudaMemsetAsync(layer->k_bits, 0, heads * kd, stream); /* widths of older scores */
+  if (e || n == 0) return e;
+  e = cudaMemsetAsync(layer->v_bits, 0, static_cast<size_t>(heads) * n, stream);
+  if (e) return e;
+  a.k = kv->k, a.v = kv->v, a.q = kv->q, a.lse = lse, a.lse_stride = lse_stride;
+  a.token = layer->token, a.q_square = layer->q_square, a.k_square = layer->k_square;
+  a.mean_out = layer->mean_out, a.status = status;
+  const dim3 grid(static_cast<uint32_t>(a.splits), heads);
+  size_t shared = 0;
+  const dim3 query_grid(static_cast<uint32_t>(a.k_dim + 31) / 32, heads);
+  const dim3 column_grid(static_cast<uint32_t>(a.columns + 7) / 8, heads);
+  recency_kernel<<<1, THREADS, 0, stream>>>(a);
+  query_kernel<<<query_grid, THREADS, 0, stream>>>(a);
+  if (!lse) {
+    const score_kernel k = tensor_kernel_of(a, true, &shared);
+    if (k)
+      k<<<grid, 128, shared, stream>>>(a);
+    else
+      plain_kernel<true><<<grid, THREADS, 0, stream>>>(a);
+  }
+  reference_kernel<<<column_grid, THREADS, 0, stream>>>(a);
+  const score_kernel k = tensor_kernel_of(a, false, &shared);
+  if (k)
+    k<<<grid, 128, shared, stream>>>(a);
+  else
+    plain_kernel<false><<<grid, THREADS, 0, stream>>>(a);
+  if (a.joint && wide_rows(a.v, a.v_dim, 8))
+    out_kernel<true><<<grid, THREADS, 0, stream>>>(a);
+  else if (a.joint)
+    out_kernel<false><<<grid, THREADS, 0, stream>>>(a);
+  finish_kernel<<<heads, MAX_DIM, 0, stream>>>(a);
+  const dim3 pool_grid((n + THREADS - 1) / THREADS, heads);
+  pool_kernel<<<pool_grid, THREADS, 0, stream>>>(a);
+  return cudaGetLastError();
+}
+
+extern "C" cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *kv,
+                                         const rdkv_layer *layer, uint32_t *status, void *workspace,
+                                         size_t bytes, cudaStream_t stream) {
+  using namespace rdkv_cuda_compress;
+  if (!resolved(cfg) || !kv || !layer_ok(layer) || !status || !workspace)
+    return cudaErrorInvalidValue;
+  const uint32_t n = layer->n_tokens, heads = static_cast<uint32_t>(cfg->n_kv_heads);
+  measure_memory s;
+  layout_measure(cfg, n, workspace, &s);
+  if (bytes < s.m.bytes) return cudaErrorInvalidValue;
+  if (cfg->profile == RDKV_PAPER || n == 0) return cudaSuccess;
+  if (!tensor_ok(kv->k) || !tensor_ok(kv->v)) return cudaErrorInvalidValue;
+  measure_args &a = s.a;
+  order_args &o = s.o;
+  a.v = kv->v, a.token = layer->token, a.q_square = layer->q_square, a.mean_out = layer->mean_out;
+  a.v_bits = layer->v_bits, a.dv = layer->v_distortion, a.dk = layer->k_distortion;
+  a.n = n, a.pool = cfg->pool;
+  a.norm = static_cast<float>(static_cast<double>(cfg->softmax_scale) *
+                              static_cast<double>(cfg->softmax_scale)); /* exact, then rounded */
+  /* the tokens that K is measured over: 4 bits of 16, about */
+  const double keep = cfg->budget_bytes == 0 ? cfg->keep
+                                             : static_cast<double>(cfg->budget_bytes) /
+                                                   static_cast<double>(fp16_bytes(cfg, n));
+  const double part = keep * 4;
+  a.want = part >= 1 ? n : static_cast<uint32_t>(part * static_cast<double>(n));
+  if (a.want < TILE) a.want = TILE;
+  o.v_bits = layer->v_bits, o.d0 = layer->v_distortion, o.any = a.any, o.cut = a.cut;
+  o.status = status, o.n = n, o.chunks = chunks_of(n);
+  fill_channels(cfg, kv, o, &a.channel);
+  a.channel.d0 = layer->v_distortion;
+  const size_t zero =
+      static_cast<size_t>(reinterpret_cast<uint8_t *>(a.cut) - reinterpret_cast<uint8_t *>(a.any));
+  const cudaError_t e = cudaMemsetAsync(a.any, 0, zero, stream);
+  if (e) return e;
+  const dim3 chunks(o.chunks, heads), rows(blocks_of(n, 64, 512), heads);
+  any_kernel<<<chunks, THREADS, 0, stream>>>(layer->v_bits, n, a.any);
+  const measure_kernel v_error = cfg->v_dim <= 64    ? v_error_kernel_for<4>(kv->v.dtype)
+                                 : cfg->v_dim <= 128 ? v_error_kernel_for<8>(kv->v.dtype)
+                                                     : v_error_kernel_for<16>(kv->v.dtype);
+  v_error<<<rows, THREADS, 0, stream>>>(a);
+  const dim3 drop(blocks_of(n, 2048, 64), heads);
+  drop_kernel<<<drop, THREADS, 0, stream>>>(a);
+  cut_kernel<<<heads, THREADS, 0, stream>>>(a);
+  list_tokens(o, heads, stream);
+  find_range(a.channel, heads, stream);
+  const uint32_t groups = static_cast<uint32_t>(cfg->k_dim + 31) / 32;
+  const dim3 sums(groups, heads), errors(groups, heads, 4);
+  chain_kernel_of<false>(a.channel)<<<sums, 32 * (CHAIN_WARPS + 1), 0, stream>>>(a.channel);
+  fit_kernel<<<heads, MAX_DIM, 0, stream>>>(a);
+  chain_kernel_of<true>(a.channel)<<<errors, 32 * (CHAIN_WARPS + 1), 0, stream>>>(a.channel);
+  k_distortion_kernel<<<heads, MAX_DIM, 0, stream>>>(a);
+  return cudaGetLastError();
+}
+
+extern "C" cudaError_t rdkv_cuda_allocate(const rdkv_config *cfg, const rdkv_layer *layers,
+                                          int n_layers, double *lambda, uint32_t *status,
+                                          void *workspace, size_t bytes, cudaStream_t stream) {
+  using namespace rdkv_cuda_compress;
+  if (!resolved(cfg) || !layers || n_layers < 1 || n_layers > cfg->n_layers || !lambda || !status ||
+      !workspace)
+    return cudaErrorInvalidValue;
+  const uint32_t n = layers[0].n_tokens;
+  for (int i = 0; i < n_layers; ++i)
+    if (!layer_ok(&layers[i]) || layers[i].n_tokens != n) return cudaErrorInvalidValue;
+  if (cfg->max_error > 0) return cudaErrorNotSupported;
+  solve_memory s;
+  layout_solve(cfg, n_layers, n, workspace, &s);
+  if (bytes < s.m.bytes) return cudaErrorInvalidValue;
+  solve_args &a = s.a;
+  const size_t zero = static_cast<size_t>(reinterpret_cast<uint8_t *>(a.layers) -
+                                          reinterpret_cast<uint8_t *>(a.state));
+  cudaError_t e = cudaMemsetAsync(a.state, 0, zero, stream);
+  if (e) return e;
+  for (int first = 0; first < n_layers; first += 32) {
+    solve_views views;
+    int i = 0;
+    for (; i < 32 && first + i < n_layers; ++i) {
+      const rdkv_layer &l = layers[first + i];
+      const layer_view v = {l.token,        l.q_square, l.k_square, l.v_distortion,
+                            l.k_distortion, l.v_bits,   l.k_bits};
+      views.view[i] = v;
+    }
+    view_kernel<<<1, 32, 0, stream>>>(a.layers + first, views, i);
+  }
+  for (int first = 0; first < cfg->n_pins && n > 0; first += 64) {
+    solve_pins pins;
+    int i = 0;
+    for (; i < 64 && first + i < cfg->n_pins; ++i) {
+      const rdkv_pin &p = cfg->pins[first + i];
+      pins.pin[i].begin = p.begin, pins.pin[i].end = p.end;
+      pins.pin[i].level = level_of(p.min_bits);
+    }
+    pin_kernel<<<(n + THREADS - 1) / THREADS, THREADS, 0, stream>>>(a.pin, n, pins, i);
+  }
+  if (cfg->n_pins == 0) a.pin = nullptr;
+  a.lambda = lambda, a.status = status, a.n = n;
+  a.n_kv_heads = static_cast<uint32_t>(cfg->n_kv_heads);
+  a.n_heads = static_cast<uint32_t>(n_layers) * a.n_kv_heads, a.n_layers = n_layers;
+  a.k_dim = cfg->k_dim, a.v_dim = cfg->v_dim, a.positions = cfg->positions;
+  a.scope = cfg->scope, a.paper = cfg->profile == RDKV_PAPER;
+  a.budget = budget_of(cfg, n, n_layers), a.fixed = fixed_bytes(a.n_heads);
+  a.given_lambda = cfg->lambda, a.k_share = cfg->k_share;
+  a.threshold =
+      cfg->lambda > 3.4028234663852886e38 ? 3.402823466e38f : static_cast<float>(cfg->lambda);
+  a.tokens = cfg->token_budget;
+  a.search = cfg->token_budget == 0 && cfg->budget_bytes > 0;
+  if (cfg->token_budget == 0 && !a.search) a.tokens = cfg->keep * static_cast<double>(n);
+  a.eps_k[0] = a.eps_v[0] = 1, a.eps_k[4] = a.eps_v[4] = 0;
+  for (int i = 0; i < 3; ++i) a.eps_k[i + 1] = cfg->eps_k[i], a.eps_v[i + 1] = cfg->eps_v[i];
+  /* a block on every multiprocessor: all are resident, as their barriers want */
+  int device = 0, blocks = 0;
+  e = cudaGetDevice(&device);
+  if (!e) e = cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);
+  if (e) return e;
+  void *pack[] = {&a};
+  e = cudaLaunchCooperativeKernel(reinterpret_cast<const void *>(solve_kernel),
+                                  dim3(static_cast<uint32_t>(blocks)), dim3(SOLVE), pack, 0,
+                                  stream);
+  return e ? e : cudaGetLastError();
+}
+
+extern "C" cudaError_t rdkv_cuda_pack(const rdkv_config *cfg, const rdkv_kv *kv,
+                                      const rdkv_layer *layers, int n_layers, const double *lambda,
+                                      int first_layer, uint64_t token_begin, void *block,
+                                      size_t capacity, uint64_t *block_bytes, uint32_t *status,
+                                      void *workspace, size_t bytes, cudaStream_t stream) {
+  using namespace rdkv_cuda_compress;
+  if (!resolved(cfg) || !kv || !layers || n_layers < 1 || n_layers > 65535 || first_layer < 0 ||
+      !block || reinterpret_cast<uintptr_t>(block) % 128 != 0 || !block_bytes || !status ||
+      !workspace)
+    return cudaErrorInvalidValue;
+  const uint32_t n = layers[0].n_tokens, heads = static_cast<uint32_t>(cfg->n_kv_heads);
+  for (int i = 0; i < n_layers; ++i)
+    if (!layer_ok(&layers[i]) || layers[i].n_tokens != n ||
+        (n > 0 && (!tensor_ok(kv[i].k) || !tensor_ok(kv[i].v))))
+      return cudaErrorInvalidValue;
+  pack_memory s;
+  layout_pack(cfg, n_layers, n, workspace, &s);
+  if (bytes < s.m.bytes) return cudaErrorInvalidValue;
+  pack_args &a = s.a;
+  a.list.status = status, a.list.n = n, a.list.chunks = chunks_of(n);
+  a.lambda = lambda, a.block = static_cast<uint8_t *>(block), a.capacity = capacity;
+  a.bytes = block_bytes, a.n_heads = static_cast<uint32_t>(n_layers) * heads;
+  a.joint = cfg->profile == RDKV_JOINT, a.positions = cfg->positions;
+  a.channel.k_dim = cfg->k_dim, a.channel.v_dim = cfg->v_dim;
+  rdkv_header &h = a.header;
+  h.magic = 0x564b4452u, h.version = RDKV_FORMAT_VERSION;
+  h.first_layer = static_cast<uint32_t>(first_layer), h.n_layers = static_cast<uint32_t>(n_layers);
+  h.n_q_heads = static_cast<uint32_t>(cfg->n_q_heads), h.n_kv_heads = heads;
+  h.k_dim = static_cast<uint32_t>(cfg->k_dim), h.v_dim = static_cast<uint32_t>(cfg->v_dim);
+  h.token_begin = token_begin, h.n_tokens = n, h.positions = static_cast<uint32_t>(cfg->positions);
+  h.profile = static_cast<uint32_t>(cfg->profile), h.scope = static_cast<uint32_t>(cfg->scope);
+  h.window = static_cast<uint32_t>(cfg->window), h.pool = static_cast<uint32_t>(cfg->pool);
+  h.softmax_scale = cfg->softmax_scale, h.k_share = static_cast<float>(cfg->k_share);
+  for (int i = 0; i < 3; ++i) h.eps_k[i] = cfg->eps_k[i], h.eps_v[i] = cfg->eps_v[i];
+  h.keep = cfg->keep, h.max_error = cfg->max_error, h.token_budget = cfg->token_budget;
+  h.budget_bytes = cfg->budget_bytes;
+  cudaError_t e = cudaMemsetAsync(a.list.odd, 0, a.n_heads * sizeof(uint32_t), stream);
+  if (e) return e;
+  for (int i = 0; i < n_layers;
+       ++i) { /* nothing is written before all of the input is known good */
+    const pack_args l = pack_layer(cfg, a, kv, layers, i);
+    list_tokens(l.list, heads, stream);
+    head_kernel<<<heads, THREADS, 0, stream>>>(l);
+    if (a.joint && n > 0) serial_kernel<<<heads, THREADS, 0, stream>>>(l);
+    find_range(l.channel, heads, stream);
+  }
+  offsets_kernel<<<1, THREADS, 0, stream>>>(a);
+  header_kernel<<<blocks_of(a.n_heads + 4, THREADS, 64), THREADS, 0, stream>>>(a);
+  for (int i = 0; i < n_layers; ++i) {
+    const pack_args l = pack_layer(cfg, a, kv, layers, i);
+    if (n_layers > 1) list_tokens(l.list, heads, stream); /* the order has room for one layer */
+    if (a.joint) {
+      const dim3 sums(static_cast<uint32_t>(cfg->k_dim + 31) / 32, heads);
+      chain_kernel_of<false>(l.channel)<<<sums, 32 * (CHAIN_WARPS + 1), 0, stream>>>(l.channel);
+    }
+    table_kernel<<<heads, THREADS, 0, stream>>>(l);
+    const dim3 tiles(blocks_of(n, TILE, 1024 / heads + 1), heads);
+    if (n > 0) tile_kernel_of(l.channel)<<<tiles, THREADS, 0, stream>>>(l);
+  }
+  body_sum_kernel<<<264, THREADS, 0, stream>>>(status, a.state, a.block);
+  head_sum_kernel<<<1, THREADS, 0, stream>>>(status, a.state, a.block, block_bytes);
   return cudaGetLastError();
 }
 

@@ -1,0 +1,148 @@
+/* Time of each step of compression on the GPU, a layer at a time: 8 kv heads, groups of 4, head_dim
+   128, fp16, a tenth of the bytes kept. Medians of repeated launches; up to 8K tokens K and V stay
+   in the L2, above they do not fit. --csv: one line a row; a number: that many tokens alone.
+   nvcc -O3 -std=c++17 -arch=native bench/bench_compress.cu -o bench_compress && ./bench_compress */
+#define RDKV_IMPLEMENTATION
+#define RDKV_CUDA_IMPLEMENTATION
+#define RDKV_CUDA_V_DIM 128
+#include "../rdkv_cuda.cuh"
+
+#include <algorithm>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <vector>
+
+static void check(cudaError_t e, int line) {
+  if (e == cudaSuccess) return;
+  fprintf(stderr, "line %d: %s\n", line, cudaGetErrorString(e));
+  exit(2);
+}
+#define CHECK(call) check(call, __LINE__)
+
+/* Near-normal values from a hash; some rows stand out, so that attention is neither flat nor one
+   token alone. */
+static __global__ void fill(__half *x, size_t n, int dim, float size, uint32_t seed) {
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < n;
+       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
+    uint64_t z = (i + 1) * 0x9e3779b97f4a7c15ull + seed;
+    float s = 0;
+    for (int k = 0; k < 4; ++k) {
+      z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull, z ^= z >> 27;
+      s += static_cast<float>(z >> 40) * 5.9604645e-8f - 0.5f;
+    }
+    const uint64_t row = i / static_cast<size_t>(dim) * 0x94d049bb133111ebull >> 32;
+    x[i] = __float2half_rn(s * 1.7320508f * size * (row % 32 ? 0.8f : 1.6f));
+  }
+}
+
+template <typename T>
+static T *device(size_t n) {
+  T *p = nullptr;
+  CHECK(cudaMalloc(&p, n * sizeof(T) + 256));
+  return p;
+}
+
+template <typename F>
+static double median_us(F run) {
+  cudaEvent_t a, b;
+  std::vector<float> t;
+  CHECK(cudaEventCreate(&a)), CHECK(cudaEventCreate(&b));
+  for (int i = 0; i < 13; ++i) {
+    float ms;
+    CHECK(cudaEventRecord(a)), run(), CHECK(cudaEventRecord(b));
+    CHECK(cudaEventSynchronize(b)), CHECK(cudaEventElapsedTime(&ms, a, b));
+    if (i >= 2) t.push_back(ms * 1000);
+  }
+  std::sort(t.begin(), t.end());
+  CHECK(cudaEventDestroy(a)), CHECK(cudaEventDestroy(b));
+  return t[t.size() / 2];
+}
+
+int main(int argc, char **argv) {
+  const bool csv = argc > 1 && strcmp(argv[1], "--csv") == 0;
+  const uint32_t lengths[] = {8192, 32768, 131072};
+  printf(csv ? "profile,tokens,window,score,score_lse,measure,allocate,pack,total,total_lse,bytes\n"
+             : "%-7s %7s %6s %9s %9s %9s %9s %9s %9s %9s   us a layer\n",
+         "profile", "tokens", "window", "score", "with lse", "measure", "allocate", "pack", "total",
+         "with lse");
+  for (int profile = 0; profile < 2; ++profile)
+    for (uint32_t n : lengths)
+      for (int window = 32; window <= 64; window *= 2) {
+        if (argc > 1 && !csv && static_cast<uint32_t>(atoi(argv[1])) != n) continue;
+        rdkv_config c = rdkv_config();
+        c.n_q_heads = 32, c.n_kv_heads = 8, c.k_dim = 128, c.window = window;
+        c.profile = profile ? RDKV_PAPER : RDKV_JOINT;
+        if (rdkv_resolve(&c, &c) != RDKV_OK) return 2;
+        const size_t row = 8 * 128, rows = static_cast<size_t>(window);
+        __half *k = device<__half>(n * row), *v = device<__half>(n * row);
+        __half *q = device<__half>(rows * 32 * 128);
+        fill<<<1024, 256>>>(k, n * row, 128, 1, 1), fill<<<1024, 256>>>(v, n * row, 128, 1, 2);
+        fill<<<64, 256>>>(q, rows * 32 * 128, 128, 2, 3);
+        rdkv_kv kv;
+        kv.k = rdkv_dense(k, RDKV_F16, 8, 128), kv.v = rdkv_dense(v, RDKV_F16, 8, 128);
+        kv.q = rdkv_dense(q, RDKV_F16, 32, 128);
+        /* the layout of the host's arrays, on the device */
+        const size_t layer_bytes = rdkv_layer_bytes(&c, n);
+        void *host = aligned_alloc(64, (layer_bytes + 63) / 64 * 64);
+        char *mem = device<char>(layer_bytes);
+        rdkv_layer h, l;
+        if (rdkv_layer_init(&c, n, host, layer_bytes, &h) != RDKV_OK) return 2;
+        const ptrdiff_t shift = mem - static_cast<char *>(host);
+#define SHIFT(field, type) \
+  l.field = reinterpret_cast<type *>(reinterpret_cast<char *>(h.field) + shift)
+        l = h;
+        SHIFT(token, float), SHIFT(q_square, float), SHIFT(k_square, float), SHIFT(mean_out, float);
+        SHIFT(v_distortion, float), SHIFT(k_distortion, float), SHIFT(v_bits, uint8_t);
+        SHIFT(k_bits, uint8_t);
+        CHECK(cudaMemset(mem, 0, layer_bytes));
+        const size_t work_bytes =
+            std::max(rdkv_cuda_layer_workspace(&c, n), rdkv_cuda_allocate_workspace(&c, 1, n));
+        const size_t capacity = rdkv_block_bound(&c, n);
+        char *work = device<char>(work_bytes), *block = device<char>(capacity);
+        double *lambda = device<double>(1);
+        uint64_t *bytes = device<uint64_t>(1);
+        uint32_t *status = device<uint32_t>(1);
+        CHECK(cudaMemset(status, 0, 4));
+        /* logits are near normal with a deviation of about 2: this is close to their log-sum-exp */
+        std::vector<float> guess(32 * rows, logf(static_cast<float>(n)) + 2.5f);
+        float *lse = device<float>(guess.size());
+        CHECK(cudaMemcpy(lse, guess.data(), guess.size() * 4, cudaMemcpyHostToDevice));
+        double us[5];
+        const ptrdiff_t w = window;
+        us[1] = median_us(
+            [&] { CHECK(rdkv_cuda_score(&c, &kv, lse, w, &l, status, work, work_bytes, 0)); });
+        us[0] = median_us(
+            [&] { CHECK(rdkv_cuda_score(&c, &kv, nullptr, 0, &l, status, work, work_bytes, 0)); });
+        us[2] = median_us([&] {
+          CHECK(cudaMemsetAsync(l.v_bits, 0, static_cast<size_t>(n) * 8));
+          CHECK(rdkv_cuda_measure(&c, &kv, &l, status, work, work_bytes, 0));
+        });
+        us[3] = median_us(
+            [&] { CHECK(rdkv_cuda_allocate(&c, &l, 1, lambda, status, work, work_bytes, 0)); });
+        us[4] = median_us([&] {
+          CHECK(rdkv_cuda_pack(&c, &kv, &l, 1, lambda, 0, 0, block, capacity, bytes, status, work,
+                               work_bytes, 0));
+        });
+        uint32_t failed;
+        uint64_t packed;
+        CHECK(cudaMemcpy(&failed, status, 4, cudaMemcpyDeviceToHost));
+        CHECK(cudaMemcpy(&packed, bytes, 8, cudaMemcpyDeviceToHost));
+        if (failed) {
+          fprintf(stderr, "status %u\n", failed);
+          return 2;
+        }
+        const double rest = us[2] + us[3] + us[4];
+        printf(csv ? "%s,%u,%d,%.1f,%.1f,%.1f,%.1f,%.1f,%.1f,%.1f,%llu\n"
+                   : "%-7s %7u %6d %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f\n",
+               profile ? "paper" : "joint", n, window, us[0], us[1], us[2], us[3], us[4],
+               us[0] + rest, us[1] + rest, static_cast<unsigned long long>(packed));
+        if (!csv && window == 32)
+          printf("        workspace %.1f MB, arrays %.1f MB, block %.2f MB of %.1f\n",
+                 work_bytes / 1e6, layer_bytes / 1e6, packed / 1e6, n * row * 4 / 1e6);
+        free(host);
+        void *all[] = {k, v, q, mem, work, block, lambda, bytes, status, lse};
+        for (void *p : all) CHECK(cudaFree(p));
+      }
+  return 0;
+}

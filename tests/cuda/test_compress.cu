@@ -1,0 +1,612 @@
+/* Tests of the compression side of rdkv_cuda.cuh: on the device against rdkv.h, byte by byte. Exit
+   code 0: all passed. With "small" as argument: fewer and smaller cases, for compute-sanitizer.
+   nvcc -O2 -std=c++17 -arch=native tests/cuda/test_compress.cu -o test_compress && ./test_compress
+ */
+#define RDKV_IMPLEMENTATION
+#define RDKV_CUDA_IMPLEMENTATION
+#define RDKV_CUDA_V_DIM 64 /* of attention, which is not tested here */
+#include "../../rdkv_cuda.cuh"
+
+#include "../problem.h"
+
+static bool small_run = false;
+
+static void cuda_ok(cudaError_t e, int line) {
+  if (e == cudaSuccess) return;
+  fprintf(stderr, "line %d: %s\n", line, cudaGetErrorString(e));
+  exit(2);
+}
+#define CUDA(call) cuda_ok(call, __LINE__)
+
+/* ---- a problem's copy on the device ---------------------------------------------------------- */
+
+struct device_problem {
+  const problem *p;
+  rdkv_kv kv[MAX_LAYERS];
+  void *raw[MAX_LAYERS][3];
+  rdkv_layer layer[MAX_LAYERS];
+  void *memory[MAX_LAYERS];
+  size_t layer_bytes, workspace_bytes, capacity;
+  void *workspace, *block;
+  double *lambda;
+  uint64_t *block_bytes;
+  uint32_t *status;
+};
+
+static size_t mem_bytes(const void *memory) {
+  mem_head head;
+  memcpy(&head, static_cast<const char *>(memory) - MEM_ALIGN, sizeof head);
+  return head.bytes;
+}
+
+static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
+
+template <typename T>
+static T *shifted(T *host, const void *from, void *to) {
+  return reinterpret_cast<T *>(static_cast<char *>(to) + (reinterpret_cast<const char *>(host) -
+                                                          static_cast<const char *>(from)));
+}
+
+static void send_layers(device_problem *d) {
+  for (int l = 0; l < d->p->cfg.n_layers; ++l)
+    CUDA(cudaMemcpy(d->memory[l], d->p->layer_memory[l], d->layer_bytes, cudaMemcpyHostToDevice));
+}
+
+/* Workspace, block and results full of rubbish; no error yet. */
+static void poison(device_problem *d, int byte) {
+  CUDA(cudaMemset(d->workspace, byte, d->workspace_bytes));
+  CUDA(cudaMemset(d->block, byte, d->capacity));
+  CUDA(cudaMemset(d->lambda, byte, MAX_LAYERS * sizeof(double)));
+  CUDA(cudaMemset(d->block_bytes, byte, sizeof(uint64_t)));
+  CUDA(cudaMemset(d->status, 0, sizeof(uint32_t)));
+}
+
+static device_problem to_device(const problem *p) {
+  device_problem d;
+  const rdkv_config *c = &p->cfg;
+  memset(&d, 0, sizeof d);
+  d.p = p, d.layer_bytes = rdkv_layer_bytes(c, p->n_tokens);
+  for (int l = 0; l < c->n_layers; ++l) {
+    d.kv[l] = p->kv[l];
+    rdkv_tensor *t[3] = {&d.kv[l].k, &d.kv[l].v, &d.kv[l].q};
+    for (int i = 0; i < 3; ++i) {
+      const size_t bytes = mem_bytes(p->raw[l][i]);
+      CUDA(cudaMalloc(&d.raw[l][i], bytes));
+      CUDA(cudaMemcpy(d.raw[l][i], p->raw[l][i], bytes, cudaMemcpyHostToDevice));
+      t[i]->data = shifted(static_cast<const char *>(t[i]->data), p->raw[l][i], d.raw[l][i]);
+    }
+    CUDA(cudaMalloc(&d.memory[l], d.layer_bytes + 64));
+    const rdkv_layer &h = p->layer[l];
+    const void *from = p->layer_memory[l];
+    d.layer[l].n_tokens = h.n_tokens, d.layer[l].lambda = 0;
+    d.layer[l].token = shifted(h.token, from, d.memory[l]);
+    d.layer[l].q_square = shifted(h.q_square, from, d.memory[l]);
+    d.layer[l].k_square = shifted(h.k_square, from, d.memory[l]);
+    d.layer[l].mean_out = shifted(h.mean_out, from, d.memory[l]);
+    d.layer[l].v_distortion = shifted(h.v_distortion, from, d.memory[l]);
+    d.layer[l].k_distortion = shifted(h.k_distortion, from, d.memory[l]);
+    d.layer[l].v_bits = shifted(h.v_bits, from, d.memory[l]);
+    d.layer[l].k_bits = shifted(h.k_bits, from, d.memory[l]);
+  }
+  d.workspace_bytes = largest(largest(rdkv_cuda_layer_workspace(c, p->n_tokens),
+                                      rdkv_cuda_allocate_workspace(c, c->n_layers, p->n_tokens)),
+                              rdkv_cuda_pack_workspace(c, c->n_layers, p->n_tokens));
+  /* widths of one's own may take more than a budget's bound */
+  rdkv_config most = *c;
+  most.profile = RDKV_PAPER;
+  d.capacity = rdkv_block_bound(&most, p->n_tokens);
+  CUDA(cudaMalloc(&d.workspace, d.workspace_bytes));
+  CUDA(cudaMalloc(&d.block, d.capacity + 128));
+  CUDA(cudaMalloc(&d.lambda, MAX_LAYERS * sizeof(double)));
+  CUDA(cudaMalloc(&d.block_bytes, sizeof(uint64_t)));
+  CUDA(cudaMalloc(&d.status, sizeof(uint32_t)));
+  poison(&d, 0xa5);
+  send_layers(&d);
+  return d;
+}
+
+static void device_free(device_problem *d) {
+  for (int l = 0; l < d->p->cfg.n_layers; ++l) {
+    for (int i = 0; i < 3; ++i) CUDA(cudaFree(d->raw[l][i]));
+    CUDA(cudaFree(d->memory[l]));
+  }
+  CUDA(cudaFree(d->workspace)), CUDA(cudaFree(d->block)), CUDA(cudaFree(d->lambda));
+  CUDA(cudaFree(d->block_bytes)), CUDA(cudaFree(d->status));
+}
+
+static uint32_t status_of(const device_problem *d) {
+  uint32_t status;
+  CUDA(cudaMemcpy(&status, d->status, sizeof status, cudaMemcpyDeviceToHost));
+  return status;
+}
+
+/* A layer's arrays back on the host; release with free. */
+static char *fetch(const device_problem *d, int l) {
+  char *m = static_cast<char *>(malloc(d->layer_bytes + 1));
+  CUDA(cudaMemcpy(m, d->memory[l], d->layer_bytes, cudaMemcpyDeviceToHost));
+  return m;
+}
+
+/* The same bytes in an array of the host's layer l and in its copy m from the device. */
+static void check_array(const problem *p, int l, const char *m, const void *array, size_t bytes,
+                        const char *what) {
+  const char *a = static_cast<const char *>(array);
+  const char *b = m + (a - static_cast<const char *>(p->layer_memory[l]));
+  size_t i = 0;
+  while (i < bytes && a[i] == b[i]) ++i;
+  if (!CHECK(i == bytes))
+    printf("  %s, layer %d: byte %zu of %zu differs, %d, want %d\n", what, l, i, bytes, b[i], a[i]);
+}
+
+/* ---- pack ------------------------------------------------------------------------------------ */
+
+/* Packs p's widths on both and compares. */
+static void compare_pack(problem *p, device_problem *d, int first_layer, uint64_t begin) {
+  const rdkv_config *c = &p->cfg;
+  const size_t capacity = rdkv_block_bytes(c, p->layer, c->n_layers);
+  char *want = static_cast<char *>(mem_new(capacity)),
+       *got = static_cast<char *>(malloc(capacity + 128));
+  size_t bytes = 0;
+  uint64_t device_bytes = 0;
+  double lambda[MAX_LAYERS];
+  for (int l = 0; l < MAX_LAYERS; ++l) lambda[l] = p->layer[l].lambda;
+  CHECK_OK(rdkv_pack(c, p->kv, p->layer, c->n_layers, first_layer, begin, want, capacity, &bytes,
+                     p->scratch, p->scratch_bytes));
+  send_layers(d);
+  poison(d, 0x5a);
+  CUDA(cudaMemcpy(d->lambda, lambda, sizeof lambda, cudaMemcpyHostToDevice));
+  CUDA(rdkv_cuda_pack(c, d->kv, d->layer, c->n_layers, d->lambda, first_layer, begin, d->block,
+                      capacity, d->block_bytes, d->status, d->workspace, d->workspace_bytes, 0));
+  CHECK_EQ(status_of(d), RDKV_OK);
+  CUDA(cudaMemcpy(&device_bytes, d->block_bytes, 8, cudaMemcpyDeviceToHost));
+  CHECK_EQ(device_bytes, bytes);
+  CUDA(cudaMemcpy(got, d->block, capacity + 128, cudaMemcpyDeviceToHost));
+  size_t i = 0;
+  while (i < bytes && got[i] == want[i]) ++i;
+  if (!CHECK(i == bytes))
+    printf("  byte %zu of %zu (head %llu) differs\n", i, bytes,
+           (unsigned long long)((rdkv_header *)(void *)want)->head_bytes);
+  for (i = capacity; i < capacity + 128; ++i)
+    if (!CHECK(got[i] == 0x5a)) break;
+  if (capacity > 0) { /* too small by a byte: an error, and nothing is written */
+    poison(d, 0x5a);
+    CUDA(rdkv_cuda_pack(c, d->kv, d->layer, c->n_layers, d->lambda, first_layer, begin, d->block,
+                        capacity - 1, d->block_bytes, d->status, d->workspace, d->workspace_bytes,
+                        0));
+    CHECK_EQ(status_of(d), RDKV_ERR_MEMORY);
+    CUDA(cudaMemcpy(&device_bytes, d->block_bytes, 8, cudaMemcpyDeviceToHost));
+    CHECK_EQ(device_bytes, 0);
+    CUDA(cudaMemcpy(got, d->block, capacity, cudaMemcpyDeviceToHost));
+    for (i = 0; i < capacity && got[i] == 0x5a; ++i) {
+    }
+    CHECK_EQ(i, capacity);
+  }
+  mem_free(want), free(got);
+}
+
+static void test_pack() {
+  static const int shape[][4] = {{8, 2, 128, 128}, {4, 4, 64, 80}, {2, 1, 40, 24},
+                                 {4, 1, 256, 256}, {3, 1, 1, 1},   {6, 2, 80, 112}};
+  static const uint32_t length[] = {0, 1, 31, 33, 100, 2500};
+  static const unsigned mix[] = {MIX_ALL, 0x1e2, 0x22, 0x1f0, 0x21, 0x3e};
+  uint64_t seed = 1;
+  for (size_t s = 0; s < sizeof shape / sizeof *shape; ++s)
+    for (size_t n = 0; n < sizeof length / sizeof *length; ++n)
+      for (int variant = 0; variant < 6; ++variant, ++seed) {
+        if (small_run && (variant + static_cast<int>(s + n)) % 4) continue;
+        if (length[n] > 1000 && (s > 1 || variant > 2)) continue;
+        rdkv_config c = config_of(shape[s][0], shape[s][1], shape[s][2], shape[s][3]);
+        c.profile = variant & 1 ? RDKV_PAPER : RDKV_JOINT;
+        c.positions = variant >> 1 & 1, c.n_layers = variant % 3 + 1;
+        const rdkv_dtype dtype = static_cast<rdkv_dtype>(variant % 3);
+        const layout where = static_cast<layout>(seed % N_LAYOUTS);
+        test_where("pack: shape %zu, %u tokens, variant %d", s, length[n], variant);
+        problem p = problem_make(&c, length[n], dtype, where, seed);
+        problem_score(&p);
+        device_problem d = to_device(&p);
+        for (int m = 0; m < (small_run ? 1 : 3); ++m) {
+          problem_widths(&p, mix[(static_cast<size_t>(m) * 2 + seed) % 6], seed + 77);
+          if (p.cfg.profile == RDKV_PAPER && length[n] > 0) p.layer[0].k_bits[0] = 16;
+          for (int l = 0; l < p.cfg.n_layers; ++l) p.layer[l].lambda = 0.25 * (l + 1);
+          compare_pack(&p, &d, m, static_cast<uint64_t>(m) << 33);
+        }
+        device_free(&d), problem_free(&p);
+      }
+}
+
+/* Values that a quantiser trips over, and sums at a tie between two floats. */
+static void test_pack_values() {
+  rdkv_config c = config_of(2, 2, 64, 64);
+  for (int kind = 0; kind < 6; ++kind) {
+    test_where("pack values: kind %d", kind);
+    c.profile = kind & 1 ? RDKV_PAPER : RDKV_JOINT;
+    problem p = problem_make(&c, 300, RDKV_F32, DENSE, 5);
+    float *k = static_cast<float *>(p.raw[0][0]), *v = static_cast<float *>(p.raw[0][1]);
+    for (int i = 0; i < 300 * 128; ++i) {
+      if (kind < 2) k[i] = v[i] = 65504.0f * ((i * 7 % 13) - 6) / 6.0f;
+      if (kind == 2 || kind == 3) k[i] = 3.5f, v[i] = i % 2 ? 0.0f : -0.0f;
+      if (kind > 3) k[i] *= 1e-7f, v[i] *= 3e-8f;
+    }
+    problem_widths(&p, MIX_ALL, 9);
+    for (int t = 0; t < 2 * 300 * 5; ++t)
+      p.layer[0].v_distortion[t] = kind < 4 ? 0.1f * (float)t : 1.0f;
+    if (kind == 4) /* 2^24 and then many halves: every one is lost in float, none in double */
+      for (int t = 0; t < 2 * 300 * 5; ++t)
+        p.layer[0].v_distortion[t] = t % 300 ? 1.0f : 33554432.0f;
+    device_problem d = to_device(&p);
+    compare_pack(&p, &d, 0, 0);
+    device_free(&d), problem_free(&p);
+  }
+}
+
+/* ---- measure --------------------------------------------------------------------------------- */
+
+static void compare_measure(problem *p, device_problem *d) {
+  const rdkv_config *c = &p->cfg;
+  const size_t heads = static_cast<size_t>(c->n_kv_heads);
+  send_layers(d);
+  for (int l = 0; l < c->n_layers; ++l) {
+    poison(d, 0x77);
+    CHECK_OK(rdkv_measure(c, &p->kv[l], &p->layer[l], p->scratch, p->scratch_bytes));
+    CUDA(rdkv_cuda_measure(c, &d->kv[l], &d->layer[l], d->status, d->workspace, d->workspace_bytes,
+                           0));
+    CHECK_EQ(status_of(d), RDKV_OK);
+    char *m = fetch(d, l);
+    check_array(p, l, m, p->layer[l].v_distortion, heads * 5 * p->n_tokens * 4, "v_distortion");
+    check_array(p, l, m, p->layer[l].k_distortion, heads * 4 * static_cast<size_t>(c->k_dim) * 4,
+                "k_distortion");
+    free(m);
+  }
+}
+
+static void test_measure() {
+  static const int shape[][4] = {
+      {8, 2, 128, 128}, {4, 4, 64, 80}, {2, 1, 40, 24}, {4, 1, 256, 256}, {3, 1, 1, 1}};
+  static const uint32_t length[] = {0, 1, 31, 33, 200, 3000};
+  uint64_t seed = 1;
+  for (size_t s = 0; s < sizeof shape / sizeof *shape; ++s)
+    for (size_t n = 0; n < sizeof length / sizeof *length; ++n)
+      for (int variant = 0; variant < 3; ++variant, ++seed) {
+        if (small_run && (variant + static_cast<int>(s + n)) % 3) continue;
+        if (length[n] > 1000 && (s > 1 || small_run)) continue;
+        rdkv_config c = config_of(shape[s][0], shape[s][1], shape[s][2], shape[s][3]);
+        c.keep = variant == 0 ? 0.05 : variant == 1 ? 0.3 : 0.2, c.pool = variant * 8 + 1;
+        if (variant == 2) c.budget_bytes = 4000;
+        test_where("measure: shape %zu, %u tokens, variant %d", s, length[n], variant);
+        problem p = problem_make(&c, length[n], static_cast<rdkv_dtype>(variant),
+                                 static_cast<layout>(seed % N_LAYOUTS), seed);
+        CHECK_OK(rdkv_score(&p.cfg, &p.kv[0], &p.layer[0], p.scratch, p.scratch_bytes));
+        device_problem d = to_device(&p);
+        compare_measure(&p, &d);
+        problem_widths(&p, MIX_ALL, seed); /* K over the tokens that are kept */
+        compare_measure(&p, &d);
+        device_free(&d), problem_free(&p);
+      }
+}
+
+/* ---- score ----------------------------------------------------------------------------------- */
+
+/* Largest difference, as a part of the largest value. */
+static double difference(const float *a, const float *b, size_t n) {
+  double d = 0, top = 1e-30;
+  for (size_t i = 0; i < n; ++i) {
+    d = fmax(d, fabs(static_cast<double>(a[i]) - static_cast<double>(b[i])));
+    top = fmax(top, fabs(static_cast<double>(b[i])));
+    if (a[i] != a[i]) return INFINITY;
+  }
+  return d / top;
+}
+
+/* Log-sum-exp of the window's rows, fp64; [n_q_heads][window]. */
+static float *window_lse(const problem *p) {
+  const rdkv_config *c = &p->cfg;
+  const size_t w = p->n_queries, kd = static_cast<size_t>(c->k_dim),
+               hq = static_cast<size_t>(c->n_q_heads);
+  const size_t hk = static_cast<size_t>(c->n_kv_heads);
+  float *lse = static_cast<float *>(malloc((hq * w + 1) * sizeof(float)));
+  double *x = static_cast<double *>(malloc((p->n_tokens + 1) * sizeof(double)));
+  for (size_t h = 0; h < hq; ++h)
+    for (size_t i = 0; i < w; ++i) {
+      const size_t n = p->n_tokens - w + i + 1, g = h / (hq / hk);
+      double top = -INFINITY, sum = 0;
+      for (size_t t = 0; t < n; ++t) {
+        x[t] = 0;
+        for (size_t e = 0; e < kd; ++e)
+          x[t] += static_cast<double>(p->q[0][(i * hq + h) * kd + e]) *
+                  static_cast<double>(p->k[0][(t * hk + g) * kd + e]);
+        x[t] *= static_cast<double>(c->softmax_scale), top = fmax(top, x[t]);
+      }
+      for (size_t t = 0; t < n; ++t) sum += exp(x[t] - top);
+      lse[h * w + i] = static_cast<float>(top + log(sum));
+    }
+  free(x);
+  return lse;
+}
+
+static void test_score() {
+  static const int shape[][4] = {{8, 2, 128, 128}, {4, 4, 64, 80},  {2, 1, 40, 24},
+                                 {4, 1, 256, 256}, {12, 2, 96, 96}, {2, 1, 192, 64}};
+  static const uint32_t length[] = {0, 1, 31, 33, 300, 1500};
+  uint64_t seed = 1;
+  double worst = 0;
+  for (size_t s = 0; s < sizeof shape / sizeof *shape; ++s)
+    for (size_t n = 0; n < sizeof length / sizeof *length; ++n)
+      for (int variant = 0; variant < 6; ++variant, ++seed) {
+        if (small_run && (variant + static_cast<int>(s + n)) % 4) continue;
+        if (length[n] > 1000 && (s > 1 || variant > 3 || small_run)) continue;
+        rdkv_config c = config_of(shape[s][0], shape[s][1], shape[s][2], shape[s][3]);
+        c.window = variant == 5 ? 40 : variant == 4 ? 3 : 32;
+        c.profile = variant == 3 ? RDKV_PAPER : RDKV_JOINT;
+        const rdkv_dtype dtype = static_cast<rdkv_dtype>(variant % 3);
+        const layout where = variant == 4  ? static_cast<layout>(seed % N_LAYOUTS)
+                             : variant & 1 ? HEADS_FIRST
+                                           : DENSE;
+        test_where("score: shape %zu, %u tokens, variant %d", s, length[n], variant);
+        problem p = problem_make(&c, length[n], dtype, where, seed);
+        device_problem d = to_device(&p);
+        float *lse = window_lse(&p), *device_lse = nullptr;
+        const size_t h = static_cast<size_t>(c.n_kv_heads), kd = static_cast<size_t>(p.cfg.k_dim);
+        const size_t lse_bytes = static_cast<size_t>(c.n_q_heads) * p.n_queries * sizeof(float);
+        CUDA(cudaMalloc(&device_lse, lse_bytes + 4));
+        CUDA(cudaMemcpy(device_lse, lse, lse_bytes, cudaMemcpyHostToDevice));
+        CHECK_OK(rdkv_score(&p.cfg, &p.kv[0], &p.layer[0], p.scratch, p.scratch_bytes));
+        for (int given = 0; given < 2; ++given) {
+          poison(&d, given ? 0xff : 0x7f);
+          CUDA(cudaMemset(d.memory[0], 0x7f, d.layer_bytes));
+          CUDA(rdkv_cuda_score(&p.cfg, &d.kv[0], given ? device_lse : nullptr,
+                               static_cast<ptrdiff_t>(p.n_queries), &d.layer[0], d.status,
+                               d.workspace, d.workspace_bytes, 0));
+          CHECK_EQ(status_of(&d), RDKV_OK);
+          char *m = fetch(&d, 0);
+          const float *token = shifted(p.layer[0].token, p.layer_memory[0], m);
+          const float *q2 = shifted(p.layer[0].q_square, p.layer_memory[0], m);
+          const float *k2 = shifted(p.layer[0].k_square, p.layer_memory[0], m);
+          const float *out = shifted(p.layer[0].mean_out, p.layer_memory[0], m);
+          if (length[n] > 0) {
+            const double e = difference(token, p.layer[0].token, h * length[n]);
+            worst = fmax(worst, e);
+            CHECK_LE(e, 1e-4);
+            CHECK_LE(difference(q2, p.layer[0].q_square, h * kd), 1e-6);
+            CHECK_LE(difference(k2, p.layer[0].k_square, h * kd), 1e-5);
+            if (p.cfg.profile == RDKV_JOINT)
+              CHECK_LE(difference(out, p.layer[0].mean_out, h * static_cast<size_t>(p.cfg.v_dim)),
+                       1e-4);
+          }
+          memset(p.layer[0].v_bits, 0, h * length[n]), memset(p.layer[0].k_bits, 0, h * kd);
+          check_array(&p, 0, m, p.layer[0].v_bits, h * length[n], "v_bits");
+          check_array(&p, 0, m, p.layer[0].k_bits, h * kd, "k_bits");
+          free(m);
+        }
+        CUDA(cudaFree(device_lse)), free(lse);
+        device_free(&d), problem_free(&p);
+      }
+  printf("     score: largest difference of a weight %.2g of the largest weight\n", worst);
+}
+
+/* ---- allocate -------------------------------------------------------------------------------- */
+
+/* Allocates p's weights and distortions on both and compares; then packs. */
+static void compare_allocate(problem *p, device_problem *d, bool pack) {
+  const rdkv_config *c = &p->cfg;
+  const size_t h = static_cast<size_t>(c->n_kv_heads), kd = static_cast<size_t>(c->k_dim);
+  double lambda[MAX_LAYERS];
+  send_layers(d);
+  poison(d, 0x3c);
+  const rdkv_status want = problem_allocate(p);
+  CUDA(rdkv_cuda_allocate(c, d->layer, c->n_layers, d->lambda, d->status, d->workspace,
+                          d->workspace_bytes, 0));
+  CHECK_EQ(status_of(d), want);
+  if (want != RDKV_OK) return;
+  CUDA(cudaMemcpy(lambda, d->lambda, sizeof lambda, cudaMemcpyDeviceToHost));
+  for (int l = 0; l < c->n_layers; ++l) {
+    char *m = fetch(d, l);
+    check_array(p, l, m, p->layer[l].v_bits, h * p->n_tokens, "v_bits");
+    check_array(p, l, m, p->layer[l].k_bits, h * kd, "k_bits");
+    if (c->profile == RDKV_JOINT) CHECK(lambda[l] == p->layer[l].lambda);
+    free(m);
+  }
+  if (pack) compare_pack(p, d, 0, 0);
+}
+
+static void test_allocate() {
+  static const int shape[][4] = {{4, 2, 128, 128}, {4, 4, 64, 80}, {2, 1, 40, 24}, {3, 1, 1, 1}};
+  static const uint32_t length[] = {0, 1, 31, 33, 150, 700, 6000};
+  static const double keep[] = {0.02, 0.1, 0.3, 0.7, 1.0};
+  const rdkv_pin pins[] = {{0, 4, 16}, {20, 40, 8}, {10, 30, 2}, {140, 100000, 4}};
+  uint64_t seed = 1;
+  for (size_t s = 0; s < sizeof shape / sizeof *shape; ++s)
+    for (size_t n = 0; n < sizeof length / sizeof *length; ++n)
+      for (int variant = 0; variant < 10; ++variant, ++seed) {
+        if (small_run && ((variant + static_cast<int>(s + n)) % 6 || length[n] > 300)) continue;
+        if (length[n] > 1000 && s > 1) continue;
+        rdkv_config c = config_of(shape[s][0], shape[s][1], shape[s][2], shape[s][3]);
+        c.keep = keep[(seed + static_cast<size_t>(variant)) % 5];
+        c.n_layers = variant % 3 == 2 ? 3 : 1;
+        c.scope = static_cast<rdkv_scope>(variant % 4), c.positions = variant == 5;
+        if (variant == 3 || variant == 7)
+          c.lambda = variant == 3 ? 1e-6 : 1e-4 * static_cast<double>(s);
+        if (variant >= 8) c.profile = RDKV_PAPER, c.lambda = 0;
+        if (variant == 8) c.budget_bytes = 3000 + 2 * length[n] * static_cast<uint64_t>(c.k_dim);
+        if (variant == 4 || variant == 5 || variant == 7)
+          c.pins = pins, c.n_pins = 4, c.keep = variant == 5 ? 0.9 : c.keep;
+        test_where("allocate: shape %zu, %u tokens, variant %d", s, length[n], variant);
+        problem p = problem_make(&c, length[n], RDKV_F16, DENSE, seed);
+        problem_score(&p);
+        device_problem d = to_device(&p);
+        compare_allocate(&p, &d, true);
+        device_free(&d), problem_free(&p);
+      }
+}
+
+/* Weights that tie, vanish or stand alone, and budgets at both ends. */
+static void test_allocate_edges() {
+  static const uint32_t length[] = {1, 31, 33, 400, 3000};
+  for (size_t n = 0; n < sizeof length / sizeof *length; ++n)
+    for (int kind = 0; kind < 7; ++kind)
+      for (int variant = 0; variant < 6; ++variant) {
+        if (small_run && (length[n] > 100 || (kind + variant) % 3)) continue;
+        rdkv_config c = config_of(2, 2, 64, 64);
+        c.scope = variant == 2   ? RDKV_SCOPE_HEAD
+                  : variant == 3 ? RDKV_SCOPE_LAMBDA
+                                 : RDKV_SCOPE_MODEL;
+        c.lambda = variant == 3 ? 1e-7 : 0;
+        c.keep = variant == 1 ? 1.0 : variant == 5 ? 0.01 : 0.15;
+        if (variant == 4) c.profile = RDKV_PAPER, c.scope = RDKV_SCOPE_MODEL;
+        test_where("allocate: %u tokens, kind %d, variant %d", length[n], kind, variant);
+        problem p = problem_make(&c, length[n], RDKV_F16, DENSE, 3);
+        problem_score(&p);
+        const size_t tokens = 2 * static_cast<size_t>(length[n]);
+        float *dv = p.layer[0].v_distortion, *dk = p.layer[0].k_distortion;
+        for (size_t i = 0; i < tokens; ++i) {
+          float *w = &p.layer[0].token[i];
+          if (kind == 0 || kind == 5) *w = 0.25f;
+          if (kind == 1) *w = i == tokens / 3 ? 1.0f : 0.0f;
+          if (kind == 2) *w = 0;
+          if (kind == 3) *w = static_cast<float>(i % 5) * 0.1f;
+          if (kind == 4) *w = 1e-30f * static_cast<float>(1 + i % 7);
+        }
+        for (int head = 0; head < 2; ++head) /* distortions to match; kind 6: one slope for all */
+          for (size_t t = 0; t < length[n] && kind < 6; ++t)
+            for (int l = 0; l < 5; ++l)
+              dv[(static_cast<size_t>(head) * 5 + static_cast<size_t>(l)) * length[n] + t] =
+                  p.layer[0].token[static_cast<size_t>(head) * length[n] + t] *
+                  (kind == 5 ? static_cast<float>(16 - (l ? 1 << l : 0))
+                             : static_cast<float>(1 << (8 - 2 * l)));
+        if (kind == 2)
+          for (int i = 0; i < 2 * 4 * 64; ++i) dk[i] = 0;
+        if (kind == 6)
+          for (size_t i = 0; i < 5 * tokens; ++i) dv[i] = 3e38f;
+        device_problem d = to_device(&p);
+        compare_allocate(&p, &d, false);
+        if (kind == 3 && variant == 0) {
+          dv[7 % tokens] = variant ? -1.0f : NAN;
+          compare_allocate(&p, &d, false);
+        }
+        device_free(&d), problem_free(&p);
+      }
+}
+
+/* ---- the whole chain ------------------------------------------------------------------------- */
+
+/* Values that do not belong in a cache are refused at each stage, and nothing is packed. */
+static void test_refused() {
+  rdkv_config c = config_of(4, 2, 64, 64);
+  for (int where = 0; where < 3; ++where)
+    for (int kind = 0; kind < 4; ++kind) {
+      test_where("refused: tensor %d, kind %d", where, kind);
+      problem p = problem_make(&c, 70, kind == 3 ? RDKV_BF16 : RDKV_F32, DENSE, 1);
+      const float x = kind == 0 ? NAN : kind == 1 ? INFINITY : 70000.0f;
+      put_value(p.raw[0][where], kind == 3 ? RDKV_BF16 : RDKV_F32,
+                where == 2 ? 77 : 64 * 2 * 40 + 9, x);
+      device_problem d = to_device(&p);
+      CUDA(rdkv_cuda_score(&p.cfg, &d.kv[0], nullptr, 0, &d.layer[0], d.status, d.workspace,
+                           d.workspace_bytes, 0));
+      CHECK_EQ(status_of(&d), RDKV_ERR_NONFINITE);
+      if (where < 2) {
+        problem_widths(&p, 0x1e2, 4);
+        send_layers(&d), poison(&d, 1);
+        CUDA(rdkv_cuda_pack(&p.cfg, d.kv, d.layer, 1, nullptr, 0, 0, d.block, d.capacity,
+                            d.block_bytes, d.status, d.workspace, d.workspace_bytes, 0));
+        CHECK_EQ(status_of(&d), RDKV_ERR_NONFINITE);
+      }
+      device_free(&d), problem_free(&p);
+    }
+  problem p = problem_make(&c, 70, RDKV_F32, DENSE, 1);
+  problem_widths(&p, MIX_ALL, 1);
+  device_problem d = to_device(&p);
+  p.layer[0].v_bits[9] = 3;
+  send_layers(&d);
+  CUDA(rdkv_cuda_pack(&p.cfg, d.kv, d.layer, 1, nullptr, 0, 0, d.block, d.capacity, d.block_bytes,
+                      d.status, d.workspace, d.workspace_bytes, 0));
+  CHECK_EQ(status_of(&d), RDKV_ERR_CONFIG);
+  device_free(&d), problem_free(&p);
+}
+
+static void whole_chain(const problem *p, device_problem *d, cudaStream_t stream) {
+  const rdkv_config *c = &p->cfg;
+  CUDA(cudaMemsetAsync(d->status, 0, sizeof(uint32_t), stream));
+  for (int l = 0; l < c->n_layers; ++l) {
+    CUDA(rdkv_cuda_score(c, &d->kv[l], nullptr, 0, &d->layer[l], d->status, d->workspace,
+                         d->workspace_bytes, stream));
+    CUDA(rdkv_cuda_measure(c, &d->kv[l], &d->layer[l], d->status, d->workspace, d->workspace_bytes,
+                           stream));
+  }
+  CUDA(rdkv_cuda_allocate(c, d->layer, c->n_layers, d->lambda, d->status, d->workspace,
+                          d->workspace_bytes, stream));
+  CUDA(rdkv_cuda_pack(c, d->kv, d->layer, c->n_layers, d->lambda, 0, 0, d->block, d->capacity,
+                      d->block_bytes, d->status, d->workspace, d->workspace_bytes, stream));
+}
+
+#ifndef RDKV_TEST_NO_GRAPH
+/* Captured, replayed on a poisoned workspace, the same block every time; and rdkv.h packs the same
+   bytes from the widths that came out. */
+static void test_graph() {
+  rdkv_config c = config_of(8, 2, 128, 128);
+  c.n_layers = 2;
+  for (int paper = 0; paper < 2; ++paper) {
+    test_where("graph: profile %d", paper);
+    c.profile = paper ? RDKV_PAPER : RDKV_JOINT;
+    problem p = problem_make(&c, small_run ? 300 : 5000, RDKV_F16, DENSE, 11);
+    device_problem d = to_device(&p);
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    CUDA(cudaStreamCreate(&stream));
+    CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    whole_chain(&p, &d, stream);
+    CUDA(cudaStreamEndCapture(stream, &graph));
+    CUDA(cudaGraphInstantiate(&exec, graph, 0));
+    uint64_t bytes = 0;
+    char *first = nullptr, *again = static_cast<char *>(malloc(d.capacity));
+    for (int run = 0; run < (small_run ? 3 : 100); ++run) {
+      poison(&d, run * 37 & 0xff);
+      CUDA(cudaGraphLaunch(exec, stream));
+      CUDA(cudaStreamSynchronize(stream));
+      CHECK_EQ(status_of(&d), RDKV_OK);
+      CUDA(cudaMemcpy(&bytes, d.block_bytes, 8, cudaMemcpyDeviceToHost));
+      if (!CHECK(bytes > 0 && bytes <= d.capacity)) break;
+      CUDA(cudaMemcpy(again, d.block, bytes, cudaMemcpyDeviceToHost));
+      if (!first) {
+        first = static_cast<char *>(malloc(bytes));
+        memcpy(first, again, bytes);
+      }
+      if (!CHECK(memcmp(first, again, bytes) == 0)) break;
+    }
+    double lambda[MAX_LAYERS];
+    CUDA(cudaMemcpy(lambda, d.lambda, sizeof lambda, cudaMemcpyDeviceToHost));
+    for (int l = 0; l < c.n_layers; ++l) {
+      char *m = fetch(&d, l);
+      memcpy(p.layer_memory[l], m, d.layer_bytes);
+      free(m);
+      p.layer[l].lambda = paper ? 0 : lambda[l];
+    }
+    {
+      CHECK_OK(problem_pack(&p));
+      CHECK(p.block_bytes == bytes && memcmp(p.block, first, bytes) == 0);
+      rdkv_segment segment;
+      memcpy(p.block, first, bytes);
+      CHECK_OK(rdkv_open(p.block, bytes, RDKV_VERIFY, &segment));
+    }
+    free(first), free(again);
+    CUDA(cudaGraphExecDestroy(exec)), CUDA(cudaGraphDestroy(graph));
+    CUDA(cudaStreamDestroy(stream));
+    device_free(&d), problem_free(&p);
+  }
+}
+#endif
+
+int main(int argc, char **argv) {
+  small_run = argc > 1 && strcmp(argv[1], "small") == 0;
+  RUN(test_pack);
+  RUN(test_pack_values);
+  RUN(test_measure);
+  RUN(test_score);
+  RUN(test_allocate);
+  RUN(test_allocate_edges);
+  RUN(test_refused);
+#ifndef RDKV_TEST_NO_GRAPH
+  RUN(test_graph);
+#endif
+  (void)whole_chain;
+  return test_done();
+}
