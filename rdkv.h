@@ -600,7 +600,8 @@ RDKV_API size_t rdkv_sequence_bytes(const rdkv_config *cfg, int max_segments, ui
                                     rdkv_dtype dtype, int keep_queries);
 
 /* Makes an empty sequence.
-   capacity tokens of the tail, in dtype; blocks of b tokens need 2 b and room for drafts.
+   capacity tokens of the tail, in dtype; blocks of b tokens need 2 b, or b and those
+   that are to stay dense, and room for drafts.
    mem [bytes] 64-byte aligned, kept by the caller as long as the sequence.
    Returns RDKV_OK, RDKV_ERR_ARGUMENT, _MEMORY, _ALIGNMENT, _OVERFLOW. */
 RDKV_API rdkv_status rdkv_sequence_init(const rdkv_config *cfg, int max_segments, uint32_t capacity,
@@ -636,15 +637,18 @@ RDKV_API size_t rdkv_sequence_scratch(const rdkv_config *cfg, uint32_t block);
 
 /* Turns the tail's oldest tokens into segments in the arena, `block` tokens at a time: each block
    once the block after it is complete, whose queries score it. Call it after every token, or now
-   and then; it does nothing while there are fewer than 2 * block dense tokens. Call it when the
-   tokens so far stand: those that may yet be taken back (drafts) are best appended after it.
+   and then. Call it when the tokens so far stand: those that may yet be taken back (drafts) are
+   best appended after it.
    cfg: as for the model, with the budget of one block: keep, budget_bytes or, with
-   RDKV_SCOPE_LAMBDA, the prompt's lambda (rdkv_header.lambda). block 1..1024; 0 = 128.
+   RDKV_SCOPE_LAMBDA, the prompt's lambda (rdkv_header.lambda).
+   block 1..1024, 0 = 128. recent: as many tokens at least stay dense, for what was said last is
+   attended to most (bench/README.md); 0 = block, the least.
    Returns RDKV_OK, RDKV_ERR_ARGUMENT (also layers or queries that are not equally far), _FULL (list
    or arena: nothing is lost, the block stays dense), and as rdkv_compress. On error the blocks made
    so far stay. Threads: none may use the sequence meanwhile. Source: arXiv 2605.08317. */
 RDKV_API rdkv_status rdkv_sequence_compress(const rdkv_config *cfg, rdkv_sequence *sequence,
-                                            uint32_t block, void *scratch, size_t scratch_bytes);
+                                            uint32_t block, uint32_t recent, void *scratch,
+                                            size_t scratch_bytes);
 
 /* At the end of a turn, the whole tail: the last complete block is scored by what follows it, the
    rest by its own queries, causally. Otherwise as rdkv_sequence_compress. */
@@ -4151,7 +4155,7 @@ static rdkv_status rdkv__sequence_block(const rdkv_config *cfg, rdkv_sequence *s
 
 /* least: dense tokens at which a block is made; 0: all. */
 static rdkv_status rdkv__sequence_blocks(const rdkv_config *cfg, rdkv_sequence *s, uint32_t block,
-                                         uint32_t least, void *scratch, size_t scratch_bytes) {
+                                         uint64_t least, void *scratch, size_t scratch_bytes) {
   rdkv_config c;
   rdkv__arena arena;
   rdkv_kv *kv;
@@ -4179,9 +4183,11 @@ static rdkv_status rdkv__sequence_blocks(const rdkv_config *cfg, rdkv_sequence *
 }
 
 RDKV_DEF rdkv_status rdkv_sequence_compress(const rdkv_config *cfg, rdkv_sequence *sequence,
-                                            uint32_t block, void *scratch, size_t scratch_bytes) {
+                                            uint32_t block, uint32_t recent, void *scratch,
+                                            size_t scratch_bytes) {
   if (block == 0) block = 128;
-  return rdkv__sequence_blocks(cfg, sequence, block, 2 * block, scratch, scratch_bytes);
+  return rdkv__sequence_blocks(cfg, sequence, block, (uint64_t)block + rdkv__max_u32(block, recent),
+                               scratch, scratch_bytes);
 }
 
 RDKV_DEF rdkv_status rdkv_sequence_flush(const rdkv_config *cfg, rdkv_sequence *sequence,

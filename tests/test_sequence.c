@@ -146,7 +146,7 @@ static void weights(void) {
   int l, h;
   c.scope = RDKV_SCOPE_LAMBDA, c.lambda = 1e30;
   steps(&v, 0, 64, NULL);
-  CHECK_OK(rdkv_sequence_compress(&c, &v.s, 32, v.scratch, v.scratch_bytes));
+  CHECK_OK(rdkv_sequence_compress(&c, &v.s, 32, 0, v.scratch, v.scratch_bytes));
   CHECK_EQ(v.s.n_segments, 1);
   CHECK_EQ(v.s.tail_begin, 32);
   for (l = 0; l < LAYERS && v.s.n_segments; l++)
@@ -193,17 +193,17 @@ static void weights(void) {
    everything is in segments; memory does not grow with the tokens but for the blocks. */
 static void block_by_block(void) {
   problem p = tokens(300, 3);
-  living v = live(&p, 32, RDKV_F16, 1, 1 << 18);
+  living v = live(&p, 39, RDKV_F16, 1, 1 << 18);
   size_t before;
   uint32_t t;
   int i;
   for (t = 0; t < 300; t++) {
     step(&v, t, NULL);
     before = v.s.arena_used;
-    CHECK_OK(rdkv_sequence_compress(&p.cfg, &v.s, 16, v.scratch, v.scratch_bytes));
-    CHECK_EQ(v.s.n_segments, t + 1 < 32 ? 0 : (t + 1 - 32) / 16 + 1);
+    CHECK_OK(rdkv_sequence_compress(&p.cfg, &v.s, 16, 23, v.scratch, v.scratch_bytes));
+    CHECK_EQ(v.s.n_segments, t + 1 < 39 ? 0 : (t + 1 - 39) / 16 + 1);
     CHECK_EQ(rdkv_sequence_tokens(&v.s), t + 1);
-    CHECK_LE(v.s.tail.n_tokens[1], 31);
+    CHECK_LE(v.s.tail.n_tokens[1], 38);
     CHECK_EQ(v.s.queries.n_tokens[1], v.s.tail.n_tokens[1]);
     if (v.s.arena_used > before) /* keep 0.4 of 16 tokens */
       CHECK_LE(v.s.arena_used - before, 0.4 * 16 * LAYERS * KV_HEADS * (K_DIM + V_DIM) * 2);
@@ -230,14 +230,16 @@ static void no_room(void) {
   size_t room;
   steps(&v, 0, 63, NULL);
   v.s.arena_bytes = 128;
-  CHECK_STATUS(rdkv_sequence_compress(&p.cfg, &v.s, 16, v.scratch, v.scratch_bytes), RDKV_ERR_FULL);
+  CHECK_STATUS(rdkv_sequence_compress(&p.cfg, &v.s, 16, 0, v.scratch, v.scratch_bytes),
+               RDKV_ERR_FULL);
   v.s.arena_bytes = 1 << 16, v.s.max_segments = 0;
-  CHECK_STATUS(rdkv_sequence_compress(&p.cfg, &v.s, 16, v.scratch, v.scratch_bytes), RDKV_ERR_FULL);
+  CHECK_STATUS(rdkv_sequence_compress(&p.cfg, &v.s, 16, 0, v.scratch, v.scratch_bytes),
+               RDKV_ERR_FULL);
   v.s.max_segments = MAX_SEGMENTS, v.s.arena = NULL;
   CHECK_STATUS(rdkv_sequence_flush(&p.cfg, &v.s, 16, v.scratch, v.scratch_bytes), RDKV_ERR_FULL);
   v.s.arena = (uint8_t *)v.arena;
-  CHECK_STATUS(rdkv_sequence_compress(&p.cfg, &v.s, 16, v.scratch, 64), RDKV_ERR_MEMORY);
-  CHECK_STATUS(rdkv_sequence_compress(&p.cfg, &v.s, 1025, v.scratch, v.scratch_bytes),
+  CHECK_STATUS(rdkv_sequence_compress(&p.cfg, &v.s, 16, 0, v.scratch, 64), RDKV_ERR_MEMORY);
+  CHECK_STATUS(rdkv_sequence_compress(&p.cfg, &v.s, 1025, 0, v.scratch, v.scratch_bytes),
                RDKV_ERR_ARGUMENT);
   CHECK_EQ(v.s.n_segments, 0);
   CHECK_EQ(v.s.arena_used, 0);
@@ -247,7 +249,7 @@ static void no_room(void) {
   step(&v, 63, b);
   CHECK(same(a, b));
   CHECK_STATUS(rdkv_tail_append(&v.s.tail, 0, p.kv[0].k, p.kv[0].v, 1), RDKV_ERR_FULL);
-  CHECK_OK(rdkv_sequence_compress(&p.cfg, &v.s, 16, v.scratch, v.scratch_bytes));
+  CHECK_OK(rdkv_sequence_compress(&p.cfg, &v.s, 16, 0, v.scratch, v.scratch_bytes));
   CHECK_EQ(v.s.n_segments, 3);
   CHECK_OK(rdkv_tail_append(&v.s.tail, 0, p.kv[0].k, p.kv[0].v, 1)); /* layers not equally far */
   room = v.s.arena_used;
@@ -278,8 +280,8 @@ static void rollback_leaves_no_trace(void) {
     step(&a, t, x), step(&b, t, y);
     test_where("token %u, %u ahead", t, ahead);
     CHECK(same(x, y));
-    CHECK_OK(rdkv_sequence_compress(&p.cfg, &a.s, 16, a.scratch, a.scratch_bytes));
-    CHECK_OK(rdkv_sequence_compress(&p.cfg, &b.s, 16, b.scratch, b.scratch_bytes));
+    CHECK_OK(rdkv_sequence_compress(&p.cfg, &a.s, 16, 0, a.scratch, a.scratch_bytes));
+    CHECK_OK(rdkv_sequence_compress(&p.cfg, &b.s, 16, 0, b.scratch, b.scratch_bytes));
   }
   CHECK(a.s.n_segments > 4 && a.s.arena_used > 0);
   mem_free(block), bury(&a), bury(&b), problem_free(&p);
@@ -299,7 +301,7 @@ static void rollback_over_segments(void) {
   CHECK_OK(rdkv_sequence_add(&b.s, &s[0]));
   CHECK_OK(rdkv_sequence_add(&b.s, &s[1]));
   steps(&b, 100, 180, NULL);
-  CHECK_OK(rdkv_sequence_compress(&p.cfg, &b.s, 16, b.scratch, b.scratch_bytes));
+  CHECK_OK(rdkv_sequence_compress(&p.cfg, &b.s, 16, 0, b.scratch, b.scratch_bytes));
   CHECK_EQ(b.s.n_segments, 2 + 4); /* 80 tokens: 4 blocks and their successor */
   used = b.s.arena_used;
   CHECK_STATUS(rdkv_sequence_rollback(&b.s, 181), RDKV_ERR_ARGUMENT);
@@ -313,15 +315,15 @@ static void rollback_over_segments(void) {
   CHECK_EQ(b.s.n_segments, 4);
   CHECK_EQ(b.s.arena + b.s.arena_used - b.s.segments[3].block, b.s.segments[3].header->total_bytes);
   steps(&b, 132, 190, NULL);
-  CHECK_OK(rdkv_sequence_compress(&p.cfg, &b.s, 16, b.scratch, b.scratch_bytes));
+  CHECK_OK(rdkv_sequence_compress(&p.cfg, &b.s, 16, 0, b.scratch, b.scratch_bytes));
   CHECK_OK(rdkv_sequence_rollback(&b.s, 60)); /* to the end of the first segment */
   CHECK_EQ(b.s.n_segments, 1);
   CHECK_EQ(b.s.arena_used, 0);
   for (t = 60; t < 140; t++) {
     step(&a, t, x), step(&b, t, y);
     CHECK(same(x, y));
-    CHECK_OK(rdkv_sequence_compress(&p.cfg, &a.s, 16, a.scratch, a.scratch_bytes));
-    CHECK_OK(rdkv_sequence_compress(&p.cfg, &b.s, 16, b.scratch, b.scratch_bytes));
+    CHECK_OK(rdkv_sequence_compress(&p.cfg, &a.s, 16, 0, a.scratch, a.scratch_bytes));
+    CHECK_OK(rdkv_sequence_compress(&p.cfg, &b.s, 16, 0, b.scratch, b.scratch_bytes));
   }
   CHECK_OK(rdkv_sequence_rollback(&b.s, 0));
   CHECK(b.s.n_segments == 0 && rdkv_sequence_tokens(&b.s) == 0);
@@ -342,7 +344,7 @@ static void forks(void) {
   CHECK_OK(rdkv_sequence_add(&v[0].s, &s));
   for (t = 50; t < 110; t++) {
     step(&v[0], t, NULL);
-    CHECK_OK(rdkv_sequence_compress(&p.cfg, &v[0].s, 16, v[0].scratch, v[0].scratch_bytes));
+    CHECK_OK(rdkv_sequence_compress(&p.cfg, &v[0].s, 16, 0, v[0].scratch, v[0].scratch_bytes));
   }
   CHECK(v[0].s.n_segments > 2);
   for (i = 1; i < N; i++) {
@@ -358,7 +360,7 @@ static void forks(void) {
     CHECK_OK(rdkv_sequence_add(&alone.s, &s));
     for (t = 50; t < 110; t++) {
       step(&alone, t, NULL);
-      CHECK_OK(rdkv_sequence_compress(&p.cfg, &alone.s, 16, alone.scratch, alone.scratch_bytes));
+      CHECK_OK(rdkv_sequence_compress(&p.cfg, &alone.s, 16, 0, alone.scratch, alone.scratch_bytes));
     }
     if (i == 3) { /* a child and the parent roll back over shared blocks, and write new ones */
       CHECK_OK(rdkv_sequence_rollback(&v[3].s, 66));
@@ -369,8 +371,8 @@ static void forks(void) {
       step(w, token, x), step(&alone, token, y);
       test_where("fork %d, token %u", i, t);
       CHECK(same(x, y));
-      CHECK_OK(rdkv_sequence_compress(&p.cfg, &w->s, 16, w->scratch, w->scratch_bytes));
-      CHECK_OK(rdkv_sequence_compress(&p.cfg, &alone.s, 16, alone.scratch, alone.scratch_bytes));
+      CHECK_OK(rdkv_sequence_compress(&p.cfg, &w->s, 16, 0, w->scratch, w->scratch_bytes));
+      CHECK_OK(rdkv_sequence_compress(&p.cfg, &alone.s, 16, 0, alone.scratch, alone.scratch_bytes));
     }
     if (i == 4) { /* the parent, and still the others must find their segments */
       CHECK_OK(rdkv_sequence_rollback(&v[0].s, 66));
@@ -380,7 +382,7 @@ static void forks(void) {
       CHECK_EQ(v[0].s.arena_used, v[0].s.arena_shared);
       for (t = 50; t < 110; t++) {
         step(&v[0], t, NULL);
-        CHECK_OK(rdkv_sequence_compress(&p.cfg, &v[0].s, 16, v[0].scratch, v[0].scratch_bytes));
+        CHECK_OK(rdkv_sequence_compress(&p.cfg, &v[0].s, 16, 0, v[0].scratch, v[0].scratch_bytes));
       }
     }
   }
@@ -424,7 +426,7 @@ static living sample(problem *p, uint8_t **block) {
   CHECK_OK(rdkv_sequence_add(&v.s, &s));
   for (t = 33; t < 60; t++) {
     step(&v, t, NULL);
-    CHECK_OK(rdkv_sequence_compress(&p->cfg, &v.s, 8, v.scratch, v.scratch_bytes));
+    CHECK_OK(rdkv_sequence_compress(&p->cfg, &v.s, 8, 0, v.scratch, v.scratch_bytes));
   }
   CHECK_EQ(v.s.n_segments, 3);
   CHECK_EQ(v.s.tail.n_tokens[0], 11);
@@ -457,11 +459,11 @@ static void save_and_go_on(void) {
   }
   for (t = 60; t < 140; t++) {
     step(&v, t, x);
-    CHECK_OK(rdkv_sequence_compress(&p.cfg, &v.s, 8, v.scratch, v.scratch_bytes));
+    CHECK_OK(rdkv_sequence_compress(&p.cfg, &v.s, 8, 0, v.scratch, v.scratch_bytes));
     for (i = 0; i < 2; i++) {
       step(&w[i], t, y);
       CHECK(same(x, y));
-      CHECK_OK(rdkv_sequence_compress(&p.cfg, &w[i].s, 8, w[i].scratch, w[i].scratch_bytes));
+      CHECK_OK(rdkv_sequence_compress(&p.cfg, &w[i].s, 8, 0, w[i].scratch, w[i].scratch_bytes));
     }
   }
   CHECK(v.s.n_segments > 4);
@@ -474,7 +476,7 @@ static void save_and_go_on(void) {
   CHECK_EQ(w[1].s.query_begin, 11);
   CHECK_OK(rdkv_sequence_rollback(&w[1].s, 60));
   steps(&w[1], 60, 100, NULL);
-  CHECK_OK(rdkv_sequence_compress(&p.cfg, &w[1].s, 16, w[1].scratch, w[1].scratch_bytes));
+  CHECK_OK(rdkv_sequence_compress(&p.cfg, &w[1].s, 16, 0, w[1].scratch, w[1].scratch_bytes));
   CHECK_EQ(w[1].s.n_segments, 5); /* 51 dense tokens */
   /* a sink that fails at any piece */
   k = f.pieces;
