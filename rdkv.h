@@ -160,11 +160,23 @@ typedef enum rdkv_isa {
   RDKV_ISA_NEON = 4
 } rdkv_isa;
 
-/* Tokens [begin, end) keep at least min_bits (2, 4, 8 or 16) in every head. Ranges may overlap and
-   may reach past the last token. Obeyed by RDKV_JOINT; an error with RDKV_PAPER. */
+/* Why a range is pinned: for the caller's own book-keeping, not read here. */
+typedef enum rdkv_pin_reason {
+  RDKV_PIN_OTHER = 0,
+  RDKV_PIN_SINK = 1, /* the first tokens, which many heads rest on */
+  RDKV_PIN_SYSTEM = 2,
+  RDKV_PIN_TOOLS = 3,
+  RDKV_PIN_USER = 4
+} rdkv_pin_reason;
+
+/* Tokens [begin, end) keep at least min_bits (2, 4, 8 or 16) in every head. Positions of the
+   sequence: rdkv_compress and rdkv_stream_layer start at 0, rdkv_compress_by and blocks at their
+   token_begin; rdkv_allocate counts from the range's first token. Ranges may overlap and may reach
+   past the last token. Obeyed by RDKV_JOINT; an error with RDKV_PAPER. */
 typedef struct rdkv_pin {
   uint32_t begin, end;
   int32_t min_bits;
+  rdkv_pin_reason reason;
 } rdkv_pin;
 
 /* Everything that can be chosen. Zero-initialise, set what you know, call rdkv_resolve. */
@@ -3024,7 +3036,9 @@ static size_t rdkv__compress_bytes(const rdkv_config *cfg, int n_layers, uint32_
 }
 
 RDKV_DEF size_t rdkv_compress_scratch(const rdkv_config *cfg, uint32_t n_tokens) {
-  return cfg ? rdkv__compress_bytes(cfg, cfg->n_layers, n_tokens) : 0;
+  size_t bytes = cfg ? rdkv__compress_bytes(cfg, cfg->n_layers, n_tokens) : 0;
+  if (bytes == 0 || cfg->n_pins <= 0) return bytes;
+  return rdkv__size(rdkv__add(bytes, rdkv__round_up((uint64_t)cfg->n_pins * sizeof(rdkv_pin), 64)));
 }
 
 RDKV_DEF size_t rdkv_stream_scratch(const rdkv_config *cfg, uint32_t n_tokens) {
@@ -3849,10 +3863,26 @@ RDKV_DEF rdkv_status rdkv_measure_error(const rdkv_config *cfg, const rdkv_cache
 
 /* ---- >>impl-sequence : a cache that lives ---------------------------------------------------- */
 
+/* The config's pins as a range that starts at token_begin sees them. */
+static const rdkv_pin *rdkv__move_pins(const rdkv_config *cfg, uint64_t token_begin,
+                                       rdkv__arena *arena) {
+  rdkv_pin *pins;
+  int i;
+  if (cfg->n_pins <= 0 || token_begin == 0) return cfg->pins;
+  pins = (rdkv_pin *)rdkv__take(arena, NULL, (uint64_t)cfg->n_pins, sizeof *pins);
+  for (i = 0; i < cfg->n_pins; i++) {
+    pins[i] = cfg->pins[i];
+    pins[i].begin = pins[i].begin > token_begin ? pins[i].begin - (uint32_t)token_begin : 0;
+    pins[i].end = pins[i].end > token_begin ? pins[i].end - (uint32_t)token_begin : 0;
+  }
+  return pins;
+}
+
 RDKV_DEF rdkv_status rdkv_compress_by(const rdkv_config *cfg, const rdkv_kv *kv,
                                       const rdkv_queries *by, uint32_t n_tokens,
                                       uint64_t token_begin, void *block, size_t capacity,
                                       size_t *bytes, void *scratch, size_t scratch_bytes) {
+  rdkv_config moved;
   rdkv__arena arena;
   rdkv_layer *layers;
   rdkv_status st;
@@ -3871,6 +3901,8 @@ RDKV_DEF rdkv_status rdkv_compress_by(const rdkv_config *cfg, const rdkv_kv *kv,
   st = rdkv__scratch(scratch, scratch_bytes, rdkv_compress_scratch(cfg, n_tokens), &arena);
   if (st != RDKV_OK) return st;
   rdkv__compress_layout(cfg, cfg->n_layers, n_tokens, &arena, &layers, &mem, &work, &work_bytes);
+  moved = *cfg, cfg = &moved; /* pins are of the sequence */
+  moved.pins = rdkv__move_pins(cfg, token_begin, &arena);
   each = (size_t)rdkv__round_up(rdkv_layer_bytes(cfg, n_tokens), 64);
   for (a = 0; a < cfg->n_layers && st == RDKV_OK; a++) {
     rdkv_queries last = by[a];

@@ -222,6 +222,35 @@ static void block_by_block(void) {
   bury(&v), problem_free(&p);
 }
 
+/* Pins are of the sequence: a block keeps those of its tokens that are pinned, and no others. */
+static void pinned(void) {
+  problem p = tokens(64, 4);
+  living v = live(&p, 64, RDKV_F16, 1, 1 << 18);
+  rdkv_pin pins[3] = {
+      {0, 2, 8, RDKV_PIN_SINK}, {19, 24, 16, RDKV_PIN_TOOLS}, {30, 34, 4, RDKV_PIN_USER}};
+  static const unsigned want[3][5] = {{14, 0, 0, 2, 0}, {9, 0, 2, 0, 5}, {14, 0, 2, 0, 0}};
+  rdkv_config c = p.cfg;
+  rdkv_report report;
+  void *scratch;
+  size_t need;
+  int i, l, h, bits;
+  c.scope = RDKV_SCOPE_LAMBDA, c.lambda = 1e30, c.pins = pins, c.n_pins = 3;
+  need = rdkv_sequence_scratch(&c, 16), scratch = mem_new(need);
+  steps(&v, 0, 64, NULL);
+  CHECK_OK(rdkv_sequence_compress(&c, &v.s, 16, 0, scratch, need));
+  CHECK_EQ(v.s.n_segments, 3);
+  for (i = 0; i < v.s.n_segments; i++)
+    for (l = 0; l < LAYERS; l++)
+      for (h = 0; h < KV_HEADS; h++) {
+        CHECK_OK(rdkv_report_segment(&v.s.segments[i], l, h, &report));
+        for (bits = 0; bits < 5; bits++) {
+          test_where("block %d, width %d", i, bits);
+          CHECK_EQ(report.v_tokens[bits], want[i][bits]);
+        }
+      }
+  mem_free(scratch), bury(&v), problem_free(&p);
+}
+
 /* No room in the arena or the list: nothing is lost, and with room it goes on. */
 static void no_room(void) {
   problem p = tokens(64, 3);
@@ -806,6 +835,7 @@ int main(void) {
   RUN(own_queries);
   RUN(weights);
   RUN(block_by_block);
+  RUN(pinned);
   RUN(no_room);
   RUN(rollback_leaves_no_trace);
   RUN(rollback_over_segments);
