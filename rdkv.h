@@ -587,6 +587,21 @@ RDKV_API rdkv_status rdkv_compress_by(const rdkv_config *cfg, const rdkv_kv *kv,
                                       uint64_t token_begin, void *block, size_t capacity,
                                       size_t *bytes, void *scratch, size_t scratch_bytes);
 
+/* Scratch bytes for rdkv_repack of these segments; 0 on overflow or if they cannot be repacked. */
+RDKV_API size_t rdkv_repack_scratch(const rdkv_config *cfg, const rdkv_segment *segments, int n);
+
+/* Packs segments into one, without the K and V that they were made of: several into one, which
+   saves headers, tables and unfilled tiles, or one into a smaller one. What they hold is weighed
+   anew by given queries, as if it were all that the range's tokens had.
+   segments [n], each with all cfg->n_layers layers, each from the position where the one before
+   ends. by [cfg->n_layers]: queries that come after; position is not read. cfg: keep is of all the
+   range's tokens. Positions are not carried over (cfg->positions: RDKV_ERR_CONFIG), neither are
+   pins (n_pins: the same), nor does RDKV_PAPER repack; tokens are not pooled, for segments do not
+   keep their order. block must not overlap the segments. Otherwise as rdkv_compress_by. */
+RDKV_API rdkv_status rdkv_repack(const rdkv_config *cfg, const rdkv_segment *segments, int n,
+                                 const rdkv_queries *by, void *block, size_t capacity,
+                                 size_t *bytes, void *scratch, size_t scratch_bytes);
+
 /* A sequence: a list of segments, then a dense tail, and what is needed to turn the tail's oldest
    tokens into further segments. Fields may be read; those marked `yours` set. */
 typedef struct rdkv_sequence {
@@ -3925,6 +3940,168 @@ RDKV_DEF rdkv_status rdkv_compress_by(const rdkv_config *cfg, const rdkv_kv *kv,
   if (st != RDKV_OK) return st;
   return rdkv_pack(cfg, kv, layers, cfg->n_layers, 0, token_begin, block, capacity, bytes, work,
                    (size_t)work_bytes);
+}
+
+/* One config and one layer for a head alone, to weigh each head's own tokens. */
+static rdkv_config rdkv__one_head(const rdkv_config *cfg) {
+  rdkv_config c = *cfg;
+  c.n_layers = 1, c.n_q_heads = cfg->n_q_heads / cfg->n_kv_heads, c.n_kv_heads = 1, c.pool = 1;
+  return c;
+}
+
+typedef struct rdkv__repack_work {
+  rdkv_kv *kv;        /* [n_layers] of k and v */
+  rdkv_layer *layers; /* [n_layers] */
+  uint8_t *mem;       /* [n_layers] of each bytes: the layers' arrays */
+  uint8_t *head_mem;  /* a layer of one head */
+  float *k, *v;       /* [n_layers][n_kv_heads][rows][k_dim], v_dim */
+  uint8_t *work;
+  size_t each, head_bytes, work_bytes;
+  uint32_t rows;     /* most tokens that a head keeps */
+  uint32_t n_tokens; /* of the range */
+} rdkv__repack_work;
+
+/* Tokens that a head keeps in all segments. */
+static uint64_t rdkv__rows_of(const rdkv_segment *s, int n, int layer, int head) {
+  uint64_t rows = 0;
+  int i, l;
+  for (i = 0; i < n; i++)
+    for (l = 0; l < 4; l++) rows += rdkv__record(&s[i], layer, head)->n_tokens[l];
+  return rows;
+}
+
+static rdkv_status rdkv__repack_layout(const rdkv_config *cfg, const rdkv_segment *s, int n,
+                                       rdkv__arena *arena, rdkv__repack_work *w, uint64_t *bytes) {
+  rdkv_config one;
+  uint64_t tokens = 0, rows = 0, heads, r, a, b, c;
+  int i, l, h;
+  *bytes = 0;
+  if (!rdkv__resolved(cfg) || s == NULL || n < 1) return RDKV_ERR_ARGUMENT;
+  if (cfg->profile == RDKV_PAPER || cfg->positions || cfg->n_pins) return RDKV_ERR_CONFIG;
+  for (i = 0; i < n; i++) {
+    const rdkv_header *hd = s[i].header;
+    if (hd == NULL || hd->first_layer != 0 || hd->n_layers != (uint32_t)cfg->n_layers ||
+        hd->n_kv_heads != (uint32_t)cfg->n_kv_heads || hd->k_dim != (uint32_t)cfg->k_dim ||
+        hd->v_dim != (uint32_t)cfg->v_dim ||
+        hd->token_begin != rdkv__add(s[0].header->token_begin, tokens))
+      return RDKV_ERR_ARGUMENT;
+    tokens += hd->n_tokens;
+  }
+  for (l = 0; l < cfg->n_layers; l++)
+    for (h = 0; h < cfg->n_kv_heads; h++)
+      if ((r = rdkv__rows_of(s, n, l, h)) > rows) rows = r;
+  if (tokens > RDKV__MAX_TOKENS) return RDKV_ERR_OVERFLOW;
+  one = rdkv__one_head(cfg);
+  w->rows = (uint32_t)rows, w->n_tokens = (uint32_t)tokens;
+  w->each = rdkv_layer_bytes(cfg, w->rows), w->head_bytes = rdkv_layer_bytes(&one, w->rows);
+  a = rdkv_layer_scratch(cfg, w->rows), b = rdkv_allocate_scratch(cfg, cfg->n_layers, w->rows);
+  c = rdkv_layer_scratch(&one, w->rows);
+  if (w->each == 0 || w->head_bytes == 0 || a == 0 || b == 0 || c == 0) return RDKV_ERR_OVERFLOW;
+  b = a > b ? a : b, w->work_bytes = (size_t)(b > c ? b : c);
+  heads = (uint64_t)cfg->n_layers * (uint64_t)cfg->n_kv_heads;
+  w->kv = (rdkv_kv *)rdkv__take(arena, bytes, (uint64_t)cfg->n_layers, sizeof(rdkv_kv));
+  w->layers = (rdkv_layer *)rdkv__take(arena, bytes, (uint64_t)cfg->n_layers, sizeof(rdkv_layer));
+  w->mem = (uint8_t *)rdkv__take(arena, bytes, (uint64_t)cfg->n_layers,
+                                 (size_t)rdkv__round_up(w->each, 64));
+  w->head_mem = (uint8_t *)rdkv__take(arena, bytes, w->head_bytes, 1);
+  w->k = (float *)rdkv__take(arena, bytes, rdkv__mul(heads * (uint64_t)cfg->k_dim, rows + 1), 4);
+  w->v = (float *)rdkv__take(arena, bytes, rdkv__mul(heads * (uint64_t)cfg->v_dim, rows + 1), 4);
+  w->work = (uint8_t *)rdkv__take(arena, bytes, w->work_bytes, 1);
+  return RDKV_OK;
+}
+
+RDKV_DEF size_t rdkv_repack_scratch(const rdkv_config *cfg, const rdkv_segment *segments, int n) {
+  rdkv__repack_work w;
+  uint64_t bytes;
+  if (rdkv__repack_layout(cfg, segments, n, NULL, &w, &bytes) != RDKV_OK) return 0;
+  return rdkv__size(bytes);
+}
+
+/* Weighs and measures one head's n tokens, k and v [n][dim], into its part of the layer. */
+static rdkv_status rdkv__repack_head(const rdkv_config *cfg, const rdkv__repack_work *w, int layer,
+                                     int head, const float *k, const float *v, uint32_t n,
+                                     const rdkv_queries *by) {
+  rdkv_config one = rdkv__one_head(cfg);
+  rdkv_layer *to = &w->layers[layer], from;
+  rdkv_queries last = *by;
+  rdkv_kv kv;
+  rdkv_status st;
+  uint32_t used = rdkv__min_u32(by->n, (uint32_t)cfg->window), before = by->n - used;
+  size_t kd = (size_t)cfg->k_dim, vd = (size_t)cfg->v_dim, h = (size_t)head, l;
+  kv.k = rdkv_dense(k, RDKV_F32, 1, cfg->k_dim), kv.v = rdkv_dense(v, RDKV_F32, 1, cfg->v_dim);
+  kv.q = by->q, kv.q.data = rdkv__at(&by->q, before, head * one.n_q_heads);
+  if (last.out.data) last.out.data = rdkv__at(&by->out, before, head * one.n_q_heads);
+  if (last.lse_stride == 0) last.lse_stride = (size_t)cfg->n_q_heads;
+  if (last.lse) last.lse += before * last.lse_stride + h * (size_t)one.n_q_heads;
+  st = rdkv_layer_init(&one, n, w->head_mem, w->head_bytes, &from);
+  if (st == RDKV_OK)
+    st = rdkv__score_by(&one, &kv, (int)used, n, &last, &from, w->work, w->work_bytes);
+  if (st == RDKV_OK) st = rdkv_measure(&one, &kv, &from, w->work, w->work_bytes);
+  if (st != RDKV_OK) return st;
+  memcpy(to->token + h * w->rows, from.token, n * sizeof(float));
+  memcpy(to->q_square + h * kd, from.q_square, kd * sizeof(float));
+  memcpy(to->k_square + h * kd, from.k_square, kd * sizeof(float));
+  memcpy(to->mean_out + h * vd, from.mean_out, vd * sizeof(float));
+  memcpy(to->k_distortion + h * 4 * kd, from.k_distortion, 4 * kd * sizeof(float));
+  for (l = 0; l < 5; l++)
+    memcpy(to->v_distortion + (h * 5 + l) * w->rows, from.v_distortion + l * n, n * sizeof(float));
+  return RDKV_OK;
+}
+
+RDKV_DEF rdkv_status rdkv_repack(const rdkv_config *cfg, const rdkv_segment *segments, int n,
+                                 const rdkv_queries *by, void *block, size_t capacity,
+                                 size_t *bytes, void *scratch, size_t scratch_bytes) {
+  rdkv__repack_work w;
+  rdkv__arena arena;
+  rdkv_config c;
+  rdkv_header *h = (rdkv_header *)block;
+  rdkv_status st;
+  uint64_t need;
+  int l, head, i;
+  if (by == NULL || block == NULL || bytes == NULL) return RDKV_ERR_ARGUMENT;
+  st = rdkv__repack_layout(cfg, segments, n, NULL, &w, &need);
+  if (st != RDKV_OK) return st;
+  for (l = 0; l < cfg->n_layers; l++)
+    if (by[l].n < 1 || by[l].n > RDKV__MAX_TOKENS || !rdkv__tensor_ok(&by[l].q) ||
+        (by[l].out.data != NULL && !rdkv__tensor_ok(&by[l].out)) ||
+        (by[l].lse_stride && by[l].lse_stride < (size_t)cfg->n_q_heads))
+      return RDKV_ERR_ARGUMENT;
+  st = rdkv__scratch(scratch, scratch_bytes, rdkv__size(need), &arena);
+  if (st != RDKV_OK) return st;
+  rdkv__repack_layout(cfg, segments, n, &arena, &w, &need);
+  c = *cfg; /* keep is of all tokens, not of those that are left */
+  c.budget_bytes = rdkv__budget(cfg, w.n_tokens, cfg->n_layers);
+  if (c.budget_bytes == 0) c.budget_bytes = 1; /* 0 would mean keep */
+  for (l = 0; l < cfg->n_layers; l++) {
+    size_t k_all = (size_t)cfg->n_kv_heads * w.rows * (size_t)cfg->k_dim;
+    size_t v_all = (size_t)cfg->n_kv_heads * w.rows * (size_t)cfg->v_dim;
+    float *k = w.k + (size_t)l * k_all, *v = w.v + (size_t)l * v_all;
+    rdkv_kv *kv = &w.kv[l];
+    kv->k = rdkv_dense(k, RDKV_F32, 1, cfg->k_dim), kv->v = rdkv_dense(v, RDKV_F32, 1, cfg->v_dim);
+    kv->k.head_stride = (ptrdiff_t)w.rows * cfg->k_dim;
+    kv->v.head_stride = (ptrdiff_t)w.rows * cfg->v_dim;
+    kv->q = by[l].q;
+    st = rdkv_layer_init(cfg, w.rows, w.mem + (size_t)l * (size_t)rdkv__round_up(w.each, 64),
+                         w.each, &w.layers[l]);
+    for (head = 0; head < cfg->n_kv_heads && st == RDKV_OK; head++) {
+      float *kh = k + (size_t)head * w.rows * (size_t)cfg->k_dim;
+      float *vh = v + (size_t)head * w.rows * (size_t)cfg->v_dim;
+      uint32_t rows = 0, more = 0;
+      for (i = 0; i < n && st == RDKV_OK; i++, rows += more)
+        st = rdkv_unpack(&segments[i], l, head, kh + (size_t)rows * (size_t)cfg->k_dim,
+                         vh + (size_t)rows * (size_t)cfg->v_dim, NULL, &more);
+      if (st == RDKV_OK && rows > 0) st = rdkv__repack_head(cfg, &w, l, head, kh, vh, rows, &by[l]);
+    }
+    if (st != RDKV_OK) return st;
+  }
+  st = rdkv_allocate(&c, w.layers, cfg->n_layers, w.work, w.work_bytes);
+  if (st == RDKV_OK)
+    st = rdkv_pack(&c, w.kv, w.layers, cfg->n_layers, 0, segments[0].header->token_begin, block,
+                   capacity, bytes, w.work, w.work_bytes);
+  if (st != RDKV_OK) return st;
+  h->n_tokens = w.n_tokens, h->budget_bytes = cfg->budget_bytes;
+  h->head_sum = rdkv__head_sum((const uint8_t *)block, h);
+  return RDKV_OK;
 }
 
 /* Queries and outputs are a tail whose heads are query heads. */

@@ -288,6 +288,102 @@ static void no_room(void) {
   bury(&v), problem_free(&p);
 }
 
+/* ---- many into one, one into a smaller one -----------------------------------------------------
+ */
+
+/* What attention over segments is off that over the dense tokens [0, n), for the problem's last
+   queries, largest of the layers. */
+static double error_of(const problem *p, const rdkv_segment *s, int n_segments, uint32_t n) {
+  size_t need = rdkv_measure_error_scratch(&p->cfg, n);
+  void *scratch = mem_new(need);
+  rdkv_cache cache;
+  double worst = 0, e = 0;
+  int l;
+  memset(&cache, 0, sizeof cache);
+  cache.segments = s, cache.n_segments = n_segments, cache.isa = p->cfg.isa;
+  for (l = 0; l < LAYERS; l++) {
+    CHECK_OK(rdkv_measure_error(&p->cfg, &cache, l, &p->kv[l], n,
+                                p->q[l] + (p->n_tokens - 16) * Q_HEADS * K_DIM, 16, &e, scratch,
+                                need));
+    worst = e > worst ? e : worst;
+  }
+  mem_free(scratch);
+  return worst;
+}
+
+static void repack(void) {
+  problem p = tokens(160, 61);
+  rdkv_segment s[4], one, small, direct;
+  uint8_t *block[4], *merged, *less, *again;
+  rdkv_queries by[LAYERS];
+  rdkv_config c = p.cfg;
+  size_t room = 1 << 20, need, bytes = 0, sum = 0;
+  double apart, together, twice, once;
+  void *scratch;
+  int i, l;
+  p.cfg.keep = 0.6;
+  memset(by, 0, sizeof by);
+  for (i = 0; i < 4; i++) {
+    block[i] = prompt(&p, 32 * (uint32_t)i, 32 * (uint32_t)(i + 1), &s[i]);
+    sum += (size_t)s[i].header->total_bytes;
+  }
+  for (l = 0; l < LAYERS; l++) by[l].q = row(p.kv[l].q, 128), by[l].n = 32, by[l].position = 128;
+  c.window = 32, c.budget_bytes = sum;
+  need = rdkv_repack_scratch(&c, s, 4), scratch = mem_new(need);
+  merged = (uint8_t *)mem_new(room), less = (uint8_t *)mem_new(room);
+  again = (uint8_t *)mem_new(room);
+  /* in the bytes of the four: little is lost */
+  CHECK_OK(rdkv_repack(&c, s, 4, by, merged, room, &bytes, scratch, need));
+  CHECK_LE(bytes, sum);
+  CHECK_OK(rdkv_open(merged, bytes, RDKV_VERIFY, &one));
+  CHECK_EQ(one.header->token_begin, 0);
+  CHECK_EQ(one.header->n_tokens, 128);
+  apart = error_of(&p, s, 4, 128), together = error_of(&p, &one, 1, 128);
+  test_where("apart %g, together %g", apart, together);
+  CHECK_LE(together, 1.25 * apart + 0.01);
+  /* a third of the bytes: within a factor of what the K and V themselves would have given */
+  c.budget_bytes = 0, c.keep = 0.2, c.pool = 1;
+  mem_free(scratch);
+  need = rdkv_repack_scratch(&c, &one, 1);
+  if (need < rdkv_compress_scratch(&c, 128)) need = rdkv_compress_scratch(&c, 128);
+  scratch = mem_new(need);
+  CHECK_OK(rdkv_repack(&c, &one, 1, by, less, room, &bytes, scratch, need));
+  CHECK_LE((double)bytes, 0.2 * 128 * LAYERS * KV_HEADS * (K_DIM + V_DIM) * 2);
+  CHECK_OK(rdkv_open(less, bytes, RDKV_VERIFY, &small));
+  CHECK_OK(rdkv_compress_by(&c, p.kv, by, 128, 0, again, room, &bytes, scratch, need));
+  CHECK_OK(rdkv_open(again, bytes, RDKV_VERIFY, &direct));
+  twice = error_of(&p, &small, 1, 128), once = error_of(&p, &direct, 1, 128);
+  test_where("from segments %g, from K and V %g", twice, once);
+  CHECK_LE(twice, 1.3 * once);
+  /* what cannot be */
+  memset(again, 0xa5, room);
+  mem_free(scratch), need = rdkv_repack_scratch(&c, s, 4), scratch = mem_new(need);
+  one = s[1], s[1] = s[2], s[2] = one; /* not in order */
+  CHECK_STATUS(rdkv_repack(&c, s, 4, by, again, room, &bytes, scratch, need), RDKV_ERR_ARGUMENT);
+  CHECK_EQ(rdkv_repack_scratch(&c, s, 4), 0);
+  one = s[1], s[1] = s[2], s[2] = one;
+  CHECK_STATUS(rdkv_repack(&c, s, 4, by, again, room, &bytes, scratch, need - 64), RDKV_ERR_MEMORY);
+  CHECK_STATUS(rdkv_repack(&c, s, 4, by, again, 128, &bytes, scratch, need), RDKV_ERR_MEMORY);
+  c.positions = 1;
+  CHECK_STATUS(rdkv_repack(&c, s, 4, by, again, room, &bytes, scratch, need), RDKV_ERR_CONFIG);
+  c.positions = 0, c.profile = RDKV_PAPER;
+  CHECK_STATUS(rdkv_repack(&c, s, 4, by, again, room, &bytes, scratch, need), RDKV_ERR_CONFIG);
+  c.profile = RDKV_JOINT, by[1].n = 0;
+  CHECK_STATUS(rdkv_repack(&c, s, 4, by, again, room, &bytes, scratch, need), RDKV_ERR_ARGUMENT);
+  CHECK_STATUS(rdkv_repack(&c, s, 0, by, again, room, &bytes, scratch, need), RDKV_ERR_ARGUMENT);
+  CHECK(mem_untouched(again, room));
+  /* nothing kept, of nothing */
+  by[1].n = 32, c.scope = RDKV_SCOPE_LAMBDA, c.lambda = 1e30;
+  CHECK_OK(rdkv_repack(&c, s, 4, by, again, room, &bytes, scratch, need));
+  CHECK_OK(rdkv_open(again, bytes, RDKV_VERIFY, &one));
+  mem_free(scratch), need = rdkv_repack_scratch(&c, &one, 1), scratch = mem_new(need);
+  CHECK_OK(rdkv_repack(&c, &one, 1, by, less, room, &bytes, scratch, need));
+  CHECK_OK(rdkv_open(less, bytes, RDKV_VERIFY, &small));
+  CHECK_EQ(small.header->n_tokens, 128);
+  for (i = 0; i < 4; i++) mem_free(block[i]);
+  mem_free(merged), mem_free(less), mem_free(again), mem_free(scratch), problem_free(&p);
+}
+
 /* ---- rollback and fork ----------------------------------------------------------------------- */
 
 /* Ahead, back, and along, with blocks made in between: every output has the same bits as without.
@@ -837,6 +933,7 @@ int main(void) {
   RUN(block_by_block);
   RUN(pinned);
   RUN(no_room);
+  RUN(repack);
   RUN(rollback_leaves_no_trace);
   RUN(rollback_over_segments);
   RUN(forks);
