@@ -682,6 +682,18 @@ RDKV_API rdkv_status rdkv_sequence_compress(const rdkv_config *cfg, rdkv_sequenc
 RDKV_API rdkv_status rdkv_sequence_flush(const rdkv_config *cfg, rdkv_sequence *sequence,
                                          uint32_t block, void *scratch, size_t scratch_bytes);
 
+/* Scratch bytes for rdkv_sequence_merge; 0 on overflow or if it cannot be done. */
+RDKV_API size_t rdkv_sequence_merge_scratch(const rdkv_config *cfg, const rdkv_sequence *sequence,
+                                            int n);
+
+/* Makes one segment of the last n, as rdkv_repack does, by the last cfg->window queries of the
+   tail. The new one is written behind them and then moved to where they were; segments outside the
+   arena, or shared with forks, stay where they are and are only left out of the list.
+   Returns as rdkv_repack, RDKV_ERR_ARGUMENT (no such segments or queries), _FULL (the arena has no
+   room beside the old ones); on error the sequence is as before. */
+RDKV_API rdkv_status rdkv_sequence_merge(const rdkv_config *cfg, rdkv_sequence *sequence, int n,
+                                         void *scratch, size_t scratch_bytes);
+
 /* Goes back to the first n_tokens tokens: shortens the tail, or empties it and drops segments from
    the end, whose arena is free again. If no block was made since, what follows has the same bits as
    if the sequence had never gone ahead; a block made since stays compressed.
@@ -4402,6 +4414,65 @@ RDKV_DEF rdkv_status rdkv_sequence_compress(const rdkv_config *cfg, rdkv_sequenc
 RDKV_DEF rdkv_status rdkv_sequence_flush(const rdkv_config *cfg, rdkv_sequence *sequence,
                                          uint32_t block, void *scratch, size_t scratch_bytes) {
   return rdkv__sequence_blocks(cfg, sequence, block == 0 ? 128 : block, 0, scratch, scratch_bytes);
+}
+
+RDKV_DEF size_t rdkv_sequence_merge_scratch(const rdkv_config *cfg, const rdkv_sequence *sequence,
+                                            int n) {
+  size_t bytes;
+  if (!rdkv__sequence_ok(sequence) || n < 1 || n > sequence->n_segments) return 0;
+  bytes = rdkv_repack_scratch(cfg, sequence->segments + sequence->n_segments - n, n);
+  if (bytes == 0) return 0;
+  return rdkv__size(
+      rdkv__add(bytes, rdkv__round_up((uint64_t)cfg->n_layers * sizeof(rdkv_queries), 64)));
+}
+
+RDKV_DEF rdkv_status rdkv_sequence_merge(const rdkv_config *cfg, rdkv_sequence *sequence, int n,
+                                         void *scratch, size_t scratch_bytes) {
+  rdkv_sequence *s = sequence;
+  rdkv_segment *old, segment;
+  rdkv_queries *by;
+  rdkv__arena arena;
+  rdkv_status st;
+  uint8_t *to;
+  uint64_t sum = 0;
+  uintptr_t first, base;
+  size_t bytes = 0;
+  int l, i, own;
+  if (!rdkv__resolved(cfg) || !rdkv__sequence_ok(s) || n < 1 || n > s->n_segments ||
+      s->queries.memory == NULL || s->n_q_heads != (uint32_t)cfg->n_q_heads ||
+      s->queries.n_layers != cfg->n_layers || s->arena_used > s->arena_bytes)
+    return RDKV_ERR_ARGUMENT;
+  if (s->arena == NULL) return RDKV_ERR_FULL;
+  to = s->arena + s->arena_used;
+  if (!rdkv__aligned(to, 128)) return RDKV_ERR_ALIGNMENT;
+  st = rdkv__scratch(scratch, scratch_bytes, rdkv_sequence_merge_scratch(cfg, s, n), &arena);
+  if (st != RDKV_OK) return st;
+  by = (rdkv_queries *)rdkv__take(&arena, NULL, (uint64_t)cfg->n_layers, sizeof *by);
+  for (l = 0; l < cfg->n_layers; l++) {
+    by[l].q = rdkv__tail_tensor(&s->queries, l, 0, 0);
+    by[l].out = rdkv__tail_tensor(&s->queries, l, 1, 0);
+    by[l].lse = rdkv__lse(s, l, 0), by[l].lse_stride = s->lse_stride;
+    by[l].n = s->queries.n_tokens[l], by[l].position = 0;
+  }
+  old = s->segments + s->n_segments - n;
+  st = rdkv_repack(cfg, old, n, by, to, s->arena_bytes - s->arena_used, &bytes, arena.next,
+                   arena.left);
+  if (st == RDKV_ERR_MEMORY) st = RDKV_ERR_FULL; /* scratch was looked at before */
+  if (st != RDKV_OK) return st;
+  first = (uintptr_t)old[0].block, base = (uintptr_t)s->arena;
+  for (i = 0, own = first >= base + s->arena_shared; i < n; i++) {
+    own = own && (uintptr_t)old[i].block == first + sum;
+    sum += old[i].header->total_bytes;
+  }
+  if (own && first + sum == base + s->arena_used) {
+    memmove(s->arena + (first - base), to, bytes);
+    to = s->arena + (first - base), s->arena_used = first - base;
+  }
+  st = rdkv_open(to, bytes, RDKV_MAP, &segment);
+  RDKV_ASSERT(st == RDKV_OK);
+  *old = segment;
+  s->n_segments -= n - 1, s->arena_used += bytes;
+  return st;
 }
 
 /* The tail keeps its first n tokens, and their queries. */

@@ -384,6 +384,54 @@ static void repack(void) {
   mem_free(merged), mem_free(less), mem_free(again), mem_free(scratch), problem_free(&p);
 }
 
+/* The last segments of a sequence become one, in their place; shared ones are left alone. */
+static void merge(void) {
+  problem p = tokens(300, 62);
+  living v = live(&p, 40, RDKV_F16, 1, 1 << 18), f = live(&p, 40, RDKV_F16, 1, 1 << 18);
+  rdkv_config c = p.cfg;
+  size_t need, used;
+  void *scratch;
+  uint8_t *copy;
+  rdkv_segment s;
+  uint32_t t;
+  c.window = 16, c.keep = 0.3;
+  for (t = 0; t < 200; t++) {
+    step(&v, t, NULL);
+    CHECK_OK(rdkv_sequence_compress(&p.cfg, &v.s, 16, 0, v.scratch, v.scratch_bytes));
+  }
+  CHECK_EQ(v.s.n_segments, 11);
+  need = rdkv_sequence_merge_scratch(&c, &v.s, 8), scratch = mem_new(need);
+  used = v.s.arena_used;
+  CHECK_STATUS(rdkv_sequence_merge(&c, &v.s, 12, scratch, need), RDKV_ERR_ARGUMENT);
+  CHECK_STATUS(rdkv_sequence_merge(&c, &v.s, 8, scratch, need - 64), RDKV_ERR_MEMORY);
+  v.s.arena_bytes = used + 128;
+  CHECK_STATUS(rdkv_sequence_merge(&c, &v.s, 8, scratch, need), RDKV_ERR_FULL);
+  CHECK(v.s.n_segments == 11 && v.s.arena_used == used);
+  v.s.arena_bytes = 1 << 18;
+  CHECK_OK(rdkv_sequence_merge(&c, &v.s, 8, scratch, need));
+  CHECK_EQ(v.s.n_segments, 4);
+  CHECK_EQ(v.s.segments[3].header->token_begin, 48);
+  CHECK_EQ(v.s.segments[3].header->n_tokens, 128);
+  CHECK_EQ(v.s.segments[3].block + v.s.segments[3].header->total_bytes - v.s.arena, v.s.arena_used);
+  CHECK_EQ(v.s.segments[3].block - v.s.segments[2].block, v.s.segments[2].header->total_bytes);
+  CHECK(v.s.arena_used < used);
+  CHECK_OK(rdkv_open(v.s.segments[3].block, (size_t)v.s.segments[3].header->total_bytes,
+                     RDKV_VERIFY, &s));
+  CHECK_EQ(rdkv_sequence_tokens(&v.s), 200);
+  steps(&v, 200, 208, NULL);
+  CHECK_STATUS(rdkv_sequence_rollback(&v.s, 64), RDKV_ERR_GONE);
+  /* what a fork sees does not change */
+  CHECK_OK(rdkv_sequence_fork(&v.s, &f.s));
+  used = v.s.arena_used, copy = (uint8_t *)mem_new(used);
+  memcpy(copy, v.s.arena, used);
+  mem_free(scratch), need = rdkv_sequence_merge_scratch(&c, &v.s, 4), scratch = mem_new(need);
+  CHECK_OK(rdkv_sequence_merge(&c, &v.s, 4, scratch, need));
+  CHECK(v.s.n_segments == 1 && f.s.n_segments == 4 && v.s.arena_used > used);
+  CHECK(memcmp(copy, v.s.arena, used) == 0);
+  steps(&v, 208, 209, NULL), steps(&f, 208, 209, NULL);
+  mem_free(copy), mem_free(scratch), bury(&v), bury(&f), problem_free(&p);
+}
+
 /* ---- rollback and fork ----------------------------------------------------------------------- */
 
 /* Ahead, back, and along, with blocks made in between: every output has the same bits as without.
@@ -934,6 +982,7 @@ int main(void) {
   RUN(pinned);
   RUN(no_room);
   RUN(repack);
+  RUN(merge);
   RUN(rollback_leaves_no_trace);
   RUN(rollback_over_segments);
   RUN(forks);
