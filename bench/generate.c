@@ -20,7 +20,7 @@ static const char *const NAME[KINDS] = {"prompt alone", "blocks, same part", "bl
 
 typedef struct options {
   int prompt, tokens, block, recent, window, pool, samples;
-  int block_pool;
+  int block_pool, merge;
   double keep, bar;
   const char *model, *text, *save;
 } options;
@@ -31,6 +31,7 @@ typedef struct living {
   void *owner[4];
   void *scratch;
   size_t scratch_bytes, fixed_bytes; /* of tail and queries, all of it */
+  int merged;
 } living;
 
 static struct {
@@ -90,7 +91,7 @@ static void live(living *v, int kind, const kv_cache *dense, const options *o) {
   if (kind == ALONE) return;
   c->pool = o->block_pool;
   if (kind == PRICE) c->scope = RDKV_SCOPE_LAMBDA, c->lambda = prompt.header->lambda;
-  v->s.arena_bytes = rdkv_block_bound(c, (uint32_t)o->block) * (size_t)blocks;
+  v->s.arena_bytes = rdkv_block_bound(c, (uint32_t)o->block) * (size_t)(blocks + o->merge);
   v->s.arena = (uint8_t *)memory(v->s.arena_bytes, &v->owner[2]);
   v->scratch_bytes = rdkv_sequence_scratch(c, (uint32_t)o->block);
   v->scratch = memory(v->scratch_bytes, &v->owner[3]);
@@ -169,13 +170,14 @@ static void usage(const options *o) {
       "  --window N    queries at the prompt's end that decide what matters (%d)\n"
       "  --pool N      tokens over which their attention is averaged, odd (%d)\n"
       "  --block-pool N  the same for blocks (%d)\n"
+      "  --merge N     blocks that become one segment once there are so many; 0 = never (%d)\n"
       "  --bar X       times the prompt's KL that blocks may cost; 0 = any (%g)\n"
       "  --samples N   stretches of text (%d)\n"
       "  --model FILE  checkpoint of llama2.c, version 2 (needle-4m.q8.bin)\n"
       "  --text FILE   prose (frankenstein.txt)\n"
       "  --save FILE   writes the last sequence with blocks, for examples/inspect.c\n",
-      o->prompt, o->tokens, o->block, o->recent, o->keep, o->window, o->pool, o->block_pool, o->bar,
-      o->samples);
+      o->prompt, o->tokens, o->block, o->recent, o->keep, o->window, o->pool, o->block_pool,
+      o->merge, o->bar, o->samples);
   exit(0);
 }
 
@@ -209,6 +211,8 @@ static void parse(int argc, char **argv, options *o) {
       o->save = value;
     else if (strcmp(name, "--block-pool") == 0)
       o->block_pool = number(value, 1, 255);
+    else if (strcmp(name, "--merge") == 0)
+      o->merge = number(value, 0, 1000);
     else if (strcmp(name, "--bar") == 0) {
       o->bar = strtod(value, &end);
       if (*end || !(o->bar >= 0)) die("--bar wants a number");
@@ -234,7 +238,7 @@ static const char *locate(const char *a, const char *b, const char *c) {
 }
 
 int main(int argc, char **argv) {
-  options o = {4096, 2048, 256, 768, 64, 17, 1, 1, 10, 1.3, NULL, NULL, NULL};
+  options o = {4096, 2048, 256, 768, 64, 17, 1, 1, 0, 10, 1.3, NULL, NULL, NULL};
   static living v[KINDS];
   model m;
   kv_cache cache;
@@ -301,6 +305,14 @@ int main(int argc, char **argv) {
           check(rdkv_sequence_compress(&v[i].config, &v[i].s, (uint32_t)o.block, (uint32_t)o.recent,
                                        v[i].scratch, v[i].scratch_bytes),
                 "block");
+          if (o.merge > 0 && v[i].s.n_segments - 1 - v[i].merged == o.merge) {
+            void *own;
+            size_t need = rdkv_sequence_merge_scratch(&v[i].config, &v[i].s, o.merge);
+            void *scratch = memory(need, &own);
+            check(rdkv_sequence_merge(&v[i].config, &v[i].s, o.merge, scratch, need), "merge");
+            v[i].merged++;
+            free(own);
+          }
           if (v[i].s.tail.n_tokens[0] >= (uint32_t)(o.block + o.recent)) failed = 1;
           if (i == BLOCKS && kept(&v[i]) - prompt_bytes > o.keep / 100 * token_bytes * (t + 1))
             failed = 1;
