@@ -665,6 +665,37 @@ static void save_and_go_on(void) {
   bury(&v), bury(&w[0]), bury(&w[1]), problem_free(&p);
 }
 
+/* A file of version 1 that was saved once and for all: it is read, and saved again as the same
+   bytes. With WRITE_GOLDEN in the environment it is made anew, for a new version. */
+static void golden(void) {
+  static const char name[] = "golden_v1/sequence.rdks";
+  problem p = tokens(80, 71);
+  living w = live(&p, 40, RDKV_F16, 1, 128);
+  uint8_t *data = (uint8_t *)mem_new(1 << 16), *fit;
+  size_t bytes;
+  FILE *file;
+  paper again;
+  if (getenv("WRITE_GOLDEN")) {
+    uint8_t *block;
+    living v = sample(&p, &block);
+    paper f = save(&v.s);
+    file = fopen(name, "wb");
+    CHECK(file && fwrite(f.data, 1, f.bytes, file) == f.bytes && fclose(file) == 0);
+    mem_free(f.data), mem_free(block), bury(&v);
+  }
+  file = fopen(name, "rb");
+  if (!CHECK(file && "run the test in the tests folder")) exit(2);
+  bytes = fread(data, 1, 1 << 16, file);
+  fclose(file);
+  fit = (uint8_t *)mem_new(bytes);
+  memcpy(fit, data, bytes);
+  CHECK_OK(rdkv_load(&p.cfg, fit, bytes, RDKV_VERIFY, &w.s));
+  CHECK(w.s.n_segments == 3 && rdkv_sequence_tokens(&w.s) == 60);
+  again = save(&w.s);
+  CHECK(again.bytes == bytes && memcmp(again.data, fit, bytes) == 0);
+  mem_free(again.data), mem_free(data), mem_free(fit), bury(&w), problem_free(&p);
+}
+
 /* An empty sequence, and one without a tail, are files too. */
 static void small_files(void) {
   problem p = tokens(40, 32);
@@ -987,6 +1018,7 @@ int main(void) {
   RUN(rollback_over_segments);
   RUN(forks);
   RUN(save_and_go_on);
+  RUN(golden);
   RUN(small_files);
 #ifdef HAVE_MAPPING
   RUN(mapped);
