@@ -25,9 +25,11 @@
    it.
 
    CONTENTS (search for the tag)
-       >>types  >>config  >>score  >>allocate  >>pack  >>open  >>tail  >>attend  >>report    the API
+       >>types  >>config  >>score  >>allocate  >>pack  >>open  >>tail  >>attend  >>report
+       >>sequence  >>file                                                               the API
        >>impl-util  >>impl-half  >>impl-kernels  >>impl-config  >>impl-score  >>impl-allocate
-       >>impl-pack  >>impl-open  >>impl-tail  >>impl-attend  >>impl-report  >>simd      the code
+       >>impl-pack  >>impl-open  >>impl-tail  >>impl-attend  >>impl-report
+       >>impl-sequence  >>impl-file  >>simd                                             the code
 
    WHAT IT COMPUTES. The error of the attention output is written as a sum over V tokens and K
    channels, each a function of the bits that the unit gets (16, 8, 4, 2 or 0). Bits go where a byte
@@ -95,11 +97,13 @@ typedef enum rdkv_status {
   RDKV_ERR_ALIGNMENT, /* a buffer is not aligned as documented */
   RDKV_ERR_NONFINITE, /* NaN, Inf or (K, V) a value outside the half range in the input */
   RDKV_ERR_BUDGET,    /* the budget is below what pins and tables alone take */
-  RDKV_ERR_FULL,      /* the tail has no room for the tokens */
+  RDKV_ERR_FULL,      /* the tail, the list of segments or the arena has no room */
   RDKV_ERR_TRUNCATED, /* fewer bytes than the block says it has */
   RDKV_ERR_FORMAT,    /* not a block, or one whose fields contradict each other */
   RDKV_ERR_VERSION,   /* a block of another format version */
-  RDKV_ERR_CHECKSUM   /* the bytes are not those that were written */
+  RDKV_ERR_CHECKSUM,  /* the bytes are not those that were written */
+  RDKV_ERR_GONE,      /* the dense tokens to go back to have been compressed */
+  RDKV_ERR_SINK       /* the caller's write function failed */
 } rdkv_status;
 
 /* One short English sentence for a status; never NULL. */
@@ -156,11 +160,23 @@ typedef enum rdkv_isa {
   RDKV_ISA_NEON = 4
 } rdkv_isa;
 
-/* Tokens [begin, end) keep at least min_bits (2, 4, 8 or 16) in every head. Ranges may overlap and
-   may reach past the last token. Obeyed by RDKV_JOINT; an error with RDKV_PAPER. */
+/* Why a range is pinned: for the caller's own book-keeping, not read here. */
+typedef enum rdkv_pin_reason {
+  RDKV_PIN_OTHER = 0,
+  RDKV_PIN_SINK = 1, /* the first tokens, which many heads rest on */
+  RDKV_PIN_SYSTEM = 2,
+  RDKV_PIN_TOOLS = 3,
+  RDKV_PIN_USER = 4
+} rdkv_pin_reason;
+
+/* Tokens [begin, end) keep at least min_bits (2, 4, 8 or 16) in every head. Positions of the
+   sequence: rdkv_compress and rdkv_stream_layer start at 0, rdkv_compress_by and blocks at their
+   token_begin; rdkv_allocate counts from the range's first token. Ranges may overlap and may reach
+   past the last token. Obeyed by RDKV_JOINT; an error with RDKV_PAPER. */
 typedef struct rdkv_pin {
   uint32_t begin, end;
   int32_t min_bits;
+  rdkv_pin_reason reason;
 } rdkv_pin;
 
 /* Everything that can be chosen. Zero-initialise, set what you know, call rdkv_resolve. */
@@ -547,6 +563,206 @@ RDKV_API rdkv_status rdkv_measure_error(const rdkv_config *cfg, const rdkv_cache
 /* Scratch bytes for rdkv_measure_error; 0 on overflow. */
 RDKV_API size_t rdkv_measure_error_scratch(const rdkv_config *cfg, uint32_t n_tokens);
 
+/* ---- >>sequence : a cache that lives --------------------------------------------------------- */
+
+/* Queries that say which tokens of a block matter: those of the tokens after it, or its own. Where
+   out and lse are known the block is weighed against everything that the queries attended to, else
+   against its own tokens alone. */
+typedef struct rdkv_queries {
+  rdkv_tensor q;     /* [n][n_q_heads][k_dim] after RoPE */
+  rdkv_tensor out;   /* [n][n_q_heads][v_dim] what attention gave them; data NULL = not known */
+  const float *lse;  /* [n][lse_stride], n_q_heads used: log-sum-exp as of rdkv_attend, or NULL */
+  size_t lse_stride; /* 0 = n_q_heads */
+  uint32_t n;        /* the last config.window of them are used */
+  uint32_t position; /* of the first, counted from the block's first token: n_tokens if it follows
+                        the block. Query i sees tokens up to position + i */
+} rdkv_queries;
+
+/* Compresses a range of tokens by given queries: a chunk of a prompt once the next chunk has been
+   attended to, or a block of generated tokens. rdkv_compress is this with the range's own queries.
+   kv, by [cfg->n_layers]; kv's q is not read. Every token must be seen by the last query.
+   token_begin: position of the first token. Everything else as for rdkv_compress. */
+RDKV_API rdkv_status rdkv_compress_by(const rdkv_config *cfg, const rdkv_kv *kv,
+                                      const rdkv_queries *by, uint32_t n_tokens,
+                                      uint64_t token_begin, void *block, size_t capacity,
+                                      size_t *bytes, void *scratch, size_t scratch_bytes);
+
+/* Scratch bytes for rdkv_repack of these segments; 0 on overflow or if they cannot be repacked. */
+RDKV_API size_t rdkv_repack_scratch(const rdkv_config *cfg, const rdkv_segment *segments, int n);
+
+/* Packs segments into one, without the K and V that they were made of: several into one, which
+   saves headers, tables and unfilled tiles, or one into a smaller one. What they hold is weighed
+   anew by given queries, as if it were all that the range's tokens had.
+   segments [n], each with all cfg->n_layers layers, each from the position where the one before
+   ends. by [cfg->n_layers]: queries that come after; position is not read. cfg: keep is of all the
+   range's tokens. Positions are not carried over (cfg->positions: RDKV_ERR_CONFIG), neither are
+   pins (n_pins: the same), nor does RDKV_PAPER repack; tokens are not pooled, for segments do not
+   keep their order. block must not overlap the segments. Otherwise as rdkv_compress_by. */
+RDKV_API rdkv_status rdkv_repack(const rdkv_config *cfg, const rdkv_segment *segments, int n,
+                                 const rdkv_queries *by, void *block, size_t capacity,
+                                 size_t *bytes, void *scratch, size_t scratch_bytes);
+
+/* A sequence: a list of segments, then a dense tail, and what is needed to turn the tail's oldest
+   tokens into further segments. Fields may be read; those marked `yours` set. */
+typedef struct rdkv_sequence {
+  rdkv_segment *segments; /* [max_segments] in order of position */
+  int32_t n_segments, max_segments;
+  uint64_t tail_begin; /* position of the tail's first token */
+  rdkv_tail tail;      /* append with rdkv_tail_append */
+  /* Queries of the tail's tokens, as K, and what attention gave them, as V, of n_q_heads heads;
+     memory NULL = not kept (then blocks cannot be made). Row 0 is of the tail's token query_begin
+     (yours: more than 0 if the tail starts with tokens whose queries you have not). */
+  rdkv_tail queries;
+  float *lse; /* [n_layers][capacity][lse_stride] log-sum-exp of the queries */
+  uint32_t n_q_heads, lse_stride, query_begin;
+  /* Yours: where blocks go, 128-byte aligned, one after the other; NULL = nowhere. Bytes before
+     arena_shared are in use by forks and are never written again. */
+  uint8_t *arena;
+  size_t arena_bytes, arena_used, arena_shared;
+} rdkv_sequence;
+
+/* Bytes of a sequence's memory; 0 on overflow. Queries take n_q_heads (k_dim + v_dim) elements a
+   token. */
+RDKV_API size_t rdkv_sequence_bytes(const rdkv_config *cfg, int max_segments, uint32_t capacity,
+                                    rdkv_dtype dtype, int keep_queries);
+
+/* Makes an empty sequence.
+   capacity tokens of the tail, in dtype; blocks of b tokens need 2 b, or b and those
+   that are to stay dense, and room for drafts.
+   mem [bytes] 64-byte aligned, kept by the caller as long as the sequence.
+   Returns RDKV_OK, RDKV_ERR_ARGUMENT, _MEMORY, _ALIGNMENT, _OVERFLOW. */
+RDKV_API rdkv_status rdkv_sequence_init(const rdkv_config *cfg, int max_segments, uint32_t capacity,
+                                        rdkv_dtype dtype, int keep_queries, void *mem, size_t bytes,
+                                        rdkv_sequence *sequence);
+
+/* What rdkv_attend takes; valid until the sequence changes. */
+static inline rdkv_cache rdkv_sequence_cache(const rdkv_sequence *s) {
+  rdkv_cache c;
+  c.segments = s->segments, c.n_segments = s->n_segments, c.tail = &s->tail, c.isa = s->tail.isa;
+  return c;
+}
+
+/* Tokens of the sequence, and so the position of the next one (as layer 0 has them). */
+static inline uint64_t rdkv_sequence_tokens(const rdkv_sequence *s) {
+  return s->tail_begin + s->tail.n_tokens[0];
+}
+
+/* Adds a segment, such as the compressed prompt, before the tail. With an empty tail, positions go
+   on at the segment's end. Returns RDKV_OK, RDKV_ERR_ARGUMENT (another shape, or the tail holds
+   tokens of its range), _FULL. */
+RDKV_API rdkv_status rdkv_sequence_add(rdkv_sequence *sequence, const rdkv_segment *segment);
+
+/* rdkv_attend for the token that was appended last, whose query, output and log-sum-exp are kept
+   if the sequence keeps them. Returns as rdkv_attend, and RDKV_ERR_ARGUMENT if queries of tokens
+   before are missing. Threads: one a layer. */
+RDKV_API rdkv_status rdkv_sequence_attend(const rdkv_config *cfg, rdkv_sequence *sequence,
+                                          int layer, const float *q, float *out, float *lse,
+                                          void *scratch, size_t scratch_bytes);
+
+/* Scratch bytes for rdkv_sequence_compress and _flush; 0 on overflow. */
+RDKV_API size_t rdkv_sequence_scratch(const rdkv_config *cfg, uint32_t block);
+
+/* Turns the tail's oldest tokens into segments in the arena, `block` tokens at a time: each block
+   once the block after it is complete, whose queries score it. Call it after every token, or now
+   and then. Call it when the tokens so far stand: those that may yet be taken back (drafts) are
+   best appended after it.
+   cfg: as for the model, with the budget of one block: keep, budget_bytes or, with
+   RDKV_SCOPE_LAMBDA, the prompt's lambda (rdkv_header.lambda).
+   block 1..1024, 0 = 128. recent: as many tokens at least stay dense, for what was said last is
+   attended to most (bench/README.md); 0 = block, the least.
+   Returns RDKV_OK, RDKV_ERR_ARGUMENT (also layers or queries that are not equally far), _FULL (list
+   or arena: nothing is lost, the block stays dense), and as rdkv_compress. On error the blocks made
+   so far stay. Threads: none may use the sequence meanwhile. Source: arXiv 2605.08317. */
+RDKV_API rdkv_status rdkv_sequence_compress(const rdkv_config *cfg, rdkv_sequence *sequence,
+                                            uint32_t block, uint32_t recent, void *scratch,
+                                            size_t scratch_bytes);
+
+/* At the end of a turn, the whole tail: the last complete block is scored by what follows it, the
+   rest by its own queries, causally. Otherwise as rdkv_sequence_compress. */
+RDKV_API rdkv_status rdkv_sequence_flush(const rdkv_config *cfg, rdkv_sequence *sequence,
+                                         uint32_t block, void *scratch, size_t scratch_bytes);
+
+/* Scratch bytes for rdkv_sequence_merge; 0 on overflow or if it cannot be done. */
+RDKV_API size_t rdkv_sequence_merge_scratch(const rdkv_config *cfg, const rdkv_sequence *sequence,
+                                            int n);
+
+/* Makes one segment of the last n, as rdkv_repack does, by the last cfg->window queries of the
+   tail. The new one is written behind them and then moved to where they were; segments outside the
+   arena, or shared with forks, stay where they are and are only left out of the list.
+   Returns as rdkv_repack, RDKV_ERR_ARGUMENT (no such segments or queries), _FULL (the arena has no
+   room beside the old ones); on error the sequence is as before. */
+RDKV_API rdkv_status rdkv_sequence_merge(const rdkv_config *cfg, rdkv_sequence *sequence, int n,
+                                         void *scratch, size_t scratch_bytes);
+
+/* Goes back to the first n_tokens tokens: shortens the tail, or empties it and drops segments from
+   the end, whose arena is free again. If no block was made since, what follows has the same bits as
+   if the sequence had never gone ahead; a block made since stays compressed.
+   Returns RDKV_OK, RDKV_ERR_ARGUMENT (more tokens than there are), _GONE (n_tokens lies inside a
+   segment: its tokens are no longer dense); on error nothing changes. */
+RDKV_API rdkv_status rdkv_sequence_rollback(rdkv_sequence *sequence, uint64_t n_tokens);
+
+/* Makes `fork` go on from where the sequence is: the list and the used part of the tail are copied,
+   segments are shared and must outlive both. fork: initialised with room enough and the same shape
+   and dtype; its arena, if any, is its own. From then on the parent keeps its arena's present bytes
+   when it rolls back. Returns RDKV_OK, RDKV_ERR_ARGUMENT, _FULL; on error nothing changes. */
+RDKV_API rdkv_status rdkv_sequence_fork(rdkv_sequence *sequence, rdkv_sequence *fork);
+
+/* ---- >>file : save and load ------------------------------------------------------------------ */
+
+/* A saved sequence: head, segments as they are in memory, tail. Segments start at multiples of 128
+   bytes, so that a mapped file is attended to where it lies. Little-endian; every byte is under a
+   checksum. Head: this, then an rdkv_file_entry for each segment, zeros up to a multiple of 128.
+   Tail: [layer][K, V][kv head][n_tail][dim padded to 16], the same of the queries (q as K, out as
+   V, n_q_heads heads), f32 lse [layer][n_queries][n_q_heads padded to 2], zeros up to 128. */
+typedef struct rdkv_file {
+  uint32_t magic;       /* 0x534b4452, "RDKS" */
+  uint32_t version;     /* RDKV_FILE_VERSION */
+  uint64_t total_bytes; /* of the file */
+  uint64_t head_bytes;
+  uint64_t head_sum; /* rdkv_checksum of [0, head_bytes), head_sum itself taken as 0 */
+  uint64_t tail;     /* offset; everything from here on is the tail */
+  uint64_t tail_sum; /* of [tail, total_bytes), words counted from the file's start */
+  uint64_t tail_begin;
+  uint32_t n_segments, n_layers, n_q_heads, n_kv_heads, k_dim, v_dim;
+  uint32_t n_tail, tail_dtype; /* dense tokens, and their rdkv_dtype */
+  uint32_t n_queries, query_begin;
+  uint8_t reserved[32];
+} rdkv_file; /* 128 bytes */
+#define RDKV_FILE_VERSION 1
+
+typedef struct rdkv_file_entry {
+  uint64_t offset, bytes;      /* of the segment, in the file */
+  uint64_t head_sum, body_sum; /* as in its header */
+} rdkv_file_entry;             /* 32 bytes */
+
+/* Takes the next bytes of a file; returns 0, or anything else to stop (RDKV_ERR_SINK). */
+typedef int rdkv_write(void *user, const void *data, size_t bytes);
+
+/* Bytes of the sequence as a file; 0 if it cannot be saved. */
+RDKV_API uint64_t rdkv_save_bytes(const rdkv_sequence *sequence);
+
+/* Writes a sequence, whose layers must be equally far, in pieces: a segment is one piece.
+   A prefix to share is a sequence with an empty tail.
+   Returns RDKV_OK, RDKV_ERR_ARGUMENT, _SINK (what was written so far is not a file). */
+RDKV_API rdkv_status rdkv_save(const rdkv_sequence *sequence, rdkv_write *write, void *user);
+
+/* Checks the head of an untrusted file and copies its fixed part, to learn the shape and the
+   room that rdkv_load needs. file [bytes] 128-byte aligned; bytes must be those of the file.
+   Returns RDKV_OK, RDKV_ERR_ARGUMENT, _ALIGNMENT, _TRUNCATED, _FORMAT (also a machine of the other
+   byte order, and bytes after the end), _VERSION, _CHECKSUM; *head is written only when RDKV_OK. */
+RDKV_API rdkv_status rdkv_file_head(const void *file, size_t bytes, rdkv_file *head);
+
+/* Opens a saved sequence in memory, such as a mapped file. Segments stay where they are: the file
+   must outlive the sequence, and is not written. Tail and queries are copied; queries are left out
+   if the sequence does not keep them.
+   cfg resolved, of the file's shape. mode: RDKV_VERIFY reads everything and finds any change of
+   any byte; RDKV_MAP reads the head, the segments' heads and the tail: safe to use, codes
+   unchecked. sequence: initialised, empty. Returns as rdkv_file_head, and RDKV_ERR_CONFIG (the file
+   has another shape), _FULL (room for segments or tokens is missing), _NONFINITE; on error the
+   sequence stays empty. */
+RDKV_API rdkv_status rdkv_load(const rdkv_config *cfg, const void *file, size_t bytes,
+                               rdkv_open_mode mode, rdkv_sequence *sequence);
+
 #ifdef __cplusplus
 }
 #endif
@@ -736,7 +952,7 @@ RDKV_DEF const char *rdkv_status_string(rdkv_status status) {
     case RDKV_ERR_BUDGET:
       return "the budget is below what must be stored";
     case RDKV_ERR_FULL:
-      return "the tail has no room for the tokens";
+      return "the tail, the list of segments or the arena has no room";
     case RDKV_ERR_TRUNCATED:
       return "fewer bytes than the block says it has";
     case RDKV_ERR_FORMAT:
@@ -745,6 +961,10 @@ RDKV_DEF const char *rdkv_status_string(rdkv_status status) {
       return "a block of another format version";
     case RDKV_ERR_CHECKSUM:
       return "the block's bytes are not those that were written";
+    case RDKV_ERR_GONE:
+      return "the dense tokens to go back to have been compressed";
+    case RDKV_ERR_SINK:
+      return "the caller's write function failed";
   }
   return "unknown status";
 }
@@ -1228,13 +1448,17 @@ static void rdkv__recency(const rdkv_config *cfg, int window, float *weight) {
     weight[i] = cfg->profile == RDKV_PAPER ? 1 : (float)(window / sum / sqrt((double)(window - i)));
 }
 
-RDKV_DEF rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_layer *layer,
-                                void *scratch, size_t scratch_bytes) {
+/* rdkv_score by any queries: the first of those in kv->q sits at position `first` of the range and
+   every token is seen by the last one. by: what their attention over all tokens was, or NULL where
+   the range is all there is. */
+static rdkv_status rdkv__score_by(const rdkv_config *cfg, const rdkv_kv *kv, int window,
+                                  uint32_t first, const rdkv_queries *by, rdkv_layer *layer,
+                                  void *scratch, size_t scratch_bytes) {
   const rdkv__kernels *kn;
   rdkv__work w;
   rdkv_status st;
-  uint32_t n, first, t, t0, rows;
-  int head, group, kd, vd, kp, vp, window, i, g, d, pass, joint;
+  uint32_t n, t, t0, rows;
+  int head, group, kd, vd, kp, vp, i, g, d, pass, joint;
   float weight[RDKV__MAX_WINDOW];
   float see[RDKV__MAX_WINDOW + 1]; /* weight of queries i and later */
   size_t nq, used;
@@ -1249,8 +1473,6 @@ RDKV_DEF rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_
   kn = rdkv__kernels_of(cfg->isa);
   group = cfg->n_q_heads / cfg->n_kv_heads, kd = cfg->k_dim, vd = cfg->v_dim;
   kp = rdkv__pad16(kd), vp = rdkv__pad16(vd);
-  window = (int)rdkv__min_u32((uint32_t)cfg->window, n);
-  first = n - (uint32_t)window; /* position of the first window query */
   used = (size_t)group * (size_t)window, nq = (used + 15) / 16 * 16;
   rdkv__recency(cfg, window, weight);
   for (i = window - 1, see[window] = 0; i >= 0; i--) see[i] = weight[i] + see[i + 1];
@@ -1309,14 +1531,29 @@ RDKV_DEF rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_
       }
       if (pass == 0) { /* from here on w.sum is its inverse, 0 in columns that pad */
         size_t c;
+        for (c = 0; c < used && by && by->lse;
+             c++) { /* with the tokens that are not in the range */
+          float all = expf(by->lse[c / (size_t)group * by->lse_stride +
+                                   (size_t)head * (size_t)group + c % (size_t)group] -
+                           w.max[c]);
+          if (all > w.sum[c]) w.sum[c] = all;
+        }
         for (c = 0; c < nq; c++) w.sum[c] = c < used ? weight[c / (size_t)group] / w.sum[c] : 0;
         for (d = 0; d < kd; d++) k2[d] = (float)(w.total[d] / (double)n);
       }
     }
     if (joint) { /* mean output of the window's attention, in parts so that few roundings add up */
       float *out = layer->mean_out + (size_t)head * (size_t)vd;
+      double all = (double)used;
       for (d = 0; d < vd; d++) w.total[d] = 0;
-      for (t0 = 0; t0 < n; t0 += rows) {
+      for (i = 0; i < window * group && by && by->out.data; i++) {
+        if (!rdkv__row(kn, &by->out, (uint32_t)(i / group), head * group + i % group, vd, w.rows))
+          return RDKV_ERR_NONFINITE;
+        for (d = 0; d < vd; d++) w.total[d] += (double)weight[i / group] * (double)w.rows[d];
+      }
+      if (by && by->lse && by->out.data == NULL) /* that of the range's tokens */
+        for (t = 0, all = 1e-30; t < n; t++) all += (double)w.mean[t];
+      for (t0 = by && by->out.data ? n : 0; t0 < n; t0 += rows) {
         rows = rdkv__min_u32(n - t0, 256);
         memset(part, 0, RDKV__MAX_DIM * sizeof(float));
         for (t = t0; t < t0 + rows; t++) {
@@ -1326,12 +1563,21 @@ RDKV_DEF rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_
         }
         for (d = 0; d < vd; d++) w.total[d] += (double)part[d];
       }
-      for (d = 0; d < vd; d++) out[d] = (float)(w.total[d] / (double)used);
+      for (d = 0; d < vd; d++) out[d] = (float)(w.total[d] / all);
     }
     memcpy(w.mean, token, (size_t)n * sizeof(float));
     rdkv__pool(w.mean, n, cfg->pool, token);
   }
   return RDKV_OK;
+}
+
+RDKV_DEF rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_layer *layer,
+                                void *scratch, size_t scratch_bytes) {
+  uint32_t window;
+  if (!rdkv__resolved(cfg) || kv == NULL || !rdkv__layer_ok(layer)) return RDKV_ERR_ARGUMENT;
+  window = rdkv__min_u32((uint32_t)cfg->window, layer->n_tokens);
+  return rdkv__score_by(cfg, kv, (int)window, layer->n_tokens - window, NULL, layer, scratch,
+                        scratch_bytes);
 }
 
 /* Bins of 1/8 octave over all floats >= 0: the exponent and three bits of the mantissa. */
@@ -2817,7 +3063,9 @@ static size_t rdkv__compress_bytes(const rdkv_config *cfg, int n_layers, uint32_
 }
 
 RDKV_DEF size_t rdkv_compress_scratch(const rdkv_config *cfg, uint32_t n_tokens) {
-  return cfg ? rdkv__compress_bytes(cfg, cfg->n_layers, n_tokens) : 0;
+  size_t bytes = cfg ? rdkv__compress_bytes(cfg, cfg->n_layers, n_tokens) : 0;
+  if (bytes == 0 || cfg->n_pins <= 0) return bytes;
+  return rdkv__size(rdkv__add(bytes, rdkv__round_up((uint64_t)cfg->n_pins * sizeof(rdkv_pin), 64)));
 }
 
 RDKV_DEF size_t rdkv_stream_scratch(const rdkv_config *cfg, uint32_t n_tokens) {
@@ -3637,6 +3885,923 @@ RDKV_DEF rdkv_status rdkv_measure_error(const rdkv_config *cfg, const rdkv_cache
     }
   }
   *error = all > 0 ? sqrt(off / all) : off > 0 ? 1 : 0;
+  return RDKV_OK;
+}
+
+/* ---- >>impl-sequence : a cache that lives ---------------------------------------------------- */
+
+/* The config's pins as a range that starts at token_begin sees them. */
+static const rdkv_pin *rdkv__move_pins(const rdkv_config *cfg, uint64_t token_begin,
+                                       rdkv__arena *arena) {
+  rdkv_pin *pins;
+  int i;
+  if (cfg->n_pins <= 0 || token_begin == 0) return cfg->pins;
+  pins = (rdkv_pin *)rdkv__take(arena, NULL, (uint64_t)cfg->n_pins, sizeof *pins);
+  for (i = 0; i < cfg->n_pins; i++) {
+    pins[i] = cfg->pins[i];
+    pins[i].begin = pins[i].begin > token_begin ? pins[i].begin - (uint32_t)token_begin : 0;
+    pins[i].end = pins[i].end > token_begin ? pins[i].end - (uint32_t)token_begin : 0;
+  }
+  return pins;
+}
+
+RDKV_DEF rdkv_status rdkv_compress_by(const rdkv_config *cfg, const rdkv_kv *kv,
+                                      const rdkv_queries *by, uint32_t n_tokens,
+                                      uint64_t token_begin, void *block, size_t capacity,
+                                      size_t *bytes, void *scratch, size_t scratch_bytes) {
+  rdkv_config moved;
+  rdkv__arena arena;
+  rdkv_layer *layers;
+  rdkv_status st;
+  uint8_t *mem, *work;
+  uint64_t work_bytes;
+  size_t each;
+  int a;
+  if (!rdkv__resolved(cfg) || kv == NULL || by == NULL || block == NULL || bytes == NULL)
+    return RDKV_ERR_ARGUMENT;
+  for (a = 0; a < cfg->n_layers; a++)
+    if (n_tokens > 0 && (by[a].n < 1 || by[a].n > RDKV__MAX_TOKENS ||
+                         by[a].position > RDKV__MAX_TOKENS || by[a].position + by[a].n < n_tokens ||
+                         (by[a].out.data != NULL && !rdkv__tensor_ok(&by[a].out)) ||
+                         (by[a].lse_stride && by[a].lse_stride < (size_t)cfg->n_q_heads)))
+      return RDKV_ERR_ARGUMENT;
+  st = rdkv__scratch(scratch, scratch_bytes, rdkv_compress_scratch(cfg, n_tokens), &arena);
+  if (st != RDKV_OK) return st;
+  rdkv__compress_layout(cfg, cfg->n_layers, n_tokens, &arena, &layers, &mem, &work, &work_bytes);
+  moved = *cfg, cfg = &moved; /* pins are of the sequence */
+  moved.pins = rdkv__move_pins(cfg, token_begin, &arena);
+  each = (size_t)rdkv__round_up(rdkv_layer_bytes(cfg, n_tokens), 64);
+  for (a = 0; a < cfg->n_layers && st == RDKV_OK; a++) {
+    rdkv_queries last = by[a];
+    rdkv_kv one = kv[a];
+    uint32_t n = rdkv__min_u32(last.n, (uint32_t)cfg->window), before = last.n - n;
+    if (last.lse_stride == 0) last.lse_stride = (size_t)cfg->n_q_heads;
+    one.q = last.q;
+    if (before > 0) { /* the last ones alone */
+      one.q.data = rdkv__at(&one.q, before, 0);
+      if (last.out.data) last.out.data = rdkv__at(&last.out, before, 0);
+      if (last.lse) last.lse += before * last.lse_stride;
+    }
+    st = rdkv_layer_init(cfg, n_tokens, mem + (size_t)a * each, each, &layers[a]);
+    if (st == RDKV_OK)
+      st = rdkv__score_by(cfg, &one, (int)n, last.position + before, &last, &layers[a], work,
+                          (size_t)work_bytes);
+    if (st == RDKV_OK) st = rdkv_measure(cfg, &one, &layers[a], work, (size_t)work_bytes);
+  }
+  if (st == RDKV_OK) st = rdkv_allocate(cfg, layers, cfg->n_layers, work, (size_t)work_bytes);
+  if (st != RDKV_OK) return st;
+  return rdkv_pack(cfg, kv, layers, cfg->n_layers, 0, token_begin, block, capacity, bytes, work,
+                   (size_t)work_bytes);
+}
+
+/* One config and one layer for a head alone, to weigh each head's own tokens. */
+static rdkv_config rdkv__one_head(const rdkv_config *cfg) {
+  rdkv_config c = *cfg;
+  c.n_layers = 1, c.n_q_heads = cfg->n_q_heads / cfg->n_kv_heads, c.n_kv_heads = 1, c.pool = 1;
+  return c;
+}
+
+typedef struct rdkv__repack_work {
+  rdkv_kv *kv;        /* [n_layers] of k and v */
+  rdkv_layer *layers; /* [n_layers] */
+  uint8_t *mem;       /* [n_layers] of each bytes: the layers' arrays */
+  uint8_t *head_mem;  /* a layer of one head */
+  float *k, *v;       /* [n_layers][n_kv_heads][rows][k_dim], v_dim */
+  uint8_t *work;
+  size_t each, head_bytes, work_bytes;
+  uint32_t rows;     /* most tokens that a head keeps */
+  uint32_t n_tokens; /* of the range */
+} rdkv__repack_work;
+
+/* Tokens that a head keeps in all segments. */
+static uint64_t rdkv__rows_of(const rdkv_segment *s, int n, int layer, int head) {
+  uint64_t rows = 0;
+  int i, l;
+  for (i = 0; i < n; i++)
+    for (l = 0; l < 4; l++) rows += rdkv__record(&s[i], layer, head)->n_tokens[l];
+  return rows;
+}
+
+static rdkv_status rdkv__repack_layout(const rdkv_config *cfg, const rdkv_segment *s, int n,
+                                       rdkv__arena *arena, rdkv__repack_work *w, uint64_t *bytes) {
+  rdkv_config one;
+  uint64_t tokens = 0, rows = 0, heads, r, a, b, c;
+  int i, l, h;
+  *bytes = 0;
+  if (!rdkv__resolved(cfg) || s == NULL || n < 1) return RDKV_ERR_ARGUMENT;
+  if (cfg->profile == RDKV_PAPER || cfg->positions || cfg->n_pins) return RDKV_ERR_CONFIG;
+  for (i = 0; i < n; i++) {
+    const rdkv_header *hd = s[i].header;
+    if (hd == NULL || hd->first_layer != 0 || hd->n_layers != (uint32_t)cfg->n_layers ||
+        hd->n_kv_heads != (uint32_t)cfg->n_kv_heads || hd->k_dim != (uint32_t)cfg->k_dim ||
+        hd->v_dim != (uint32_t)cfg->v_dim ||
+        hd->token_begin != rdkv__add(s[0].header->token_begin, tokens))
+      return RDKV_ERR_ARGUMENT;
+    tokens += hd->n_tokens;
+  }
+  for (l = 0; l < cfg->n_layers; l++)
+    for (h = 0; h < cfg->n_kv_heads; h++)
+      if ((r = rdkv__rows_of(s, n, l, h)) > rows) rows = r;
+  if (tokens > RDKV__MAX_TOKENS) return RDKV_ERR_OVERFLOW;
+  one = rdkv__one_head(cfg);
+  w->rows = (uint32_t)rows, w->n_tokens = (uint32_t)tokens;
+  w->each = rdkv_layer_bytes(cfg, w->rows), w->head_bytes = rdkv_layer_bytes(&one, w->rows);
+  a = rdkv_layer_scratch(cfg, w->rows), b = rdkv_allocate_scratch(cfg, cfg->n_layers, w->rows);
+  c = rdkv_layer_scratch(&one, w->rows);
+  if (w->each == 0 || w->head_bytes == 0 || a == 0 || b == 0 || c == 0) return RDKV_ERR_OVERFLOW;
+  b = a > b ? a : b, w->work_bytes = (size_t)(b > c ? b : c);
+  heads = (uint64_t)cfg->n_layers * (uint64_t)cfg->n_kv_heads;
+  w->kv = (rdkv_kv *)rdkv__take(arena, bytes, (uint64_t)cfg->n_layers, sizeof(rdkv_kv));
+  w->layers = (rdkv_layer *)rdkv__take(arena, bytes, (uint64_t)cfg->n_layers, sizeof(rdkv_layer));
+  w->mem = (uint8_t *)rdkv__take(arena, bytes, (uint64_t)cfg->n_layers,
+                                 (size_t)rdkv__round_up(w->each, 64));
+  w->head_mem = (uint8_t *)rdkv__take(arena, bytes, w->head_bytes, 1);
+  w->k = (float *)rdkv__take(arena, bytes, rdkv__mul(heads * (uint64_t)cfg->k_dim, rows + 1), 4);
+  w->v = (float *)rdkv__take(arena, bytes, rdkv__mul(heads * (uint64_t)cfg->v_dim, rows + 1), 4);
+  w->work = (uint8_t *)rdkv__take(arena, bytes, w->work_bytes, 1);
+  return RDKV_OK;
+}
+
+RDKV_DEF size_t rdkv_repack_scratch(const rdkv_config *cfg, const rdkv_segment *segments, int n) {
+  rdkv__repack_work w;
+  uint64_t bytes;
+  if (rdkv__repack_layout(cfg, segments, n, NULL, &w, &bytes) != RDKV_OK) return 0;
+  return rdkv__size(bytes);
+}
+
+/* Weighs and measures one head's n tokens, k and v [n][dim], into its part of the layer. */
+static rdkv_status rdkv__repack_head(const rdkv_config *cfg, const rdkv__repack_work *w, int layer,
+                                     int head, const float *k, const float *v, uint32_t n,
+                                     const rdkv_queries *by) {
+  rdkv_config one = rdkv__one_head(cfg);
+  rdkv_layer *to = &w->layers[layer], from;
+  rdkv_queries last = *by;
+  rdkv_kv kv;
+  rdkv_status st;
+  uint32_t used = rdkv__min_u32(by->n, (uint32_t)cfg->window), before = by->n - used;
+  size_t kd = (size_t)cfg->k_dim, vd = (size_t)cfg->v_dim, h = (size_t)head, l;
+  kv.k = rdkv_dense(k, RDKV_F32, 1, cfg->k_dim), kv.v = rdkv_dense(v, RDKV_F32, 1, cfg->v_dim);
+  kv.q = by->q, kv.q.data = rdkv__at(&by->q, before, head * one.n_q_heads);
+  if (last.out.data) last.out.data = rdkv__at(&by->out, before, head * one.n_q_heads);
+  if (last.lse_stride == 0) last.lse_stride = (size_t)cfg->n_q_heads;
+  if (last.lse) last.lse += before * last.lse_stride + h * (size_t)one.n_q_heads;
+  st = rdkv_layer_init(&one, n, w->head_mem, w->head_bytes, &from);
+  if (st == RDKV_OK)
+    st = rdkv__score_by(&one, &kv, (int)used, n, &last, &from, w->work, w->work_bytes);
+  if (st == RDKV_OK) st = rdkv_measure(&one, &kv, &from, w->work, w->work_bytes);
+  if (st != RDKV_OK) return st;
+  memcpy(to->token + h * w->rows, from.token, n * sizeof(float));
+  memcpy(to->q_square + h * kd, from.q_square, kd * sizeof(float));
+  memcpy(to->k_square + h * kd, from.k_square, kd * sizeof(float));
+  memcpy(to->mean_out + h * vd, from.mean_out, vd * sizeof(float));
+  memcpy(to->k_distortion + h * 4 * kd, from.k_distortion, 4 * kd * sizeof(float));
+  for (l = 0; l < 5; l++)
+    memcpy(to->v_distortion + (h * 5 + l) * w->rows, from.v_distortion + l * n, n * sizeof(float));
+  return RDKV_OK;
+}
+
+RDKV_DEF rdkv_status rdkv_repack(const rdkv_config *cfg, const rdkv_segment *segments, int n,
+                                 const rdkv_queries *by, void *block, size_t capacity,
+                                 size_t *bytes, void *scratch, size_t scratch_bytes) {
+  rdkv__repack_work w;
+  rdkv__arena arena;
+  rdkv_config c;
+  rdkv_header *h = (rdkv_header *)block;
+  rdkv_status st;
+  uint64_t need;
+  int l, head, i;
+  if (by == NULL || block == NULL || bytes == NULL) return RDKV_ERR_ARGUMENT;
+  st = rdkv__repack_layout(cfg, segments, n, NULL, &w, &need);
+  if (st != RDKV_OK) return st;
+  for (l = 0; l < cfg->n_layers; l++)
+    if (by[l].n < 1 || by[l].n > RDKV__MAX_TOKENS || !rdkv__tensor_ok(&by[l].q) ||
+        (by[l].out.data != NULL && !rdkv__tensor_ok(&by[l].out)) ||
+        (by[l].lse_stride && by[l].lse_stride < (size_t)cfg->n_q_heads))
+      return RDKV_ERR_ARGUMENT;
+  st = rdkv__scratch(scratch, scratch_bytes, rdkv__size(need), &arena);
+  if (st != RDKV_OK) return st;
+  rdkv__repack_layout(cfg, segments, n, &arena, &w, &need);
+  c = *cfg; /* keep is of all tokens, not of those that are left */
+  c.budget_bytes = rdkv__budget(cfg, w.n_tokens, cfg->n_layers);
+  if (c.budget_bytes == 0) c.budget_bytes = 1; /* 0 would mean keep */
+  for (l = 0; l < cfg->n_layers; l++) {
+    size_t k_all = (size_t)cfg->n_kv_heads * w.rows * (size_t)cfg->k_dim;
+    size_t v_all = (size_t)cfg->n_kv_heads * w.rows * (size_t)cfg->v_dim;
+    float *k = w.k + (size_t)l * k_all, *v = w.v + (size_t)l * v_all;
+    rdkv_kv *kv = &w.kv[l];
+    kv->k = rdkv_dense(k, RDKV_F32, 1, cfg->k_dim), kv->v = rdkv_dense(v, RDKV_F32, 1, cfg->v_dim);
+    kv->k.head_stride = (ptrdiff_t)w.rows * cfg->k_dim;
+    kv->v.head_stride = (ptrdiff_t)w.rows * cfg->v_dim;
+    kv->q = by[l].q;
+    st = rdkv_layer_init(cfg, w.rows, w.mem + (size_t)l * (size_t)rdkv__round_up(w.each, 64),
+                         w.each, &w.layers[l]);
+    for (head = 0; head < cfg->n_kv_heads && st == RDKV_OK; head++) {
+      float *kh = k + (size_t)head * w.rows * (size_t)cfg->k_dim;
+      float *vh = v + (size_t)head * w.rows * (size_t)cfg->v_dim;
+      uint32_t rows = 0, more = 0;
+      for (i = 0; i < n && st == RDKV_OK; i++, rows += more)
+        st = rdkv_unpack(&segments[i], l, head, kh + (size_t)rows * (size_t)cfg->k_dim,
+                         vh + (size_t)rows * (size_t)cfg->v_dim, NULL, &more);
+      if (st == RDKV_OK && rows > 0) st = rdkv__repack_head(cfg, &w, l, head, kh, vh, rows, &by[l]);
+    }
+    if (st != RDKV_OK) return st;
+  }
+  st = rdkv_allocate(&c, w.layers, cfg->n_layers, w.work, w.work_bytes);
+  if (st == RDKV_OK)
+    st = rdkv_pack(&c, w.kv, w.layers, cfg->n_layers, 0, segments[0].header->token_begin, block,
+                   capacity, bytes, w.work, w.work_bytes);
+  if (st != RDKV_OK) return st;
+  h->n_tokens = w.n_tokens, h->budget_bytes = cfg->budget_bytes;
+  h->head_sum = rdkv__head_sum((const uint8_t *)block, h);
+  return RDKV_OK;
+}
+
+/* Queries and outputs are a tail whose heads are query heads. */
+static rdkv_config rdkv__query_shape(const rdkv_config *cfg) {
+  rdkv_config c = *cfg;
+  c.n_kv_heads = c.n_q_heads;
+  return c;
+}
+
+static uint64_t rdkv__sequence_layout(const rdkv_config *cfg, int max_segments, uint32_t capacity,
+                                      rdkv_dtype dtype, int keep_queries, rdkv__arena *arena,
+                                      rdkv_segment **list, void **tail, void **queries,
+                                      float **lse) {
+  rdkv_config c = rdkv__query_shape(cfg);
+  uint64_t bytes = 0, a = rdkv_tail_bytes(cfg, capacity, dtype), b = 0, l = 0;
+  if (keep_queries) {
+    b = rdkv_tail_bytes(&c, capacity, dtype);
+    l = rdkv__mul((uint64_t)cfg->n_layers * (((uint64_t)cfg->n_q_heads + 1) & ~(uint64_t)1),
+                  capacity);
+  }
+  if (a == 0 || (keep_queries && b == 0)) return UINT64_MAX;
+  *list = (rdkv_segment *)rdkv__take(arena, &bytes, (uint64_t)max_segments, sizeof(rdkv_segment));
+  *tail = rdkv__take(arena, &bytes, a, 1);
+  *queries = rdkv__take(arena, &bytes, b, 1);
+  *lse = (float *)rdkv__take(arena, &bytes, l, sizeof(float));
+  return bytes;
+}
+
+RDKV_DEF size_t rdkv_sequence_bytes(const rdkv_config *cfg, int max_segments, uint32_t capacity,
+                                    rdkv_dtype dtype, int keep_queries) {
+  rdkv_segment *list;
+  void *tail, *queries;
+  float *lse;
+  if (!rdkv__resolved(cfg) || max_segments < 0) return 0;
+  return rdkv__size(rdkv__sequence_layout(cfg, max_segments, capacity, dtype, keep_queries, NULL,
+                                          &list, &tail, &queries, &lse));
+}
+
+RDKV_DEF rdkv_status rdkv_sequence_init(const rdkv_config *cfg, int max_segments, uint32_t capacity,
+                                        rdkv_dtype dtype, int keep_queries, void *mem, size_t bytes,
+                                        rdkv_sequence *sequence) {
+  rdkv__arena arena;
+  rdkv_sequence s;
+  rdkv_config c;
+  rdkv_status st;
+  void *tail, *queries;
+  memset(&s, 0, sizeof s);
+  if (!rdkv__resolved(cfg) || max_segments < 0 || sequence == NULL || (unsigned)dtype > RDKV_BF16)
+    return RDKV_ERR_ARGUMENT;
+  st = rdkv__scratch(mem, bytes,
+                     rdkv_sequence_bytes(cfg, max_segments, capacity, dtype, keep_queries), &arena);
+  if (st != RDKV_OK) return st;
+  rdkv__sequence_layout(cfg, max_segments, capacity, dtype, keep_queries, &arena, &s.segments,
+                        &tail, &queries, &s.lse);
+  s.max_segments = max_segments;
+  s.n_q_heads = (uint32_t)cfg->n_q_heads, s.lse_stride = (s.n_q_heads + 1) & ~1u;
+  c = rdkv__query_shape(cfg);
+  rdkv_tail_init(cfg, capacity, dtype, tail, rdkv_tail_bytes(cfg, capacity, dtype), &s.tail);
+  if (keep_queries)
+    rdkv_tail_init(&c, capacity, dtype, queries, rdkv_tail_bytes(&c, capacity, dtype), &s.queries);
+  *sequence = s;
+  return RDKV_OK;
+}
+
+static int rdkv__sequence_ok(const rdkv_sequence *s) {
+  return s && s->tail.memory && s->n_segments >= 0 && s->n_segments <= s->max_segments &&
+         (s->segments || s->max_segments == 0);
+}
+
+/* 1 if the layers hold equally many tokens, and queries for those from query_begin on. */
+static int rdkv__sequence_level(const rdkv_sequence *s) {
+  int l;
+  for (l = 1; l < s->tail.n_layers; l++) {
+    if (s->tail.n_tokens[l] != s->tail.n_tokens[0]) return 0;
+    if (s->queries.memory && s->queries.n_tokens[l] != s->queries.n_tokens[0]) return 0;
+  }
+  return s->queries.memory == NULL || s->queries.n_tokens[0] == 0 ||
+         (uint64_t)s->queries.n_tokens[0] + s->query_begin == s->tail.n_tokens[0];
+}
+
+static uint64_t rdkv__segment_end(const rdkv_segment *s) {
+  return rdkv__add(s->header->token_begin, s->header->n_tokens);
+}
+
+static int rdkv__segment_fits(const rdkv_sequence *s, const rdkv_header *h) {
+  return h->n_kv_heads == (uint32_t)s->tail.n_kv_heads && h->k_dim == (uint32_t)s->tail.k_dim &&
+         h->v_dim == (uint32_t)s->tail.v_dim && h->n_q_heads == s->n_q_heads;
+}
+
+RDKV_DEF rdkv_status rdkv_sequence_add(rdkv_sequence *sequence, const rdkv_segment *segment) {
+  uint64_t end;
+  uint32_t n = 0;
+  int l;
+  if (!rdkv__sequence_ok(sequence) || segment == NULL || segment->header == NULL ||
+      !rdkv__segment_fits(sequence, segment->header))
+    return RDKV_ERR_ARGUMENT;
+  end = rdkv__segment_end(segment);
+  for (l = 0; l < sequence->tail.n_layers; l++) n = rdkv__max_u32(n, sequence->tail.n_tokens[l]);
+  if (n > 0 && end > sequence->tail_begin) return RDKV_ERR_ARGUMENT;
+  if (sequence->n_segments == sequence->max_segments) return RDKV_ERR_FULL;
+  sequence->segments[sequence->n_segments++] = *segment;
+  if (end > sequence->tail_begin) sequence->tail_begin = end;
+  return RDKV_OK;
+}
+
+/* A layer of a tail as tensors, from a token on. */
+static rdkv_tensor rdkv__tail_tensor(const rdkv_tail *t, int layer, int is_v, uint32_t from) {
+  rdkv_tensor x;
+  x.token_stride = rdkv__pad16(is_v ? t->v_dim : t->k_dim);
+  x.head_stride = x.token_stride * (ptrdiff_t)t->capacity;
+  x.dim_stride = 1, x.dtype = t->dtype;
+  x.data = rdkv__tail_rows(t, layer, 0, is_v) +
+           (size_t)x.token_stride * from * (t->dtype == RDKV_F32 ? 4u : 2u);
+  return x;
+}
+
+/* Calls for each layer, part and head of a tail: the bytes of a row. */
+static size_t rdkv__tail_row(const rdkv_tail *t, int is_v) {
+  return (size_t)rdkv__pad16(is_v ? t->v_dim : t->k_dim) * (t->dtype == RDKV_F32 ? 4 : 2);
+}
+
+/* dst's rows of a layer become n of src's from `from` on; both may be the same tail. */
+static void rdkv__tail_copy(rdkv_tail *dst, const rdkv_tail *src, int layer, uint32_t from,
+                            uint32_t n) {
+  int part, head;
+  for (part = 0; part < 2; part++)
+    for (head = 0; head < src->n_kv_heads; head++)
+      memmove(rdkv__tail_rows(dst, layer, head, part),
+              rdkv__tail_rows(src, layer, head, part) + from * rdkv__tail_row(src, part),
+              n * rdkv__tail_row(src, part));
+  dst->n_tokens[layer] = n;
+}
+
+static float *rdkv__lse(const rdkv_sequence *s, int layer, uint32_t row) {
+  return s->lse + ((size_t)layer * s->queries.capacity + row) * s->lse_stride;
+}
+
+/* dst's queries of a layer become n of src's from `from` on. */
+static void rdkv__queries_copy(rdkv_sequence *dst, const rdkv_sequence *src, int layer,
+                               uint32_t from, uint32_t n) {
+  rdkv__tail_copy(&dst->queries, &src->queries, layer, from, n);
+  memmove(rdkv__lse(dst, layer, 0), rdkv__lse(src, layer, from),
+          (size_t)n * src->lse_stride * sizeof(float));
+}
+
+RDKV_DEF rdkv_status rdkv_sequence_attend(const rdkv_config *cfg, rdkv_sequence *sequence,
+                                          int layer, const float *q, float *out, float *lse,
+                                          void *scratch, size_t scratch_bytes) {
+  rdkv_cache cache;
+  rdkv_tail *queries;
+  rdkv_status st;
+  uint32_t n;
+  int head;
+  if (!rdkv__sequence_ok(sequence)) return RDKV_ERR_ARGUMENT;
+  queries = &sequence->queries;
+  cache = rdkv_sequence_cache(sequence);
+  if (queries->memory == NULL)
+    return rdkv_attend(cfg, &cache, layer, q, out, lse, scratch, scratch_bytes);
+  if (!rdkv__resolved(cfg) || layer < 0 || layer >= queries->n_layers || q == NULL || out == NULL ||
+      queries->n_kv_heads != cfg->n_q_heads || queries->k_dim != cfg->k_dim ||
+      queries->v_dim != cfg->v_dim)
+    return RDKV_ERR_ARGUMENT;
+  n = queries->n_tokens[layer];
+  if ((uint64_t)n + sequence->query_begin + 1 != sequence->tail.n_tokens[layer])
+    return RDKV_ERR_ARGUMENT;
+  { /* q first: out may be the same memory */
+    rdkv_tensor t = rdkv_dense(q, RDKV_F32, cfg->n_q_heads, cfg->k_dim), none = t;
+    float zero[RDKV__MAX_DIM];
+    memset(zero, 0, sizeof zero);
+    none.data = zero, none.head_stride = 0;
+    st = rdkv_tail_append(queries, layer, t, none, 1);
+    if (st != RDKV_OK) return st;
+  }
+  st = rdkv_attend(cfg, &cache, layer, q, out, rdkv__lse(sequence, layer, n), scratch,
+                   scratch_bytes);
+  if (st != RDKV_OK) {
+    queries->n_tokens[layer] = n;
+    return st;
+  }
+  for (head = 0; head < cfg->n_q_heads; head++) {
+    uint8_t *row = rdkv__tail_rows(queries, layer, head, 1) + n * rdkv__tail_row(queries, 1);
+    const float *from = out + (size_t)head * (size_t)cfg->v_dim;
+    uint16_t *half = (uint16_t *)(void *)row;
+    int d;
+    if (queries->dtype == RDKV_F32) memcpy(row, from, (size_t)cfg->v_dim * sizeof(float));
+    for (d = 0; d < cfg->v_dim && queries->dtype != RDKV_F32; d++)
+      half[d] = queries->dtype == RDKV_F16 ? rdkv__to_half(from[d]) : rdkv__to_bf16(from[d]);
+  }
+  if (lse) memcpy(lse, rdkv__lse(sequence, layer, n), (size_t)cfg->n_q_heads * sizeof(float));
+  return RDKV_OK;
+}
+
+/* The config that blocks are scored with: all queries of a block count. */
+static rdkv_config rdkv__block_config(const rdkv_config *cfg, uint32_t block) {
+  rdkv_config c = *cfg;
+  c.window = (int32_t)rdkv__max_u32(1, rdkv__min_u32(block, RDKV__MAX_WINDOW));
+  return c;
+}
+
+/* What the sequence's compression needs before the scratch of rdkv_compress_by. */
+static uint64_t rdkv__block_layout(const rdkv_config *cfg, rdkv__arena *arena, rdkv_kv **kv,
+                                   rdkv_queries **by) {
+  uint64_t bytes = 0;
+  *kv = (rdkv_kv *)rdkv__take(arena, &bytes, (uint64_t)cfg->n_layers, sizeof **kv);
+  *by = (rdkv_queries *)rdkv__take(arena, &bytes, (uint64_t)cfg->n_layers, sizeof **by);
+  return bytes;
+}
+
+RDKV_DEF size_t rdkv_sequence_scratch(const rdkv_config *cfg, uint32_t block) {
+  rdkv_config c;
+  rdkv_kv *kv;
+  rdkv_queries *by;
+  size_t bytes;
+  if (block == 0) block = 128;
+  if (!rdkv__resolved(cfg) || block > RDKV__MAX_WINDOW) return 0;
+  c = rdkv__block_config(cfg, block);
+  bytes = rdkv_compress_scratch(&c, block);
+  return bytes ? rdkv__size(rdkv__add(bytes, rdkv__block_layout(cfg, NULL, &kv, &by))) : 0;
+}
+
+/* The tail's first n tokens become a segment, scored by the queries of tokens [q_begin, q_end) of
+   the tail. */
+static rdkv_status rdkv__sequence_block(const rdkv_config *cfg, rdkv_sequence *s, uint32_t n,
+                                        uint32_t q_begin, uint32_t q_end, rdkv_kv *kv,
+                                        rdkv_queries *by, void *scratch, size_t scratch_bytes) {
+  rdkv_segment segment;
+  rdkv_status st;
+  size_t bytes = 0;
+  uint32_t drop;
+  int l;
+  if (q_begin < s->query_begin) q_begin = s->query_begin;
+  if (q_end <= q_begin) return RDKV_ERR_ARGUMENT;
+  if (s->n_segments == s->max_segments || s->arena == NULL) return RDKV_ERR_FULL;
+  if (!rdkv__aligned(s->arena + s->arena_used, 128)) return RDKV_ERR_ALIGNMENT;
+  for (l = 0; l < cfg->n_layers; l++) {
+    kv[l].k = rdkv__tail_tensor(&s->tail, l, 0, 0), kv[l].v = rdkv__tail_tensor(&s->tail, l, 1, 0);
+    by[l].q = kv[l].q = rdkv__tail_tensor(&s->queries, l, 0, q_begin - s->query_begin);
+    by[l].out = rdkv__tail_tensor(&s->queries, l, 1, q_begin - s->query_begin);
+    by[l].lse = rdkv__lse(s, l, q_begin - s->query_begin), by[l].lse_stride = s->lse_stride;
+    by[l].n = q_end - q_begin, by[l].position = q_begin;
+  }
+  st = rdkv_compress_by(cfg, kv, by, n, s->tail_begin, s->arena + s->arena_used,
+                        s->arena_bytes - s->arena_used, &bytes, scratch, scratch_bytes);
+  if (st == RDKV_ERR_MEMORY) st = RDKV_ERR_FULL; /* scratch was looked at before */
+  if (st == RDKV_OK) st = rdkv_open(s->arena + s->arena_used, bytes, RDKV_MAP, &segment);
+  if (st != RDKV_OK) return st;
+  s->segments[s->n_segments++] = segment;
+  s->arena_used += bytes, s->tail_begin += n;
+  drop = n > s->query_begin ? n - s->query_begin : 0;
+  for (l = 0; l < cfg->n_layers; l++) {
+    rdkv__tail_copy(&s->tail, &s->tail, l, n, s->tail.n_tokens[l] - n);
+    if (s->queries.n_tokens[l] > drop)
+      rdkv__queries_copy(s, s, l, drop, s->queries.n_tokens[l] - drop);
+    else
+      s->queries.n_tokens[l] = 0;
+  }
+  s->query_begin = s->query_begin > n ? s->query_begin - n : 0;
+  return RDKV_OK;
+}
+
+/* least: dense tokens at which a block is made; 0: all. */
+static rdkv_status rdkv__sequence_blocks(const rdkv_config *cfg, rdkv_sequence *s, uint32_t block,
+                                         uint64_t least, void *scratch, size_t scratch_bytes) {
+  rdkv_config c;
+  rdkv__arena arena;
+  rdkv_kv *kv;
+  rdkv_queries *by;
+  rdkv_status st = RDKV_OK;
+  uint32_t n;
+  if (!rdkv__resolved(cfg) || !rdkv__sequence_ok(s) || block < 1 || block > RDKV__MAX_WINDOW ||
+      s->tail.n_layers != cfg->n_layers || s->tail.n_kv_heads != cfg->n_kv_heads ||
+      s->tail.k_dim != cfg->k_dim || s->tail.v_dim != cfg->v_dim || s->queries.memory == NULL ||
+      s->n_q_heads != (uint32_t)cfg->n_q_heads || s->arena_used > s->arena_bytes)
+    return RDKV_ERR_ARGUMENT;
+  if (!rdkv__sequence_level(s)) return RDKV_ERR_ARGUMENT;
+  st = rdkv__scratch(scratch, scratch_bytes, rdkv_sequence_scratch(cfg, block), &arena);
+  if (st != RDKV_OK) return st;
+  rdkv__block_layout(cfg, &arena, &kv, &by);
+  c = rdkv__block_config(cfg, block);
+  while (st == RDKV_OK && (n = s->tail.n_tokens[0]) > 0 && n >= least) {
+    uint32_t end = rdkv__min_u32(n, 2 * block);
+    if (n <= block) /* its own queries */
+      st = rdkv__sequence_block(&c, s, n, 0, n, kv, by, arena.next, arena.left);
+    else
+      st = rdkv__sequence_block(&c, s, block, block, end, kv, by, arena.next, arena.left);
+  }
+  return st;
+}
+
+RDKV_DEF rdkv_status rdkv_sequence_compress(const rdkv_config *cfg, rdkv_sequence *sequence,
+                                            uint32_t block, uint32_t recent, void *scratch,
+                                            size_t scratch_bytes) {
+  if (block == 0) block = 128;
+  return rdkv__sequence_blocks(cfg, sequence, block, (uint64_t)block + rdkv__max_u32(block, recent),
+                               scratch, scratch_bytes);
+}
+
+RDKV_DEF rdkv_status rdkv_sequence_flush(const rdkv_config *cfg, rdkv_sequence *sequence,
+                                         uint32_t block, void *scratch, size_t scratch_bytes) {
+  return rdkv__sequence_blocks(cfg, sequence, block == 0 ? 128 : block, 0, scratch, scratch_bytes);
+}
+
+RDKV_DEF size_t rdkv_sequence_merge_scratch(const rdkv_config *cfg, const rdkv_sequence *sequence,
+                                            int n) {
+  size_t bytes;
+  if (!rdkv__sequence_ok(sequence) || n < 1 || n > sequence->n_segments) return 0;
+  bytes = rdkv_repack_scratch(cfg, sequence->segments + sequence->n_segments - n, n);
+  if (bytes == 0) return 0;
+  return rdkv__size(
+      rdkv__add(bytes, rdkv__round_up((uint64_t)cfg->n_layers * sizeof(rdkv_queries), 64)));
+}
+
+RDKV_DEF rdkv_status rdkv_sequence_merge(const rdkv_config *cfg, rdkv_sequence *sequence, int n,
+                                         void *scratch, size_t scratch_bytes) {
+  rdkv_sequence *s = sequence;
+  rdkv_segment *old, segment;
+  rdkv_queries *by;
+  rdkv__arena arena;
+  rdkv_status st;
+  uint8_t *to;
+  uint64_t sum = 0;
+  uintptr_t first, base;
+  size_t bytes = 0;
+  int l, i, own;
+  if (!rdkv__resolved(cfg) || !rdkv__sequence_ok(s) || n < 1 || n > s->n_segments ||
+      s->queries.memory == NULL || s->n_q_heads != (uint32_t)cfg->n_q_heads ||
+      s->queries.n_layers != cfg->n_layers || s->arena_used > s->arena_bytes)
+    return RDKV_ERR_ARGUMENT;
+  if (s->arena == NULL) return RDKV_ERR_FULL;
+  to = s->arena + s->arena_used;
+  if (!rdkv__aligned(to, 128)) return RDKV_ERR_ALIGNMENT;
+  st = rdkv__scratch(scratch, scratch_bytes, rdkv_sequence_merge_scratch(cfg, s, n), &arena);
+  if (st != RDKV_OK) return st;
+  by = (rdkv_queries *)rdkv__take(&arena, NULL, (uint64_t)cfg->n_layers, sizeof *by);
+  for (l = 0; l < cfg->n_layers; l++) {
+    by[l].q = rdkv__tail_tensor(&s->queries, l, 0, 0);
+    by[l].out = rdkv__tail_tensor(&s->queries, l, 1, 0);
+    by[l].lse = rdkv__lse(s, l, 0), by[l].lse_stride = s->lse_stride;
+    by[l].n = s->queries.n_tokens[l], by[l].position = 0;
+  }
+  old = s->segments + s->n_segments - n;
+  st = rdkv_repack(cfg, old, n, by, to, s->arena_bytes - s->arena_used, &bytes, arena.next,
+                   arena.left);
+  if (st == RDKV_ERR_MEMORY) st = RDKV_ERR_FULL; /* scratch was looked at before */
+  if (st != RDKV_OK) return st;
+  first = (uintptr_t)old[0].block, base = (uintptr_t)s->arena;
+  for (i = 0, own = first >= base + s->arena_shared; i < n; i++) {
+    own = own && (uintptr_t)old[i].block == first + sum;
+    sum += old[i].header->total_bytes;
+  }
+  if (own && first + sum == base + s->arena_used) {
+    memmove(s->arena + (first - base), to, bytes);
+    to = s->arena + (first - base), s->arena_used = first - base;
+  }
+  st = rdkv_open(to, bytes, RDKV_MAP, &segment);
+  RDKV_ASSERT(st == RDKV_OK);
+  *old = segment;
+  s->n_segments -= n - 1, s->arena_used += bytes;
+  return st;
+}
+
+/* The tail keeps its first n tokens, and their queries. */
+static void rdkv__sequence_shorten(rdkv_sequence *s, uint32_t n) {
+  rdkv_tail_rewind(&s->tail, n);
+  if (s->queries.memory) rdkv_tail_rewind(&s->queries, n > s->query_begin ? n - s->query_begin : 0);
+  if (n < s->query_begin) s->query_begin = n;
+}
+
+RDKV_DEF rdkv_status rdkv_sequence_rollback(rdkv_sequence *sequence, uint64_t n_tokens) {
+  rdkv_sequence *s = sequence;
+  uint64_t end = 0;
+  uint32_t most = 0;
+  int i, n = 0;
+  if (!rdkv__sequence_ok(s)) return RDKV_ERR_ARGUMENT;
+  for (i = 0; i < s->tail.n_layers; i++) most = rdkv__max_u32(most, s->tail.n_tokens[i]);
+  if (n_tokens > s->tail_begin + most) return RDKV_ERR_ARGUMENT;
+  if (n_tokens >= s->tail_begin) {
+    rdkv__sequence_shorten(s, (uint32_t)(n_tokens - s->tail_begin));
+    return RDKV_OK;
+  }
+  for (i = 0; i < s->n_segments; i++) {
+    uint64_t e = rdkv__segment_end(&s->segments[i]);
+    if (e <= n_tokens)
+      end = e > end ? e : end;
+    else if (s->segments[i].header->token_begin < n_tokens)
+      return RDKV_ERR_GONE;
+  }
+  if (end != n_tokens) return RDKV_ERR_GONE; /* tokens between segments, dense once */
+  for (i = 0; i < s->n_segments; i++) {
+    if (rdkv__segment_end(&s->segments[i]) <= n_tokens) {
+      s->segments[n++] = s->segments[i];
+    } else if (s->arena) {
+      uintptr_t at = (uintptr_t)s->segments[i].block, base = (uintptr_t)s->arena;
+      if (at >= base + s->arena_shared && at < base + s->arena_used) s->arena_used = at - base;
+    }
+  }
+  s->n_segments = n, s->tail_begin = n_tokens;
+  rdkv__sequence_shorten(s, 0);
+  return RDKV_OK;
+}
+
+static int rdkv__same_tail(const rdkv_tail *a, const rdkv_tail *b) {
+  return a->dtype == b->dtype && a->n_layers == b->n_layers && a->n_kv_heads == b->n_kv_heads &&
+         a->k_dim == b->k_dim && a->v_dim == b->v_dim;
+}
+
+RDKV_DEF rdkv_status rdkv_sequence_fork(rdkv_sequence *sequence, rdkv_sequence *fork) {
+  rdkv_sequence *s = sequence;
+  int l;
+  if (!rdkv__sequence_ok(s) || !rdkv__sequence_ok(fork) || s == fork ||
+      !rdkv__same_tail(&s->tail, &fork->tail) || s->n_q_heads != fork->n_q_heads ||
+      (s->queries.memory == NULL) != (fork->queries.memory == NULL) ||
+      (s->queries.memory && !rdkv__same_tail(&s->queries, &fork->queries)))
+    return RDKV_ERR_ARGUMENT;
+  if (s->n_segments > fork->max_segments) return RDKV_ERR_FULL;
+  for (l = 0; l < s->tail.n_layers; l++)
+    if (s->tail.n_tokens[l] > fork->tail.capacity) return RDKV_ERR_FULL;
+  if (s->n_segments > 0)
+    memcpy(fork->segments, s->segments, (size_t)s->n_segments * sizeof *s->segments);
+  fork->n_segments = s->n_segments, fork->tail_begin = s->tail_begin;
+  fork->query_begin = s->query_begin;
+  fork->arena_used = fork->arena_shared; /* nothing of its own yet */
+  for (l = 0; l < s->tail.n_layers; l++) {
+    rdkv__tail_copy(&fork->tail, &s->tail, l, 0, s->tail.n_tokens[l]);
+    if (s->queries.memory) rdkv__queries_copy(fork, s, l, 0, s->queries.n_tokens[l]);
+  }
+  s->arena_shared = s->arena_used;
+  return RDKV_OK;
+}
+
+/* ---- >>impl-file : save and load ------------------------------------------------------------- */
+
+#define RDKV__FILE_MAGIC 0x534b4452u
+
+typedef char rdkv__file_is_128_bytes[sizeof(rdkv_file) == 128 ? 1 : -1];
+typedef char rdkv__entry_is_32_bytes[sizeof(rdkv_file_entry) == 32 ? 1 : -1];
+
+static uint64_t rdkv__file_head_bytes(uint64_t n_segments) {
+  return rdkv__round_up(
+      rdkv__add(sizeof(rdkv_file), rdkv__mul(n_segments, sizeof(rdkv_file_entry))), 128);
+}
+
+/* Bytes of n tokens of a tail in a file. */
+static uint64_t rdkv__file_rows(uint64_t layers, uint64_t heads, uint32_t k_dim, uint32_t v_dim,
+                                uint32_t dtype, uint64_t n) {
+  uint64_t row = (uint64_t)rdkv__pad16((int)k_dim) + (uint64_t)rdkv__pad16((int)v_dim);
+  return rdkv__mul(rdkv__mul(layers * heads, row * (dtype == RDKV_F32 ? 4 : 2)), n);
+}
+
+/* Where the parts of a file's tail end: tail, queries, lse. */
+static void rdkv__file_parts(const rdkv_file *f, uint64_t end[3]) {
+  end[0] = rdkv__add(f->tail, rdkv__file_rows(f->n_layers, f->n_kv_heads, f->k_dim, f->v_dim,
+                                              f->tail_dtype, f->n_tail));
+  end[1] = rdkv__add(end[0], rdkv__file_rows(f->n_layers, f->n_q_heads, f->k_dim, f->v_dim,
+                                             f->tail_dtype, f->n_queries));
+  end[2] = rdkv__add(
+      end[1], rdkv__mul((uint64_t)f->n_layers * ((f->n_q_heads + 1) & ~1u) * 4, f->n_queries));
+}
+
+/* What a file of this sequence starts with, but for the sums; 0 if it cannot be saved. */
+static int rdkv__file_describe(const rdkv_sequence *s, rdkv_file *f) {
+  uint64_t end[3];
+  int i;
+  memset(f, 0, sizeof *f);
+  if (!rdkv__sequence_ok(s) || !rdkv__sequence_level(s)) return 0;
+  for (i = 0; i < s->n_segments; i++) {
+    const rdkv_header *h = s->segments[i].header;
+    if (h == NULL || !rdkv__segment_fits(s, h)) return 0;
+    f->tail = rdkv__add(f->tail, h->total_bytes);
+  }
+  f->magic = RDKV__FILE_MAGIC, f->version = RDKV_FILE_VERSION;
+  f->n_segments = (uint32_t)s->n_segments, f->n_layers = (uint32_t)s->tail.n_layers;
+  f->n_q_heads = s->n_q_heads, f->n_kv_heads = (uint32_t)s->tail.n_kv_heads;
+  f->k_dim = (uint32_t)s->tail.k_dim, f->v_dim = (uint32_t)s->tail.v_dim;
+  f->n_tail = s->tail.n_tokens[0], f->tail_dtype = (uint32_t)s->tail.dtype;
+  f->tail_begin = s->tail_begin;
+  if (s->queries.memory) f->n_queries = s->queries.n_tokens[0], f->query_begin = s->query_begin;
+  f->head_bytes = rdkv__file_head_bytes(f->n_segments);
+  f->tail = rdkv__add(f->tail, f->head_bytes);
+  rdkv__file_parts(f, end);
+  f->total_bytes = rdkv__round_up(end[2], 128);
+  return f->total_bytes <= (uint64_t)INT64_MAX;
+}
+
+RDKV_DEF uint64_t rdkv_save_bytes(const rdkv_sequence *sequence) {
+  rdkv_file f;
+  return rdkv__file_describe(sequence, &f) ? f.total_bytes : 0;
+}
+
+/* Where pieces go: to a checksum (write NULL) or to the caller. */
+typedef struct rdkv__sink {
+  rdkv_write *write;
+  void *user;
+  uint64_t at, sum;
+  int failed;
+} rdkv__sink;
+
+/* bytes is a multiple of 8, data 8-byte aligned. */
+static void rdkv__put(rdkv__sink *k, const void *data, size_t bytes) {
+  if (bytes == 0 || k->failed) return;
+  if (k->write)
+    k->failed = k->write(k->user, data, bytes) != 0;
+  else
+    k->sum += rdkv_checksum(data, bytes, k->at / 8);
+  k->at += bytes;
+}
+
+static void rdkv__put_rows(rdkv__sink *k, const rdkv_tail *t) {
+  int l, part, head;
+  for (l = 0; l < t->n_layers; l++)
+    for (part = 0; part < 2; part++)
+      for (head = 0; head < t->n_kv_heads; head++)
+        rdkv__put(k, rdkv__tail_rows(t, l, head, part), t->n_tokens[l] * rdkv__tail_row(t, part));
+}
+
+/* Zeros up to a multiple of 128. */
+static void rdkv__put_pad(rdkv__sink *k) {
+  static const uint64_t zero[16] = {0};
+  rdkv__put(k, zero, (size_t)((128 - k->at % 128) % 128));
+}
+
+static void rdkv__put_tail(rdkv__sink *k, const rdkv_sequence *s) {
+  int l;
+  rdkv__put_rows(k, &s->tail);
+  if (s->queries.memory) {
+    rdkv__put_rows(k, &s->queries);
+    for (l = 0; l < s->queries.n_layers; l++)
+      rdkv__put(k, rdkv__lse(s, l, 0),
+                (size_t)s->queries.n_tokens[l] * s->lse_stride * sizeof(float));
+  }
+  rdkv__put_pad(k);
+}
+
+/* The head: to a checksum, or to the caller. */
+static void rdkv__put_head(rdkv__sink *k, const rdkv_sequence *s, const rdkv_file *f) {
+  uint64_t at = f->head_bytes;
+  int i;
+  rdkv__put(k, f, sizeof *f);
+  for (i = 0; i < s->n_segments; i++) {
+    const rdkv_header *h = s->segments[i].header;
+    rdkv_file_entry e;
+    e.offset = at, e.bytes = h->total_bytes, e.head_sum = h->head_sum, e.body_sum = h->body_sum;
+    rdkv__put(k, &e, sizeof e);
+    at += e.bytes;
+  }
+  rdkv__put_pad(k);
+}
+
+RDKV_DEF rdkv_status rdkv_save(const rdkv_sequence *sequence, rdkv_write *write, void *user) {
+  rdkv_file f;
+  rdkv__sink k;
+  int i;
+  if (write == NULL || !rdkv__file_describe(sequence, &f)) return RDKV_ERR_ARGUMENT;
+  memset(&k, 0, sizeof k);
+  k.at = f.tail;
+  rdkv__put_tail(&k, sequence);
+  RDKV_ASSERT(k.at == f.total_bytes);
+  f.tail_sum = k.sum;
+  k.at = k.sum = 0;
+  rdkv__put_head(&k, sequence, &f);
+  f.head_sum = k.sum;
+  k.at = 0, k.write = write, k.user = user;
+  rdkv__put_head(&k, sequence, &f);
+  for (i = 0; i < sequence->n_segments; i++)
+    rdkv__put(&k, sequence->segments[i].block, (size_t)sequence->segments[i].header->total_bytes);
+  rdkv__put_tail(&k, sequence);
+  return k.failed ? RDKV_ERR_SINK : RDKV_OK;
+}
+
+RDKV_DEF rdkv_status rdkv_file_head(const void *file, size_t bytes, rdkv_file *head) {
+  const rdkv_file *f = (const rdkv_file *)file;
+  const uint8_t *p = (const uint8_t *)file;
+  const rdkv_file_entry *e;
+  uint64_t salt = 4 * 0x9e3779b97f4a7c15u, at, end[3], i, j;
+  if (file == NULL || head == NULL) return RDKV_ERR_ARGUMENT;
+  if (!rdkv__aligned(file, 128)) return RDKV_ERR_ALIGNMENT;
+  if (bytes < sizeof *f) return RDKV_ERR_TRUNCATED;
+  if (f->magic != RDKV__FILE_MAGIC) return RDKV_ERR_FORMAT;
+  if (f->version != RDKV_FILE_VERSION) return RDKV_ERR_VERSION;
+  if (f->n_layers < 1 || f->n_layers > 65535 || f->n_kv_heads < 1 || f->n_kv_heads > 65535 ||
+      f->n_q_heads < f->n_kv_heads || f->n_q_heads > 65535 || f->n_q_heads % f->n_kv_heads ||
+      f->k_dim < 1 || f->k_dim > RDKV__MAX_DIM || f->v_dim < 1 || f->v_dim > RDKV__MAX_DIM ||
+      f->tail_dtype > RDKV_BF16 || f->n_tail > RDKV__MAX_TOKENS || f->n_segments > 0x7fffffff ||
+      f->n_queries > f->n_tail || f->query_begin > f->n_tail ||
+      (f->n_queries > 0 && f->n_queries + f->query_begin != f->n_tail) ||
+      f->tail_begin > UINT64_MAX - f->n_tail ||
+      f->head_bytes != rdkv__file_head_bytes(f->n_segments) || f->total_bytes % 128)
+    return RDKV_ERR_FORMAT;
+  if (f->head_bytes > bytes || f->total_bytes > bytes) return RDKV_ERR_TRUNCATED;
+  if (f->total_bytes < bytes) return RDKV_ERR_FORMAT;
+  if (rdkv_checksum(p, (size_t)f->head_bytes, 0) - rdkv__mix(f->head_sum + salt) +
+          rdkv__mix(salt) !=
+      f->head_sum)
+    return RDKV_ERR_CHECKSUM;
+  for (i = 0; i < sizeof f->reserved; i++)
+    if (f->reserved[i]) return RDKV_ERR_FORMAT;
+  e = (const rdkv_file_entry *)(const void *)(p + sizeof *f);
+  for (i = 0, at = f->head_bytes; i < f->n_segments; i++, at += e->bytes, e++)
+    if (e->offset != at || e->bytes < sizeof(rdkv_header) || e->bytes % 128 ||
+        e->bytes > f->total_bytes - at)
+      return RDKV_ERR_FORMAT;
+  for (j = (uint64_t)((const uint8_t *)e - p); j < f->head_bytes; j++)
+    if (p[j]) return RDKV_ERR_FORMAT;
+  rdkv__file_parts(f, end);
+  if (f->tail != at || end[2] > f->total_bytes || f->total_bytes - end[2] >= 128)
+    return RDKV_ERR_FORMAT;
+  for (j = end[2]; j < f->total_bytes; j++)
+    if (p[j]) return RDKV_ERR_FORMAT;
+  *head = *f;
+  return RDKV_OK;
+}
+
+/* Appends n tokens that lie in a file from p on to a tail; where that fails the tail is empty. */
+static rdkv_status rdkv__file_take(rdkv_tail *t, const uint8_t *p, rdkv_dtype dtype, uint32_t n) {
+  size_t size = dtype == RDKV_F32 ? 4 : 2;
+  rdkv_tensor x[2];
+  rdkv_status st = RDKV_OK;
+  int l, part;
+  for (l = 0; l < t->n_layers && st == RDKV_OK; l++) {
+    for (part = 0; part < 2; part++) {
+      x[part].data = p, x[part].dtype = dtype, x[part].dim_stride = 1;
+      x[part].token_stride = rdkv__pad16(part ? t->v_dim : t->k_dim);
+      x[part].head_stride = x[part].token_stride * (ptrdiff_t)n;
+      p += (size_t)x[part].head_stride * (size_t)t->n_kv_heads * size;
+    }
+    st = rdkv_tail_append(t, l, x[0], x[1], n);
+  }
+  if (st != RDKV_OK) rdkv_tail_rewind(t, 0);
+  return st;
+}
+
+RDKV_DEF rdkv_status rdkv_load(const rdkv_config *cfg, const void *file, size_t bytes,
+                               rdkv_open_mode mode, rdkv_sequence *sequence) {
+  rdkv_sequence *s = sequence;
+  const uint8_t *p = (const uint8_t *)file;
+  const rdkv_file_entry *e;
+  rdkv_segment segment;
+  rdkv_status st;
+  rdkv_file f;
+  uint64_t end[3];
+  uint32_t i;
+  int l, queries;
+  if (!rdkv__resolved(cfg) || !rdkv__sequence_ok(s) || (unsigned)mode > RDKV_MAP ||
+      s->n_segments > 0 || s->tail.n_layers != cfg->n_layers ||
+      s->tail.n_kv_heads != cfg->n_kv_heads || s->tail.k_dim != cfg->k_dim ||
+      s->tail.v_dim != cfg->v_dim || (s->queries.memory && s->queries.n_kv_heads != cfg->n_q_heads))
+    return RDKV_ERR_ARGUMENT;
+  for (l = 0; l < s->tail.n_layers; l++)
+    if (s->tail.n_tokens[l] > 0) return RDKV_ERR_ARGUMENT;
+  st = rdkv_file_head(file, bytes, &f);
+  if (st != RDKV_OK) return st;
+  if (f.n_layers != (uint32_t)cfg->n_layers || f.n_q_heads != (uint32_t)cfg->n_q_heads ||
+      f.n_kv_heads != (uint32_t)cfg->n_kv_heads || f.k_dim != (uint32_t)cfg->k_dim ||
+      f.v_dim != (uint32_t)cfg->v_dim)
+    return RDKV_ERR_CONFIG;
+  if (f.n_segments > (uint32_t)s->max_segments || f.n_tail > s->tail.capacity) return RDKV_ERR_FULL;
+  if (rdkv_checksum(p + f.tail, (size_t)(f.total_bytes - f.tail), f.tail / 8) != f.tail_sum)
+    return RDKV_ERR_CHECKSUM;
+  e = (const rdkv_file_entry *)(const void *)(p + sizeof f);
+  for (i = 0; i < f.n_segments; i++) {
+    const rdkv_header *h = (const rdkv_header *)(const void *)(p + e[i].offset);
+    st = rdkv_open(p + e[i].offset, (size_t)e[i].bytes, mode, &segment);
+    if (st == RDKV_ERR_TRUNCATED) st = RDKV_ERR_FORMAT; /* the file says where it ends */
+    if (st != RDKV_OK) return st;
+    if (rdkv__segment_end(&segment) > f.tail_begin || h->total_bytes != e[i].bytes ||
+        h->n_q_heads != f.n_q_heads || h->n_kv_heads != f.n_kv_heads || h->k_dim != f.k_dim ||
+        h->v_dim != f.v_dim)
+      return RDKV_ERR_FORMAT;
+    if (h->head_sum != e[i].head_sum || h->body_sum != e[i].body_sum) return RDKV_ERR_CHECKSUM;
+  }
+  rdkv__file_parts(&f, end);
+  queries = s->queries.memory != NULL && f.n_queries > 0;
+  st = rdkv__file_take(&s->tail, p + f.tail, (rdkv_dtype)f.tail_dtype, f.n_tail);
+  if (st == RDKV_OK && queries)
+    st = rdkv__file_take(&s->queries, p + end[0], (rdkv_dtype)f.tail_dtype, f.n_queries);
+  if (st != RDKV_OK) {
+    rdkv_tail_rewind(&s->tail, 0);
+    return st;
+  }
+  for (l = 0; l < s->tail.n_layers && queries; l++) {
+    size_t n = (size_t)f.n_queries * s->lse_stride * sizeof(float);
+    memcpy(rdkv__lse(s, l, 0), p + end[1] + (size_t)l * n, n);
+  }
+  for (i = 0; i < f.n_segments; i++) /* as rdkv_open has found them */
+    rdkv_open(p + e[i].offset, (size_t)e[i].bytes, RDKV_MAP, &s->segments[i]);
+  s->n_segments = (int32_t)f.n_segments;
+  s->tail_begin = f.tail_begin;
+  s->query_begin = queries ? f.query_begin : f.n_tail;
   return RDKV_OK;
 }
 

@@ -497,7 +497,7 @@ static void kv_cache_prefill(model *m, kv_cache *cache, const uint8_t *token, in
 
 /* Attention that the queries at positions [begin, cache->n) pay to each token, summed over queries
    and over the query heads of a kv head: mass [n_kv_heads][cache->n]. 0 if there is no memory. */
-static int kv_cache_mass(const kv_cache *cache, int layer, int begin, float *mass) {
+static inline int kv_cache_mass(const kv_cache *cache, int layer, int begin, float *mass) {
   const model *m = cache->m;
   int n = cache->n, group = m->n_heads / m->n_kv_heads, head, ok = 1;
   memset(mass, 0, (size_t)(m->n_kv_heads * n) * sizeof *mass);
@@ -534,7 +534,7 @@ static int kv_cache_mass(const kv_cache *cache, int layer, int begin, float *mas
 }
 
 /* Moving average of x [n] over width tokens (odd), into y. */
-static void kv_pool(const float *x, int n, int width, float *y) {
+static inline void kv_pool(const float *x, int n, int width, float *y) {
   int t, i;
   for (t = 0; t < n; t++) {
     int begin = t - width / 2 > 0 ? t - width / 2 : 0;
@@ -554,7 +554,7 @@ typedef struct kv_list {
   float *score; /* [capacity] scratch */
 } kv_list;
 
-static int kv_list_init(kv_list *list, const model *m, int capacity) {
+static inline int kv_list_init(kv_list *list, const model *m, int capacity) {
   int heads = m->n_layers * m->n_kv_heads;
   size_t size = (size_t)heads * (size_t)capacity * (size_t)m->head_dim;
   list->m = m, list->capacity = capacity;
@@ -565,7 +565,7 @@ static int kv_list_init(kv_list *list, const model *m, int capacity) {
   return 1;
 }
 
-static void kv_list_free(kv_list *list) { free(list->n), free(list->k); }
+static inline void kv_list_free(kv_list *list) { free(list->n), free(list->k); }
 
 /* Adds a token to one head's list. */
 static void kv_list_add(kv_list *list, int layer, int head, const float *k, const float *v) {
@@ -591,8 +591,8 @@ static int kv__by_token(const void *a, const void *b) {
 
 /* Eviction: one head keeps the last `always` tokens and those of the highest score, `keep` in all,
    in their order. score [dense->n]. 0 if there is no memory. */
-static int kv_list_take(kv_list *list, const kv_cache *dense, int layer, int head,
-                        const float *score, int keep, int always) {
+static inline int kv_list_take(kv_list *list, const kv_cache *dense, int layer, int head,
+                               const float *score, int keep, int always) {
   const model *m = dense->m;
   int n = dense->n, i;
   kv__ranked *rank = (kv__ranked *)malloc((size_t)n * sizeof *rank);
@@ -614,8 +614,8 @@ static int kv_list_take(kv_list *list, const kv_cache *dense, int layer, int hea
 }
 
 /* model_attention of a kv_list: rows are the next tokens of one sequence. */
-static void kv_list_attend(void *context, int layer, int n, const int *position, const float *q,
-                           const float *k, const float *v, float *out) {
+static inline void kv_list_attend(void *context, int layer, int n, const int *position,
+                                  const float *q, const float *k, const float *v, float *out) {
   kv_list *list = (kv_list *)context;
   const model *m = list->m;
   int dim = m->head_dim, r, h;

@@ -37,7 +37,7 @@ static rdkv_kv packed_layer(const kv_cache *dense, int window, int layer) {
   return kv;
 }
 
-static void packed_free(packed *p) {
+static inline void packed_free(packed *p) {
   free(p->owner[0]), free(p->owner[1]), free(p->owner[2]);
   memset(p, 0, sizeof *p);
 }
@@ -46,8 +46,8 @@ static void packed_free(packed *p) {
    want: profile, window, budget and so on; the shape is filled in. by_layer: NULL, or compress
    each layer without knowing the later ones, as one would do during prefill to need only one dense
    layer; [n_layers] slopes of the prompt before, zero at first, replaced by this one's. */
-static rdkv_status packed_init(packed *p, const kv_cache *dense, const rdkv_config *want,
-                               rdkv_histogram *by_layer, int room) {
+static inline rdkv_status packed_init(packed *p, const kv_cache *dense, const rdkv_config *want,
+                                      rdkv_histogram *by_layer, int room) {
   const model *m = dense->m;
   uint32_t n = (uint32_t)dense->n;
   rdkv_config *c = &p->config;
@@ -101,8 +101,8 @@ static rdkv_status packed_init(packed *p, const kv_cache *dense, const rdkv_conf
 
 /* model_attention of a packed sequence: the new token's K and V go to the tail, its queries attend
    to segments and tail. */
-static void packed_attend(void *context, int layer, int n, const int *position, const float *q,
-                          const float *k, const float *v, float *out) {
+static inline void packed_attend(void *context, int layer, int n, const int *position,
+                                 const float *q, const float *k, const float *v, float *out) {
   packed *p = (packed *)context;
   const rdkv_config *c = &p->config;
   int kv_dim = c->n_kv_heads * c->k_dim, dim = c->n_q_heads * c->k_dim, r;

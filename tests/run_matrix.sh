@@ -9,8 +9,8 @@ cd "$(dirname "$0")" || exit 1
 warnings="-Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wshadow -Wcast-align -Wundef"
 warnings+=" -Werror"
 sanitize="-std=c99 -g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all"
-all="config score allocate pack open tail attend report compress simd threads paper"
-most="config score allocate pack tail attend report compress simd paper"
+all="config score allocate pack open tail attend report sequence compress simd threads paper"
+most="config score allocate pack tail attend report sequence compress simd paper"
 core="pack attend simd"
 
 # row NAME RUNNER TESTS COMPILER-LINE...: compiles the library once, then each test against it.
@@ -54,7 +54,7 @@ row aarch64     "qemu-aarch64 -L /usr/aarch64-linux-gnu" "config score pack tail
                                   aarch64-linux-gnu-gcc -std=c99 -O2
 row m32         env  "$most"      gcc-12 -m32 -std=c99 -O2
 row clang-asan  env  "open $core" clang $sanitize -fsanitize=address,undefined
-row gcc-ofast   env  "config score allocate pack tail attend report compress simd" gcc -std=c99 -Ofast
+row gcc-ofast   env  "config score allocate pack tail attend report sequence compress simd" gcc -std=c99 -Ofast
 row clang-ofast env  "score $core" clang -std=c99 -Ofast
 row clang       env  "$all"       clang -std=c99 -O2
 row gcc-tsan    env  threads      gcc $sanitize -fsanitize=thread

@@ -62,7 +62,7 @@ static void set_enum(void *field, int32_t value) { memcpy(field, &value, sizeof 
 
 static void illegal_values(void) {
   rdkv_config good = config_of(8, 4, 64, 0), bad;
-  rdkv_pin pin[2] = {{0, 4, 8}, {10, 20, 2}};
+  rdkv_pin pin[2] = {{0, 4, 8, RDKV_PIN_SINK}, {10, 20, 2, RDKV_PIN_SYSTEM}};
   static const int32_t bad_bits[] = {-2, 0, 1, 3, 5, 7, 12, 15, 17, 32};
   size_t i;
   REFUSED(n_layers, -1), REFUSED(n_layers, INT32_MIN);
@@ -117,7 +117,7 @@ static void illegal_values(void) {
 
 /* The ends of every range are legal. */
 static void legal_ends(void) {
-  rdkv_pin pin[2] = {{0, 0, 16}, {5, UINT32_MAX, 2}};
+  rdkv_pin pin[2] = {{0, 0, 16, RDKV_PIN_OTHER}, {5, UINT32_MAX, 2, RDKV_PIN_USER}};
   rdkv_config c, r;
   int i;
   for (i = 0; i < 10; i++) {
