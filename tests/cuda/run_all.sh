@@ -18,7 +18,8 @@ has() { case $parts in *" $1 "*) return 0 ;; esac; return 1; }
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
   nvcc --version | tail -2
 } > "$out/machine.txt"
-for source in tests/cuda/test_cuda.cu bench/bench_cuda.cu examples/decode.cu; do
+for source in tests/cuda/test_cuda.cu tests/cuda/test_compress.cu bench/bench_cuda.cu \
+  bench/bench_compress.cu examples/decode.cu; do
   name=$(basename $source .cu)
   nvcc $flags $source -o "$bin/$name" > "$bin/$name.log" 2>&1 &
 done
@@ -29,6 +30,8 @@ if has test; then
   "$bin/test_cuda" > "$out/test.txt" 2>&1 || failed=1
   tail -1 "$out/test.txt"
   grep FAIL "$out/test.txt"
+  "$bin/test_compress" > "$out/test_compress.txt" 2>&1 || failed=1
+  tail -1 "$out/test_compress.txt"
   "$bin/decode" > "$out/decode.txt" 2>&1 || failed=1
   cat "$out/decode.txt"
 fi
@@ -40,11 +43,16 @@ if has sanitize; then
     compute-sanitizer $options "$bin/test_cuda" small > "$bin/log" 2>&1 || failed=1
     { echo "== $tool"; head -200 "$bin/log"; } >> "$out/sanitizer.txt"
     echo "$tool: $(tail -1 "$bin/log")"
+    compute-sanitizer --error-exitcode 9 --tool $tool "$bin/test_compress" small > "$bin/log" 2>&1 || failed=1
+    { echo "== $tool, test_compress"; head -200 "$bin/log"; } >> "$out/sanitizer.txt"
+    echo "$tool, test_compress: $(tail -1 "$bin/log")"
   done
 fi
 if has bench; then
   "$bin/bench_cuda" --csv > "$out/bench.csv" || failed=1
   cat "$out/bench.csv"
+  "$bin/bench_compress" > "$out/bench_compress.txt" || failed=1
+  cat "$out/bench_compress.txt"
 fi
 if has peers; then
   python3 bench/peers.py "$out/bench.csv" > "$out/peers.txt" 2>&1
