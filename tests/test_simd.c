@@ -31,8 +31,8 @@ static problem make(const shape *s, rdkv_isa isa) {
   return problem_make(&c, s->n_tokens, s->dtype, s->where, 1);
 }
 
-/* The largest difference of a from b over b's own size, and the largest of all. */
-static double difference(const float *a, const float *b, size_t n) {
+/* The largest difference of a from b over b's own size and floor_part of the largest of all. */
+static double difference(const float *a, const float *b, size_t n, double floor_part) {
   double top = 0.0, worst = 0.0;
   size_t i;
   for (i = 0; i < n; i++)
@@ -40,8 +40,8 @@ static double difference(const float *a, const float *b, size_t n) {
   for (i = 0; i < n; i++) {
     double e = fabs((double)a[i] - (double)b[i]);
     if (!(e <= DBL_MAX)) return HUGE_VAL;
-    if (e > 0.0 && e / (fabs((double)b[i]) + 1e-6 * top) > worst)
-      worst = e / (fabs((double)b[i]) + 1e-6 * top);
+    if (e > 0.0 && e / (fabs((double)b[i]) + floor_part * top) > worst)
+      worst = e / (fabs((double)b[i]) + floor_part * top);
   }
   return worst;
 }
@@ -57,11 +57,12 @@ static void scores(void) {
       size_t heads = (size_t)a.cfg.n_kv_heads, kd = (size_t)a.cfg.k_dim, vd = (size_t)a.cfg.v_dim;
       test_where("shape %d, isa %s", i, isa_name(isa));
       problem_score(&b);
-      CHECK_LE(difference(b.layer[0].token, a.layer[0].token, heads * a.n_tokens), 1e-5);
-      CHECK_LE(difference(b.layer[0].q_square, a.layer[0].q_square, heads * kd), 1e-5);
-      CHECK_LE(difference(b.layer[0].k_square, a.layer[0].k_square, heads * kd), 1e-5);
+      CHECK_LE(difference(b.layer[0].token, a.layer[0].token, heads * a.n_tokens, 1e-6), 1e-5);
+      CHECK_LE(difference(b.layer[0].q_square, a.layer[0].q_square, heads * kd, 1e-6), 1e-5);
+      CHECK_LE(difference(b.layer[0].k_square, a.layer[0].k_square, heads * kd, 1e-6), 1e-5);
       if (a.cfg.profile == RDKV_JOINT) {
-        CHECK_LE(difference(b.layer[0].mean_out, a.layer[0].mean_out, heads * vd), 1e-3);
+        /* sums with signs: what cancels to nearly 0 has the rounding of its terms */
+        CHECK_LE(difference(b.layer[0].mean_out, a.layer[0].mean_out, heads * vd, 1), 1e-5);
       }
       problem_free(&b);
     }
