@@ -213,6 +213,7 @@ static rdkv_status ablation_init(packed *p, kv_list *list, const kv_cache *dense
   int l, h, d, j;
 
   memset(p, 0, sizeof *p);
+  memset(pin, 0, sizeof pin);
   if (which == ABLATION_PINS) {
     pin[0].begin = 0, pin[0].end = 4, pin[0].min_bits = 4;
     pin[1].begin = (uint32_t)(dense->n > 32 ? dense->n - 32 : 0), pin[1].end = (uint32_t)dense->n;

@@ -412,7 +412,8 @@ static void test_allocate() {
   static const int shape[][4] = {{4, 2, 128, 128}, {4, 4, 64, 80}, {2, 1, 40, 24}, {3, 1, 1, 1}};
   static const uint32_t length[] = {0, 1, 31, 33, 150, 700, 6000};
   static const double keep[] = {0.02, 0.1, 0.3, 0.7, 1.0};
-  const rdkv_pin pins[] = {{0, 4, 16}, {20, 40, 8}, {10, 30, 2}, {140, 100000, 4}};
+  const rdkv_pin_reason any = RDKV_PIN_OTHER;
+  const rdkv_pin pins[] = {{0, 4, 16, any}, {20, 40, 8, any}, {10, 30, 2, any}, {140, 100000, 4, any}};
   uint64_t seed = 1;
   for (size_t s = 0; s < sizeof shape / sizeof *shape; ++s)
     for (size_t n = 0; n < sizeof length / sizeof *length; ++n)
