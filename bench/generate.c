@@ -10,10 +10,10 @@
    with the same part is more than --bar times that of the prompt alone, if more than block + recent
    tokens were dense, or if segments of generated tokens took more than their part. */
 
+#define CLI_PROGRAM "generate"
 #define RDKV_IMPLEMENTATION
+#include "../examples/cli.h"
 #include "../examples/packed.h"
-
-#include <stdarg.h>
 
 enum { ALONE, BLOCKS, PRICE, KINDS };
 static const char *const NAME[KINDS] = {"prompt alone", "blocks, same part", "blocks, lambda"};
@@ -39,16 +39,6 @@ static struct {
   void *work;
   size_t work_bytes;
 } run;
-
-static void die(const char *format, ...) {
-  va_list list;
-  va_start(list, format);
-  fputs("generate: ", stderr);
-  vfprintf(stderr, format, list);
-  fputc('\n', stderr);
-  va_end(list);
-  exit(1);
-}
 
 static void check(rdkv_status st, const char *what) {
   if (st != RDKV_OK) die("%s: %s", what, rdkv_status_string(st));
@@ -151,14 +141,6 @@ static int write_file(void *file, const void *data, size_t bytes) {
   return fwrite(data, 1, bytes, (FILE *)file) != bytes;
 }
 
-static int number(const char *text, int low, int high) {
-  char *end;
-  long value = strtol(text, &end, 10);
-  if (*end || end == text || value < low || value > high)
-    die("'%s' is not a number from %d to %d", text, low, high);
-  return (int)value;
-}
-
 static void usage(const options *o) {
   printf(
       "usage: generate [options]\n"
@@ -224,19 +206,6 @@ static void parse(int argc, char **argv, options *o) {
   }
 }
 
-/* The file as named, or where it lies when started from the repository or from bench/. */
-static const char *locate(const char *a, const char *b, const char *c) {
-  const char *names[3];
-  int i;
-  names[0] = a, names[1] = b, names[2] = c;
-  for (i = 0; i < 2; i++) {
-    FILE *file = fopen(names[i], "rb");
-    if (file) fclose(file);
-    if (file) break;
-  }
-  return names[i];
-}
-
 int main(int argc, char **argv) {
   options o = {4096, 2048, 256, 768, 64, 17, 1, 1, 0, 10, 1.3, NULL, NULL, NULL};
   static living v[KINDS];
@@ -251,12 +220,8 @@ int main(int argc, char **argv) {
   int i, t, sample, every, failed = 0;
 
   parse(argc, argv, &o);
-  if (!o.model)
-    o.model =
-        locate("needle-4m.q8.bin", "examples/needle-4m.q8.bin", "../examples/needle-4m.q8.bin");
-  if (!o.text)
-    o.text =
-        locate("frankenstein.txt", "examples/frankenstein.txt", "../examples/frankenstein.txt");
+  if (!o.model) o.model = locate("examples/needle-4m.q8.bin", "../examples/needle-4m.q8.bin");
+  if (!o.text) o.text = locate("examples/frankenstein.txt", "../examples/frankenstein.txt");
   if ((error = model_load(&m, o.model)) != NULL) die("%s: %s", o.model, error);
   text = model_read_file(o.text, &text_bytes);
   if (!text || text_bytes > 1 << 30 || text_bytes < (size_t)(o.prompt + o.tokens + 1))

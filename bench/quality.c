@@ -15,12 +15,13 @@
    byte of an answer comes from the prompt's own pass where the question is part of it, and is not
    measured. */
 
+#define CLI_PROGRAM "quality"
 #define RDKV_IMPLEMENTATION
+#include "../examples/cli.h"
 #include "../examples/packed.h"
 #include "../examples/tasks.h"
 #include "ablations.h"
 
-#include <stdarg.h>
 #include <time.h>
 #ifdef _OPENMP
 #include <omp.h>
@@ -110,16 +111,6 @@ typedef struct result {
   double ratio, exact, kl, top1, bits; /* sums over n questions */
   int n;
 } result;
-
-static void die(const char *format, ...) {
-  va_list list;
-  va_start(list, format);
-  fputs("quality: ", stderr);
-  vfprintf(stderr, format, list);
-  fputc('\n', stderr);
-  va_end(list);
-  exit(1);
-}
 
 static void *need(void *memory) {
   if (!memory) die("out of memory");
@@ -695,14 +686,6 @@ static void usage(const options *o) {
   exit(0);
 }
 
-static int number(const char *text, int low, int high) {
-  char *end;
-  long value = strtol(text, &end, 10);
-  if (*end || end == text || value < low || value > high)
-    die("'%s' is not a number from %d to %d", text, low, high);
-  return (int)value;
-}
-
 static void parse(int argc, char **argv, options *o) {
   int i, j;
   char word[32];
@@ -774,13 +757,6 @@ static void parse(int argc, char **argv, options *o) {
       die("unknown option %s; see --help", name);
   }
   o->method[FULL] = 1; /* what the others are compared with */
-}
-
-/* The file as named, or where it lies when started from the repository. */
-static const char *locate(const char *name, const char *in_repository) {
-  FILE *file = fopen(name, "rb");
-  if (file) fclose(file);
-  return file ? name : in_repository;
 }
 
 /* All methods' caches of what the prompt holds now. */

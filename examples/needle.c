@@ -7,11 +7,12 @@
    a twentieth of the bytes. Add -fopenmp for more than one core. packed.h is all that concerns
    rdkv.h, model.h a transformer such as you may already have, tasks.h makes the questions. */
 
+#define CLI_PROGRAM "needle"
 #define RDKV_IMPLEMENTATION
+#include "cli.h"
 #include "packed.h"
 #include "tasks.h"
 
-#include <stdarg.h>
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #define STDERR_IS_TERMINAL isatty(2)
@@ -35,16 +36,6 @@ typedef struct options {
   uint64_t seed;
   const char *model, *text;
 } options;
-
-static void die(const char *format, ...) {
-  va_list list;
-  va_start(list, format);
-  fputs("needle: ", stderr);
-  vfprintf(stderr, format, list);
-  fputc('\n', stderr);
-  va_end(list);
-  exit(1);
-}
 
 /* ---- SnapKV : what one would do without rdkv.h ------------------------------------------------
  */
@@ -179,14 +170,6 @@ static void usage(const options *o) {
   exit(0);
 }
 
-static int number(const char *text, int low, int high) {
-  char *end;
-  long value = strtol(text, &end, 10);
-  if (*end || end == text || value < low || value > high)
-    die("'%s' is not a number from %d to %d", text, low, high);
-  return (int)value;
-}
-
 static void parse(int argc, char **argv, options *o) {
   int i;
   for (i = 1; i < argc; i++) {
@@ -221,13 +204,6 @@ static void parse(int argc, char **argv, options *o) {
     } else
       die("unknown option %s; see --help", name);
   }
-}
-
-/* The file as named, or where it lies when started from the repository or from examples/. */
-static const char *locate(const char *name, const char *in_repository) {
-  FILE *file = fopen(name, "rb");
-  if (file) fclose(file);
-  return file ? name : in_repository;
 }
 
 int main(int argc, char **argv) {
