@@ -158,24 +158,27 @@ cudaError_t rdkv_cuda_advance(uint32_t *tail_tokens, int batch, cudaStream_t str
    A call returns cudaErrorInvalidValue for arguments that are wrong on their face. No allocation,
    no synchronisation; all may be captured. */
 
-/* Workspace bytes of score, measure, and pack of one layer; of allocate; of pack of several
-   layers. 0 if cfg is not resolved. */
-size_t rdkv_cuda_layer_workspace(const rdkv_config *cfg, uint32_t n_tokens);
+/* Workspace bytes of score and measure of n_items, and pack of one layer; of allocate; of pack of
+   several layers. 0 if cfg is not resolved. */
+size_t rdkv_cuda_layer_workspace(const rdkv_config *cfg, int n_items, uint32_t n_tokens);
 size_t rdkv_cuda_allocate_workspace(const rdkv_config *cfg, int n_layers, uint32_t n_tokens);
 size_t rdkv_cuda_pack_workspace(const rdkv_config *cfg, int n_layers, uint32_t n_tokens);
 
-/* rdkv_score. lse: natural log-sum-exp of the scaled logits of the window's rows as the prefill
-   attention leaves it, row i of query head h at lse[h * lse_stride + i], causal; it saves a pass
-   over K. NULL: found here. Dense 16-byte aligned fp16 or bf16 rows of k_dim 64, 96, 128, 192 or
-   256 (K and Q of one type) go through the tensor cores; all else works, slowly. */
-cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv, const float *lse,
-                            ptrdiff_t lse_stride, const rdkv_layer *layer, uint32_t *status,
-                            void *workspace, size_t workspace_bytes, cudaStream_t stream);
+/* rdkv_score of n_items layers of one sequence, or of several sequences, that have the same number
+   of tokens; kv [n_items], layers [n_items]. lse [n_items] on the host: the device addresses of the
+   natural log-sum-exp of the scaled logits of the window's rows as the prefill attention leaves it,
+   row i of query head h at lse[item][h * lse_stride + i], causal; it saves a pass over K. NULL:
+   found here. Dense 16-byte aligned fp16 or bf16 rows of k_dim 64, 96, 128, 192 or 256 (K and Q of
+   one type) go through the tensor cores; all else works, slowly. */
+cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv, const float *const *lse,
+                            ptrdiff_t lse_stride, const rdkv_layer *layers, int n_items,
+                            uint32_t *status, void *workspace, size_t workspace_bytes,
+                            cudaStream_t stream);
 
-/* rdkv_measure. */
-cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv_layer *layer,
-                              uint32_t *status, void *workspace, size_t workspace_bytes,
-                              cudaStream_t stream);
+/* rdkv_measure of n_items. */
+cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv_layer *layers,
+                              int n_items, uint32_t *status, void *workspace,
+                              size_t workspace_bytes, cudaStream_t stream);
 
 /* rdkv_allocate; the threshold that was used goes to lambda [n_layers] on the device, 0 with
    RDKV_PAPER. One cooperative launch. cudaErrorNotSupported where config.max_error is set. */
@@ -5275,9 +5278,10 @@ static pack_args pack_layer(const rdkv_config *cfg, const pack_args &all, const 
 
 } /* namespace rdkv_cuda_compress */
 
-extern "C" size_t rdkv_cuda_layer_workspace(const rdkv_config *cfg, uint32_t n_tokens) {
+extern "C" size_t rdkv_cuda_layer_workspace(const rdkv_config *cfg, int n_items,
+                                            uint32_t n_tokens) {
   using namespace rdkv_cuda_compress;
-  if (!resolved(cfg)) return 0;
+  if (!resolved(cfg) || n_items < 1) return 0;
   score_memory s;
   measure_memory m;
   pack_memory p;
@@ -5306,13 +5310,11 @@ extern "C" size_t rdkv_cuda_allocate_workspace(const rdkv_config *cfg, int n_lay
   return s.m.bytes;
 }
 
-extern "C" cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv, const float *lse,
-                                       ptrdiff_t lse_stride, const rdkv_layer *layer,
-                                       uint32_t *status, void *workspace, size_t bytes,
-                                       cudaStream_t stream) {
-  using namespace rdkv_cuda_compress;
-  if (!resolved(cfg) || !kv || !layer_ok(layer) || !status || !workspace)
-    return cudaErrorInvalidValue;
+namespace rdkv_cuda_compress {
+
+static cudaError_t score_item(const rdkv_config *cfg, const rdkv_kv *kv, const float *lse,
+                              ptrdiff_t lse_stride, const rdkv_layer *layer, uint32_t *status,
+                              void *workspace, size_t bytes, cudaStream_t stream) {
   const uint32_t n = layer->n_tokens, heads = static_cast<uint32_t>(cfg->n_kv_heads);
   const size_t kd = static_cast<size_t>(cfg->k_dim);
   score_memory s;
@@ -5358,12 +5360,9 @@ extern "C" cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv
   return cudaGetLastError();
 }
 
-extern "C" cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *kv,
-                                         const rdkv_layer *layer, uint32_t *status, void *workspace,
-                                         size_t bytes, cudaStream_t stream) {
-  using namespace rdkv_cuda_compress;
-  if (!resolved(cfg) || !kv || !layer_ok(layer) || !status || !workspace)
-    return cudaErrorInvalidValue;
+static cudaError_t measure_item(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv_layer *layer,
+                                uint32_t *status, void *workspace, size_t bytes,
+                                cudaStream_t stream) {
   const uint32_t n = layer->n_tokens, heads = static_cast<uint32_t>(cfg->n_kv_heads);
   measure_memory s;
   layout_measure(cfg, n, workspace, &s);
@@ -5410,6 +5409,40 @@ extern "C" cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *
   chain_kernel_of<true>(a.channel)<<<errors, 32 * (CHAIN_WARPS + 1), 0, stream>>>(a.channel);
   k_distortion_kernel<<<heads, MAX_DIM, 0, stream>>>(a);
   return cudaGetLastError();
+}
+
+static bool layers_ok(const rdkv_layer *layers, int n_layers) {
+  for (int i = 0; i < n_layers; ++i)
+    if (!layer_ok(&layers[i]) || layers[i].n_tokens != layers[0].n_tokens) return false;
+  return n_layers > 0;
+}
+
+} /* namespace rdkv_cuda_compress */
+
+extern "C" cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv,
+                                       const float *const *lse, ptrdiff_t lse_stride,
+                                       const rdkv_layer *layers, int n_items, uint32_t *status,
+                                       void *workspace, size_t bytes, cudaStream_t stream) {
+  using namespace rdkv_cuda_compress;
+  if (!resolved(cfg) || !kv || !layers || !layers_ok(layers, n_items) || !status || !workspace)
+    return cudaErrorInvalidValue;
+  cudaError_t e = cudaSuccess;
+  for (int i = 0; i < n_items && !e; ++i)
+    e = score_item(cfg, kv + i, lse ? lse[i] : nullptr, lse_stride, layers + i, status, workspace,
+                   bytes, stream);
+  return e;
+}
+
+extern "C" cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *kv,
+                                         const rdkv_layer *layers, int n_items, uint32_t *status,
+                                         void *workspace, size_t bytes, cudaStream_t stream) {
+  using namespace rdkv_cuda_compress;
+  if (!resolved(cfg) || !kv || !layers || !layers_ok(layers, n_items) || !status || !workspace)
+    return cudaErrorInvalidValue;
+  cudaError_t e = cudaSuccess;
+  for (int i = 0; i < n_items && !e; ++i)
+    e = measure_item(cfg, kv + i, layers + i, status, workspace, bytes, stream);
+  return e;
 }
 
 extern "C" cudaError_t rdkv_cuda_allocate(const rdkv_config *cfg, const rdkv_layer *layers,

@@ -97,7 +97,7 @@ int main(int argc, char **argv) {
         SHIFT(k_bits, uint8_t);
         CHECK(cudaMemset(mem, 0, layer_bytes));
         const size_t work_bytes =
-            std::max(rdkv_cuda_layer_workspace(&c, n), rdkv_cuda_allocate_workspace(&c, 1, n));
+            std::max(rdkv_cuda_layer_workspace(&c, 1, n), rdkv_cuda_allocate_workspace(&c, 1, n));
         const size_t capacity = rdkv_block_bound(&c, n);
         char *work = device<char>(work_bytes), *block = device<char>(capacity);
         double *lambda = device<double>(1);
@@ -108,15 +108,18 @@ int main(int argc, char **argv) {
         std::vector<float> guess(32 * rows, logf(static_cast<float>(n)) + 2.5f);
         float *lse = device<float>(guess.size());
         CHECK(cudaMemcpy(lse, guess.data(), guess.size() * 4, cudaMemcpyHostToDevice));
+        const float *lse_of = lse;
         double us[5];
         const ptrdiff_t w = window;
-        us[1] = median_us(
-            [&] { CHECK(rdkv_cuda_score(&c, &kv, lse, w, &l, status, work, work_bytes, 0)); });
-        us[0] = median_us(
-            [&] { CHECK(rdkv_cuda_score(&c, &kv, nullptr, 0, &l, status, work, work_bytes, 0)); });
+        us[1] = median_us([&] {
+          CHECK(rdkv_cuda_score(&c, &kv, &lse_of, w, &l, 1, status, work, work_bytes, 0));
+        });
+        us[0] = median_us([&] {
+          CHECK(rdkv_cuda_score(&c, &kv, nullptr, 0, &l, 1, status, work, work_bytes, 0));
+        });
         us[2] = median_us([&] {
           CHECK(cudaMemsetAsync(l.v_bits, 0, static_cast<size_t>(n) * 8));
-          CHECK(rdkv_cuda_measure(&c, &kv, &l, status, work, work_bytes, 0));
+          CHECK(rdkv_cuda_measure(&c, &kv, &l, 1, status, work, work_bytes, 0));
         });
         us[3] = median_us(
             [&] { CHECK(rdkv_cuda_allocate(&c, &l, 1, lambda, status, work, work_bytes, 0)); });

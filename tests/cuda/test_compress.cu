@@ -7,6 +7,8 @@
 #define RDKV_CUDA_V_DIM 64 /* of attention, which is not tested here */
 #include "../../rdkv_cuda.cuh"
 
+#include <vector>
+
 #include "../problem.h"
 
 static bool small_run = false;
@@ -88,7 +90,7 @@ static device_problem to_device(const problem *p) {
     d.layer[l].v_bits = shifted(h.v_bits, from, d.memory[l]);
     d.layer[l].k_bits = shifted(h.k_bits, from, d.memory[l]);
   }
-  d.workspace_bytes = largest(largest(rdkv_cuda_layer_workspace(c, p->n_tokens),
+  d.workspace_bytes = largest(largest(rdkv_cuda_layer_workspace(c, c->n_layers, p->n_tokens),
                                       rdkv_cuda_allocate_workspace(c, c->n_layers, p->n_tokens)),
                               rdkv_cuda_pack_workspace(c, c->n_layers, p->n_tokens));
   /* widths of one's own may take more than a budget's bound */
@@ -244,13 +246,12 @@ static void test_pack_values() {
 static void compare_measure(problem *p, device_problem *d) {
   const rdkv_config *c = &p->cfg;
   const size_t heads = static_cast<size_t>(c->n_kv_heads);
-  send_layers(d);
+  send_layers(d), poison(d, 0x77);
+  CUDA(rdkv_cuda_measure(c, d->kv, d->layer, c->n_layers, d->status, d->workspace,
+                         d->workspace_bytes, 0));
+  CHECK_EQ(status_of(d), RDKV_OK);
   for (int l = 0; l < c->n_layers; ++l) {
-    poison(d, 0x77);
     CHECK_OK(rdkv_measure(c, &p->kv[l], &p->layer[l], p->scratch, p->scratch_bytes));
-    CUDA(rdkv_cuda_measure(c, &d->kv[l], &d->layer[l], d->status, d->workspace, d->workspace_bytes,
-                           0));
-    CHECK_EQ(status_of(d), RDKV_OK);
     char *m = fetch(d, l);
     check_array(p, l, m, p->layer[l].v_distortion, heads * 5 * p->n_tokens * 4, "v_distortion");
     check_array(p, l, m, p->layer[l].k_distortion, heads * 4 * static_cast<size_t>(c->k_dim) * 4,
@@ -271,11 +272,12 @@ static void test_measure() {
         if (length[n] > 1000 && (s > 1 || small_run)) continue;
         rdkv_config c = config_of(shape[s][0], shape[s][1], shape[s][2], shape[s][3]);
         c.keep = variant == 0 ? 0.05 : variant == 1 ? 0.3 : 0.2, c.pool = variant * 8 + 1;
-        if (variant == 2) c.budget_bytes = 4000;
+        if (variant == 2) c.budget_bytes = 4000, c.n_layers = 3;
         test_where("measure: shape %zu, %u tokens, variant %d", s, length[n], variant);
         problem p = problem_make(&c, length[n], static_cast<rdkv_dtype>(variant),
                                  static_cast<layout>(seed % N_LAYOUTS), seed);
-        CHECK_OK(rdkv_score(&p.cfg, &p.kv[0], &p.layer[0], p.scratch, p.scratch_bytes));
+        for (int l = 0; l < p.cfg.n_layers; ++l)
+          CHECK_OK(rdkv_score(&p.cfg, &p.kv[l], &p.layer[l], p.scratch, p.scratch_bytes));
         device_problem d = to_device(&p);
         compare_measure(&p, &d);
         problem_widths(&p, MIX_ALL, seed); /* K over the tokens that are kept */
@@ -353,8 +355,9 @@ static void test_score() {
         for (int given = 0; given < 2; ++given) {
           poison(&d, given ? 0xff : 0x7f);
           CUDA(cudaMemset(d.memory[0], 0x7f, d.layer_bytes));
-          CUDA(rdkv_cuda_score(&p.cfg, &d.kv[0], given ? device_lse : nullptr,
-                               static_cast<ptrdiff_t>(p.n_queries), &d.layer[0], d.status,
+          const float *lse_of = device_lse;
+          CUDA(rdkv_cuda_score(&p.cfg, d.kv, given ? &lse_of : nullptr,
+                               static_cast<ptrdiff_t>(p.n_queries), d.layer, 1, d.status,
                                d.workspace, d.workspace_bytes, 0));
           CHECK_EQ(status_of(&d), RDKV_OK);
           char *m = fetch(&d, 0);
@@ -381,6 +384,55 @@ static void test_score() {
         device_free(&d), problem_free(&p);
       }
   printf("     score: largest difference of a weight %.2g of the largest weight\n", worst);
+}
+
+/* Many layers in one call: what one call each gives, to the bit. */
+static void test_items() {
+  for (int variant = 0; variant < (small_run ? 1 : 4); ++variant) {
+    test_where("items: variant %d", variant);
+    rdkv_config c = config_of(4, 2, variant == 1 ? 40 : 64, 64);
+    c.n_layers = MAX_LAYERS, c.profile = variant == 3 ? RDKV_PAPER : RDKV_JOINT;
+    problem p = problem_make(&c, small_run ? 100 : 900, variant == 2 ? RDKV_F32 : RDKV_BF16, DENSE,
+                             static_cast<uint64_t>(variant) + 3);
+    device_problem d = to_device(&p);
+    const size_t rows = static_cast<size_t>(c.n_q_heads) * p.n_queries;
+    std::vector<float> lse(rows, 5.0f);
+    std::vector<char *> single;
+    const float *lse_of[MAX_LAYERS];
+    float *device_lse = nullptr;
+    CUDA(cudaMalloc(&device_lse, MAX_LAYERS * rows * sizeof(float)));
+    for (int l = 0; l < MAX_LAYERS; ++l) {
+      lse_of[l] = device_lse + static_cast<size_t>(l) * rows, lse[0] = static_cast<float>(l) + 3;
+      CUDA(cudaMemcpy(device_lse + static_cast<size_t>(l) * rows, lse.data(), rows * sizeof(float),
+                      cudaMemcpyHostToDevice));
+    }
+    for (int given = 0; given < 2; ++given) {
+      const ptrdiff_t stride = static_cast<ptrdiff_t>(p.n_queries);
+      poison(&d, 0x44);
+      for (int l = 0; l < MAX_LAYERS; ++l) {
+        CUDA(cudaMemset(d.memory[l], 0, d.layer_bytes));
+        CUDA(rdkv_cuda_score(&p.cfg, d.kv + l, given ? lse_of + l : nullptr, stride, d.layer + l, 1,
+                             d.status, d.workspace, d.workspace_bytes, 0));
+        CUDA(rdkv_cuda_measure(&p.cfg, d.kv + l, d.layer + l, 1, d.status, d.workspace,
+                               d.workspace_bytes, 0));
+        single.push_back(fetch(&d, l));
+        CUDA(cudaMemset(d.memory[l], 0, d.layer_bytes));
+      }
+      CUDA(rdkv_cuda_score(&p.cfg, d.kv, given ? lse_of : nullptr, stride, d.layer, MAX_LAYERS,
+                           d.status, d.workspace, d.workspace_bytes, 0));
+      CUDA(rdkv_cuda_measure(&p.cfg, d.kv, d.layer, MAX_LAYERS, d.status, d.workspace,
+                             d.workspace_bytes, 0));
+      CHECK_EQ(status_of(&d), RDKV_OK);
+      for (int l = 0; l < MAX_LAYERS; ++l) {
+        char *together = fetch(&d, l);
+        CHECK(memcmp(together, single[static_cast<size_t>(l)], d.layer_bytes) == 0);
+        free(together), free(single[static_cast<size_t>(l)]);
+      }
+      single.clear();
+    }
+    CUDA(cudaFree(device_lse));
+    device_free(&d), problem_free(&p);
+  }
 }
 
 /* ---- allocate -------------------------------------------------------------------------------- */
@@ -413,7 +465,8 @@ static void test_allocate() {
   static const uint32_t length[] = {0, 1, 31, 33, 150, 700, 6000};
   static const double keep[] = {0.02, 0.1, 0.3, 0.7, 1.0};
   const rdkv_pin_reason any = RDKV_PIN_OTHER;
-  const rdkv_pin pins[] = {{0, 4, 16, any}, {20, 40, 8, any}, {10, 30, 2, any}, {140, 100000, 4, any}};
+  const rdkv_pin pins[] = {
+      {0, 4, 16, any}, {20, 40, 8, any}, {10, 30, 2, any}, {140, 100000, 4, any}};
   uint64_t seed = 1;
   for (size_t s = 0; s < sizeof shape / sizeof *shape; ++s)
     for (size_t n = 0; n < sizeof length / sizeof *length; ++n)
@@ -500,7 +553,7 @@ static void test_refused() {
       put_value(p.raw[0][where], kind == 3 ? RDKV_BF16 : RDKV_F32,
                 where == 2 ? 77 : 64 * 2 * 40 + 9, x);
       device_problem d = to_device(&p);
-      CUDA(rdkv_cuda_score(&p.cfg, &d.kv[0], nullptr, 0, &d.layer[0], d.status, d.workspace,
+      CUDA(rdkv_cuda_score(&p.cfg, d.kv, nullptr, 0, d.layer, 1, d.status, d.workspace,
                            d.workspace_bytes, 0));
       CHECK_EQ(status_of(&d), RDKV_ERR_NONFINITE);
       if (where < 2) {
@@ -526,12 +579,10 @@ static void test_refused() {
 static void whole_chain(const problem *p, device_problem *d, cudaStream_t stream) {
   const rdkv_config *c = &p->cfg;
   CUDA(cudaMemsetAsync(d->status, 0, sizeof(uint32_t), stream));
-  for (int l = 0; l < c->n_layers; ++l) {
-    CUDA(rdkv_cuda_score(c, &d->kv[l], nullptr, 0, &d->layer[l], d->status, d->workspace,
+  CUDA(rdkv_cuda_score(c, d->kv, nullptr, 0, d->layer, c->n_layers, d->status, d->workspace,
+                       d->workspace_bytes, stream));
+  CUDA(rdkv_cuda_measure(c, d->kv, d->layer, c->n_layers, d->status, d->workspace,
                          d->workspace_bytes, stream));
-    CUDA(rdkv_cuda_measure(c, &d->kv[l], &d->layer[l], d->status, d->workspace, d->workspace_bytes,
-                           stream));
-  }
   CUDA(rdkv_cuda_allocate(c, d->layer, c->n_layers, d->lambda, d->status, d->workspace,
                           d->workspace_bytes, stream));
   CUDA(rdkv_cuda_pack(c, d->kv, d->layer, c->n_layers, d->lambda, 0, 0, d->block, d->capacity,
@@ -602,6 +653,7 @@ int main(int argc, char **argv) {
   RUN(test_pack_values);
   RUN(test_measure);
   RUN(test_score);
+  RUN(test_items);
   RUN(test_allocate);
   RUN(test_allocate_edges);
   RUN(test_refused);
