@@ -169,14 +169,18 @@ typedef enum rdkv_pin_reason {
   RDKV_PIN_USER = 4
 } rdkv_pin_reason;
 
-/* Tokens [begin, end) keep at least min_bits (2, 4, 8 or 16) in every head. Positions of the
-   sequence: rdkv_compress and rdkv_stream_layer start at 0, rdkv_compress_by and blocks at their
-   token_begin; rdkv_allocate counts from the range's first token. Ranges may overlap and may reach
-   past the last token. Obeyed by RDKV_JOINT; an error with RDKV_PAPER. */
+/* Tokens [begin, end) keep at least min_bits (2, 4, 8 or 16) in every head: all of them, or the
+   share of them that the head would miss most. A share is a fair floor: instructions that the last
+   queries do not look at would otherwise go as a whole. Positions of the sequence: rdkv_compress
+   and rdkv_stream_layer start at 0, rdkv_compress_by and blocks at their token_begin (a share is
+   then of the tokens that they have of the range); rdkv_allocate counts from the range's first
+   token. Ranges may overlap and may reach past the last token. Obeyed by RDKV_JOINT; an error with
+   RDKV_PAPER. */
 typedef struct rdkv_pin {
   uint32_t begin, end;
   int32_t min_bits;
   rdkv_pin_reason reason;
+  float share; /* in [0, 1], rounded up to tokens; 0 = all */
 } rdkv_pin;
 
 /* Everything that can be chosen. Zero-initialise, set what you know, call rdkv_resolve. */
@@ -1282,7 +1286,8 @@ RDKV_DEF rdkv_status rdkv_resolve(const rdkv_config *in, rdkv_config *out) {
     return RDKV_ERR_CONFIG;
   if (c.n_pins < 0 || (c.n_pins > 0 && c.pins == NULL)) return RDKV_ERR_CONFIG;
   for (i = 0; i < c.n_pins; i++)
-    if (rdkv__level(c.pins[i].min_bits) < 1 || c.pins[i].begin > c.pins[i].end)
+    if (rdkv__level(c.pins[i].min_bits) < 1 || c.pins[i].begin > c.pins[i].end ||
+        !rdkv__within((double)c.pins[i].share, 0, 1))
       return RDKV_ERR_CONFIG;
   if (c.profile == RDKV_PAPER && (c.n_pins > 0 || c.max_error > 0)) return RDKV_ERR_CONFIG;
   if (c.profile != RDKV_PAPER && c.token_budget > 0) return RDKV_ERR_CONFIG;
@@ -1858,6 +1863,7 @@ typedef struct rdkv__head {
   uint32_t n_tokens;
   uint32_t count[5], channels[4]; /* tokens and channels at each level */
   uint32_t at_least[4];           /* tokens that reach level 1.. at the threshold, whole tiles */
+  uint8_t *pin;                   /* [n_tokens] lowest level, NULL = no pins */
   uint32_t pinned[5];             /* tokens that must reach a level */
   uint32_t k_tile;
   uint32_t bins[4 * RDKV__FINE]; /* tokens by slope, for level 1.. apart or for level 1 alone */
@@ -1873,7 +1879,7 @@ typedef struct rdkv__solver {
   rdkv__head *heads;
   uint64_t n_heads;
   uint32_t *key, *index, *key2, *index2; /* [n_tokens] sorting */
-  uint8_t *pin;                          /* [n_tokens] lowest level, NULL = no pins */
+  uint8_t *pins;                         /* [n_heads][n_tokens] lowest level; no pins: unused */
   float k_bias;                          /* on the threshold that K widths are chosen at; 1 */
   uint32_t round_up;                     /* tokens that a tile may lack */
 } rdkv__solver;
@@ -1931,12 +1937,12 @@ static void rdkv__v_slopes(const rdkv__solver *s, const rdkv__head *h, uint32_t 
       memcpy(last + 16 * l, d + (size_t)l * stride + whole, (n - whole) * sizeof *d);
     s->kn->hull(last, 16, 16, inv, slope[0] + whole);
   }
-  for (i = 0; i < n && s->pin; i++) {
+  for (i = 0; i < n && h->pin; i++) {
     uint32_t pinned[4];
     float x[5];
-    if (s->pin[t0 + i] == 0) continue;
+    if (h->pin[t0 + i] == 0) continue;
     for (l = 0; l < 5; l++) x[l] = d[(size_t)l * stride + i];
-    rdkv__hull(x, cost, 4, s->pin[t0 + i], pinned);
+    rdkv__hull(x, cost, 4, h->pin[t0 + i], pinned);
     for (l = 0; l < 4; l++) slope[l][i] = rdkv__float(pinned[l]);
   }
 }
@@ -2318,16 +2324,21 @@ static double rdkv__predict_all(const rdkv__solver *s) {
 }
 
 /* The least that heads can take: what is pinned, K dropped. */
-static uint64_t rdkv__least_bytes(const rdkv__solver *s, uint64_t n_heads, uint32_t n_tokens,
-                                  const uint32_t pinned[5]) {
+static uint64_t rdkv__least_bytes(const rdkv__solver *s, const rdkv__head *heads,
+                                  uint64_t n_heads) {
   uint32_t count[5], channels[4] = {0, 0, 0, 0};
   rdkv__parts parts;
+  uint64_t i, bytes = 0;
   int l;
   channels[0] = (uint32_t)s->cfg->k_dim;
-  for (l = 1; l < 5; l++) count[l] = pinned[l] - (l < 4 ? pinned[l + 1] : 0);
-  count[0] = n_tokens - pinned[1];
-  return rdkv__mul(n_heads,
-                   rdkv__head_bytes(s->cfg->v_dim, s->cfg->positions, count, channels, &parts));
+  for (i = 0; i < n_heads; i++) {
+    const uint32_t *pinned = heads[i].pinned;
+    for (l = 1; l < 5; l++) count[l] = pinned[l] - (l < 4 ? pinned[l + 1] : 0);
+    count[0] = heads[i].n_tokens - pinned[1];
+    bytes = rdkv__add(bytes,
+                      rdkv__head_bytes(s->cfg->v_dim, s->cfg->positions, count, channels, &parts));
+  }
+  return bytes;
 }
 
 /* Widths at a given threshold, whole tiles. */
@@ -2362,7 +2373,7 @@ static void rdkv__solve_best(rdkv__solver *s, uint64_t budget, double *threshold
   uint64_t n = s->heads[0].n_tokens, least, best_budget = budget;
   double best = 0;
   int i, which = -1, n_bias = budget / tile < 64 * s->n_heads ? 5 : 1;
-  least = rdkv__least_bytes(s, s->n_heads, (uint32_t)n, s->heads[0].pinned);
+  least = rdkv__least_bytes(s, s->heads, s->n_heads);
   if (least < budget / 4 * 3) least = budget / 4 * 3; /* far smaller ones are worse anyway */
   if (n * s->n_heads * (budget / 128) > 1 << 17) least = budget;
   for (b = budget;; b -= 128) {
@@ -2471,7 +2482,7 @@ static uint64_t rdkv__allocate_layout(const rdkv_config *cfg, int n_layers, uint
   s->index = (uint32_t *)rdkv__take(arena, &bytes, n, 4);
   s->key2 = (uint32_t *)rdkv__take(arena, &bytes, n, 4);
   s->index2 = (uint32_t *)rdkv__take(arena, &bytes, n, 4);
-  s->pin = (uint8_t *)rdkv__take(arena, &bytes, n, 1);
+  s->pins = (uint8_t *)rdkv__take(arena, &bytes, cfg->n_pins ? rdkv__mul(s->n_heads, n) : 0, 1);
   return bytes;
 }
 
@@ -2491,24 +2502,31 @@ static void rdkv__head_begin(const rdkv_config *cfg, const rdkv_layer *l, int he
   h->k_tile = (uint32_t)rdkv__pad16(cfg->k_dim) / 16 * 256;
 }
 
-/* Fills in the pins; s->pin becomes NULL if there are none. */
-static void rdkv__pin(rdkv__solver *s, uint32_t n_tokens, uint32_t pinned[5]) {
+/* Fills in a head's pins. */
+static void rdkv__pin(const rdkv__solver *s, rdkv__head *h, uint8_t *levels) {
   const rdkv_config *cfg = s->cfg;
-  uint32_t t;
+  uint32_t t, n, m;
   int i, l;
-  memset(pinned, 0, 5 * sizeof *pinned);
-  if (cfg->n_pins == 0) {
-    s->pin = NULL;
-    return;
-  }
-  memset(s->pin, 0, n_tokens);
+  if (cfg->n_pins == 0) return;
+  h->pin = levels;
+  memset(levels, 0, h->n_tokens);
   for (i = 0; i < cfg->n_pins; i++) {
-    l = rdkv__level(cfg->pins[i].min_bits);
-    for (t = cfg->pins[i].begin; t < cfg->pins[i].end && t < n_tokens; t++)
-      if (s->pin[t] < l) s->pin[t] = (uint8_t)l;
+    const rdkv_pin *p = &cfg->pins[i];
+    uint32_t end = rdkv__min_u32(p->end, h->n_tokens);
+    for (t = p->begin, n = 0; t < end; t++)
+      s->key[n] = rdkv__bits(h->v_distortion[t]), s->index[n++] = t;
+    m = n;
+    if (p->share > 0 && p->share < 1) {
+      m = rdkv__min_u32((uint32_t)ceil((double)p->share * (double)n), n);
+      rdkv__sort(s, n);
+    }
+    for (t = 0; t < m; t++) {
+      l = rdkv__level(p->min_bits);
+      if (levels[s->index[t]] < l) levels[s->index[t]] = (uint8_t)l;
+    }
   }
-  for (t = 0; t < n_tokens; t++)
-    for (l = 1; l <= s->pin[t]; l++) pinned[l]++;
+  for (t = 0; t < h->n_tokens; t++)
+    for (l = 1; l <= levels[t]; l++) h->pinned[l]++;
 }
 
 RDKV_DEF rdkv_status rdkv_allocate(const rdkv_config *cfg, rdkv_layer *layers, int n_layers,
@@ -2517,7 +2535,7 @@ RDKV_DEF rdkv_status rdkv_allocate(const rdkv_config *cfg, rdkv_layer *layers, i
   rdkv__arena arena;
   rdkv_status st;
   uint64_t budget, left, i, n_parts, each, fixed;
-  uint32_t n, pinned[5], l;
+  uint32_t n, l;
   int a, head;
   if (!rdkv__resolved(cfg) || layers == NULL || n_layers < 1 || n_layers > cfg->n_layers)
     return RDKV_ERR_ARGUMENT;
@@ -2561,11 +2579,10 @@ RDKV_DEF rdkv_status rdkv_allocate(const rdkv_config *cfg, rdkv_layer *layers, i
     }
     return RDKV_OK;
   }
-  rdkv__pin(&s, n, pinned);
   for (a = 0, i = 0; a < n_layers; a++) {
     for (head = 0; head < cfg->n_kv_heads; head++, i++) {
       rdkv__head_begin(cfg, &layers[a], head, &s.heads[i]);
-      for (l = 0; l < 5; l++) s.heads[i].pinned[l] = pinned[l];
+      rdkv__pin(&s, &s.heads[i], s.pins + i * n);
     }
   }
   fixed = rdkv__fixed_bytes(s.n_heads);
@@ -2576,7 +2593,7 @@ RDKV_DEF rdkv_status rdkv_allocate(const rdkv_config *cfg, rdkv_layer *layers, i
   }
   if (cfg->max_error > 0) { /* the smallest budget that meets the target, within 0.1 % */
     double target = 0, used = 0;
-    uint64_t lo = rdkv__least_bytes(&s, s.n_heads, n, pinned) / 128;
+    uint64_t lo = rdkv__least_bytes(&s, s.heads, s.n_heads) / 128;
     uint64_t hi = rdkv__max_block(cfg, n, n_layers) / 128, mid = hi;
     for (i = 0; i < s.n_heads; i++)
       for (l = 0; l < n; l++) target += (double)s.heads[i].v_distortion[l];
@@ -2602,9 +2619,10 @@ RDKV_DEF rdkv_status rdkv_allocate(const rdkv_config *cfg, rdkv_layer *layers, i
             : cfg->scope == RDKV_SCOPE_LAYER ? (uint64_t)n_layers
                                              : s.n_heads;
   each = s.n_heads / n_parts;
-  if (budget < fixed ||
-      (budget - fixed) / n_parts / 128 * 128 < rdkv__least_bytes(&s, each, n, pinned))
-    return RDKV_ERR_BUDGET;
+  for (i = 0; i < n_parts; i++)
+    if (budget < fixed ||
+        (budget - fixed) / n_parts / 128 * 128 < rdkv__least_bytes(&s, s.heads + i * each, each))
+      return RDKV_ERR_BUDGET;
   for (i = 0, left = budget - fixed; i < n_parts; i++) { /* equal parts; crumbs go on to the next */
     uint64_t h;
     double used = 0;

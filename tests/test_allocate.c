@@ -294,7 +294,9 @@ static void pins(void) {
         pin[i].begin = rng_below(&rng, n),
         pin[i].end = pin[i].begin + rng_below(&rng, round < 10 ? 25 : 300);
         pin[i].min_bits = widths[round < 10 ? rng_below(&rng, 4) : 3];
+        pin[i].share = 0;
       }
+      if (round % 2) pin[1].share = 0.01f * (float)(1 + rng_below(&rng, 100));
       pin[0].begin = 0; /* sinks */
       if (round < 10) pin[0].end = 4;
       pin[2].begin = n - 8, pin[2].end = UINT32_MAX; /* the recent window, open-ended */
@@ -308,13 +310,58 @@ static void pins(void) {
         check_widths(&p);
         for (i = 0; i < 3; i++)
           for (l = 0; l < 2; l++)
-            for (h = 0; h < 2; h++)
+            for (h = 0; h < 2; h++) {
+              uint32_t in = 0, kept = 0;
               for (t = pin[i].begin; t < pin[i].end && t < n; t++)
-                CHECK_LE(pin[i].min_bits, p.layer[l].v_bits[(uint32_t)h * n + t]);
+                in++, kept += p.layer[l].v_bits[(uint32_t)h * n + t] >= pin[i].min_bits;
+              CHECK_LE((pin[i].share > 0 ? (double)pin[i].share : 1.0) * in, kept);
+            }
         CHECK_OK(problem_pack(&p));
       }
       problem_free(&p);
     }
+}
+
+/* A range that nobody looks at keeps its share, the tokens that matter most, and no more; without
+   the pin it keeps nothing. */
+static void share(void) {
+  enum { N = 640, BEGIN = 64, END = 192 };
+  static const float shares[] = {0.001f, 0.1f, 0.25f, 1};
+  size_t i;
+  for (i = 0; i <= 4; i++) {
+    rdkv_config c = config_of(2, 2, 64, 0);
+    rdkv_pin pin = {BEGIN, END, 4, RDKV_PIN_SYSTEM, 0};
+    problem p;
+    int h;
+    c.keep = 0.1;
+    if (i < 4) pin.share = shares[i], c.pins = &pin, c.n_pins = 1;
+    p = problem_make(&c, N, RDKV_F32, DENSE, 19);
+    problem_score(&p);
+    for (h = 0; h < 2; h++) { /* all levels alike, so that only the order is left */
+      float *d = p.layer[0].v_distortion + (size_t)h * 5 * N;
+      uint32_t t, l;
+      for (l = 0; l < 5; l++)
+        for (t = BEGIN; t < END; t++) d[l * N + t] *= 1e-6f;
+    }
+    CHECK_OK(problem_allocate(&p));
+    check_widths(&p);
+    for (h = 0; h < 2; h++) {
+      const float *d = p.layer[0].v_distortion + (size_t)h * 5 * N;
+      const uint8_t *bits = p.layer[0].v_bits + (size_t)h * N;
+      uint32_t t, kept = 0;
+      float least = 1e30f, most = 0;
+      test_where("share %d, head %d", (int)i, h);
+      for (t = BEGIN; t < END; t++) {
+        if (bits[t]) kept++;
+        if (bits[t] && d[t] < least) least = d[t];
+        if (!bits[t] && d[t] > most) most = d[t];
+      }
+      CHECK_LE(i < 4 ? (uint32_t)ceilf(shares[i] * (END - BEGIN)) : 0, kept);
+      CHECK_LE(kept, i < 4 ? (uint32_t)ceilf(shares[i] * (END - BEGIN)) : 0);
+      CHECK(kept == 0 || least >= most);
+    }
+    problem_free(&p);
+  }
 }
 
 /* The error target is met, and with 3 % fewer bytes it would not be. */
@@ -499,6 +546,7 @@ int main(void) {
   RUN(permuted_tokens);
   RUN(ties);
   RUN(pins);
+  RUN(share);
   RUN(error_target);
   RUN(given_lambda);
   RUN(histograms);

@@ -62,7 +62,7 @@ static void set_enum(void *field, int32_t value) { memcpy(field, &value, sizeof 
 
 static void illegal_values(void) {
   rdkv_config good = config_of(8, 4, 64, 0), bad;
-  rdkv_pin pin[2] = {{0, 4, 8, RDKV_PIN_SINK}, {10, 20, 2, RDKV_PIN_SYSTEM}};
+  rdkv_pin pin[2] = {{0, 4, 8, RDKV_PIN_SINK, 0}, {10, 20, 2, RDKV_PIN_SYSTEM, 0.5f}};
   static const int32_t bad_bits[] = {-2, 0, 1, 3, 5, 7, 12, 15, 17, 32};
   size_t i;
   REFUSED(n_layers, -1), REFUSED(n_layers, INT32_MIN);
@@ -89,7 +89,11 @@ static void illegal_values(void) {
   }
   pin[1].min_bits = 2, pin[1].begin = 21;
   refused(&good, "pin that ends before it begins");
-  pin[1].begin = 10;
+  pin[1].begin = 10, pin[1].share = 1.01f;
+  refused(&good, "pin of more than its range");
+  pin[1].share = NAN;
+  refused(&good, "pin of no share");
+  pin[1].share = 0;
   REFUSED(profile, RDKV_PAPER);
   good.pins = NULL, good.n_pins = 0;
 
@@ -117,7 +121,7 @@ static void illegal_values(void) {
 
 /* The ends of every range are legal. */
 static void legal_ends(void) {
-  rdkv_pin pin[2] = {{0, 0, 16, RDKV_PIN_OTHER}, {5, UINT32_MAX, 2, RDKV_PIN_USER}};
+  rdkv_pin pin[2] = {{0, 0, 16, RDKV_PIN_OTHER, 0}, {5, UINT32_MAX, 2, RDKV_PIN_USER, 0}};
   rdkv_config c, r;
   int i;
   for (i = 0; i < 10; i++) {

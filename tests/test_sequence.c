@@ -227,7 +227,7 @@ static void pinned(void) {
   problem p = tokens(64, 4);
   living v = live(&p, 64, RDKV_F16, 1, 1 << 18);
   rdkv_pin pins[3] = {
-      {0, 2, 8, RDKV_PIN_SINK}, {19, 24, 16, RDKV_PIN_TOOLS}, {30, 34, 4, RDKV_PIN_USER}};
+      {0, 2, 8, RDKV_PIN_SINK, 0}, {19, 24, 16, RDKV_PIN_TOOLS, 0}, {30, 34, 4, RDKV_PIN_USER, 0}};
   static const unsigned want[3][5] = {{14, 0, 0, 2, 0}, {9, 0, 2, 0, 5}, {14, 0, 2, 0, 0}};
   rdkv_config c = p.cfg;
   rdkv_report report;

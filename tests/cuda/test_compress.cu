@@ -466,7 +466,7 @@ static void test_allocate() {
   static const double keep[] = {0.02, 0.1, 0.3, 0.7, 1.0};
   const rdkv_pin_reason any = RDKV_PIN_OTHER;
   const rdkv_pin pins[] = {
-      {0, 4, 16, any}, {20, 40, 8, any}, {10, 30, 2, any}, {140, 100000, 4, any}};
+      {0, 4, 16, any, 0}, {20, 40, 8, any, 0}, {10, 30, 2, any, 0}, {140, 100000, 4, any, 0}};
   uint64_t seed = 1;
   for (size_t s = 0; s < sizeof shape / sizeof *shape; ++s)
     for (size_t n = 0; n < sizeof length / sizeof *length; ++n)
