@@ -5,23 +5,26 @@
    The model of examples/ reads a prompt of prose and is then given the bytes that follow, one at a
    time. Three sequences go along: one with only its prompt compressed, whose new tokens stay dense;
    one that turns them into segments with the same part of the bytes; and one with the prompt's
-   lambda as the price of a byte. Printed are the divergence of their logits from those of the full
-   cache (KL, in nats, each on the same inputs) and their bytes. Ends with failure if KL of blocks
-   with the same part is more than --bar times that of the prompt alone, if more than block + recent
-   tokens were dense, or if segments of generated tokens took more than their part. */
+   lambda as the price of a byte. A fourth is as the first, but its prompt came in chunks, each
+   compressed by queries of the next. Printed are the divergence of their logits from those of the
+   full cache (KL, in nats, each on the same inputs) and their bytes. Ends with failure if KL of
+   blocks with the same part is more than --bar times that of the prompt alone, KL of chunks more
+   than --chunk-bar times, if more than block + recent tokens were dense, or if segments of
+   generated tokens took more than their part. */
 
 #define CLI_PROGRAM "generate"
 #define RDKV_IMPLEMENTATION
 #include "../examples/cli.h"
 #include "../examples/packed.h"
 
-enum { ALONE, BLOCKS, PRICE, KINDS };
-static const char *const NAME[KINDS] = {"prompt alone", "blocks, same part", "blocks, lambda"};
+enum { ALONE, BLOCKS, PRICE, CHUNKS, KINDS };
+static const char *const NAME[KINDS] = {"prompt alone", "blocks, same part", "blocks, lambda",
+                                        "prompt in chunks"};
 
 typedef struct options {
   int prompt, tokens, block, recent, window, pool, samples;
-  int block_pool, merge;
-  double keep, bar;
+  int block_pool, merge, chunk;
+  double keep, bar, chunk_bar;
   const char *model, *text, *save;
 } options;
 
@@ -50,6 +53,31 @@ static void *memory(size_t bytes, void **owner) {
   return p;
 }
 
+/* Compresses tokens [at, at + n) of the prompt by the last queries of the chunk after it, or the
+   last chunk by its own, to memory [room]. */
+static size_t compress_chunk(const rdkv_config *c, const kv_cache *dense, int at, int n, int next,
+                             void *block, size_t room) {
+  const model *m = dense->m;
+  rdkv_kv kv[MODEL_LAYERS];
+  rdkv_queries by[MODEL_LAYERS];
+  size_t need = rdkv_compress_scratch(c, (uint32_t)n), bytes = 0;
+  int l, first = next ? at + n : at;
+  void *owner, *scratch = memory(need, &owner);
+  memset(by, 0, sizeof by);
+  for (l = 0; l < m->n_layers; l++) {
+    int row = l * dense->capacity;
+    kv[l] = packed_layer(dense, c->window, l);
+    kv[l].k.data = dense->k + (row + at) * m->kv_dim;
+    kv[l].v.data = dense->v + (row + at) * m->kv_dim;
+    by[l].q = kv[l].q, by[l].q.data = dense->q + (row + first) * m->dim;
+    by[l].n = (uint32_t)(next ? next : n), by[l].position = (uint32_t)(first - at);
+  }
+  check(rdkv_compress_by(c, kv, by, (uint32_t)n, (uint64_t)at, block, room, &bytes, scratch, need),
+        "chunk");
+  free(owner);
+  return bytes;
+}
+
 /* A sequence whose prompt is the dense cache, compressed. */
 static void live(living *v, int kind, const kv_cache *dense, const options *o) {
   const model *m = dense->m;
@@ -57,26 +85,38 @@ static void live(living *v, int kind, const kv_cache *dense, const options *o) {
   rdkv_kv kv[MODEL_LAYERS];
   rdkv_segment prompt;
   size_t room, need, bytes = 0;
-  uint32_t capacity = (uint32_t)(kind == ALONE ? o->tokens : o->block + o->recent);
-  int blocks = kind == ALONE ? 0 : o->tokens / o->block + 1, l;
+  uint32_t capacity =
+      (uint32_t)(kind == ALONE || kind == CHUNKS ? o->tokens : o->block + o->recent);
+  int chunk = kind == CHUNKS ? o->chunk : dense->n;
+  int blocks = kind == ALONE ? 0 : kind == CHUNKS ? dense->n / chunk : o->tokens / o->block + 1;
+  int l, at, n, keeps = kind == BLOCKS || kind == PRICE;
   void *scratch, *owner, *mem;
+  uint8_t *to;
   memset(v, 0, sizeof *v);
   c->n_layers = m->n_layers, c->n_q_heads = m->n_heads, c->n_kv_heads = m->n_kv_heads;
   c->k_dim = m->head_dim, c->keep = o->keep / 100, c->window = o->window, c->pool = o->pool;
   check(rdkv_resolve(c, c), "config");
-  for (l = 0; l < m->n_layers; l++) kv[l] = packed_layer(dense, c->window, l);
-  room = rdkv_block_bound(c, (uint32_t)dense->n),
-  need = rdkv_compress_scratch(c, (uint32_t)dense->n);
-  scratch = memory(need, &owner);
-  mem = memory(room, &v->owner[0]);
-  check(rdkv_compress(c, kv, (uint32_t)dense->n, mem, room, &bytes, scratch, need), "prompt");
-  check(rdkv_open(mem, bytes, RDKV_VERIFY, &prompt), "prompt");
-  free(owner);
-  v->fixed_bytes = rdkv_sequence_bytes(c, blocks + 1, capacity, RDKV_F16, kind != ALONE);
+  v->fixed_bytes = rdkv_sequence_bytes(c, blocks + 1, capacity, RDKV_F16, keeps);
   mem = memory(v->fixed_bytes, &v->owner[1]);
-  check(rdkv_sequence_init(c, blocks + 1, capacity, RDKV_F16, kind != ALONE, mem, v->fixed_bytes,
-                           &v->s),
+  check(rdkv_sequence_init(c, blocks + 1, capacity, RDKV_F16, keeps, mem, v->fixed_bytes, &v->s),
         "sequence");
+  room = (rdkv_block_bound(c, (uint32_t)chunk) + 127) / 128 * 128;
+  to = (uint8_t *)memory(room * (size_t)(kind == CHUNKS ? blocks + 1 : 1), &v->owner[0]);
+  if (kind == CHUNKS) {
+    for (at = 0; at < dense->n; at += n, to += room) {
+      n = chunk < dense->n - at ? chunk : dense->n - at;
+      l = dense->n - at - n;
+      bytes = compress_chunk(c, dense, at, n, l < chunk ? l : chunk, to, room);
+      check(rdkv_open(to, bytes, RDKV_VERIFY, &prompt), "chunk");
+      check(rdkv_sequence_add(&v->s, &prompt), "sequence");
+    }
+    return;
+  }
+  for (l = 0; l < m->n_layers; l++) kv[l] = packed_layer(dense, c->window, l);
+  need = rdkv_compress_scratch(c, (uint32_t)dense->n), scratch = memory(need, &owner);
+  check(rdkv_compress(c, kv, (uint32_t)dense->n, to, room, &bytes, scratch, need), "prompt");
+  check(rdkv_open(to, bytes, RDKV_VERIFY, &prompt), "prompt");
+  free(owner);
   check(rdkv_sequence_add(&v->s, &prompt), "sequence");
   if (kind == ALONE) return;
   c->pool = o->block_pool;
@@ -154,12 +194,14 @@ static void usage(const options *o) {
       "  --block-pool N  the same for blocks (%d)\n"
       "  --merge N     blocks that become one segment once there are so many; 0 = never (%d)\n"
       "  --bar X       times the prompt's KL that blocks may cost; 0 = any (%g)\n"
+      "  --chunk N     tokens of a chunk of the prompt (%d)\n"
+      "  --chunk-bar X   times the prompt's KL that chunks may cost; 0 = any (%g)\n"
       "  --samples N   stretches of text (%d)\n"
       "  --model FILE  checkpoint of llama2.c, version 2 (needle-4m.q8.bin)\n"
       "  --text FILE   prose (frankenstein.txt)\n"
       "  --save FILE   writes the last sequence with blocks, for examples/inspect.c\n",
       o->prompt, o->tokens, o->block, o->recent, o->keep, o->window, o->pool, o->block_pool,
-      o->merge, o->bar, o->samples);
+      o->merge, o->bar, o->chunk, o->chunk_bar, o->samples);
   exit(0);
 }
 
@@ -195,9 +237,12 @@ static void parse(int argc, char **argv, options *o) {
       o->block_pool = number(value, 1, 255);
     else if (strcmp(name, "--merge") == 0)
       o->merge = number(value, 0, 1000);
-    else if (strcmp(name, "--bar") == 0) {
-      o->bar = strtod(value, &end);
-      if (*end || !(o->bar >= 0)) die("--bar wants a number");
+    else if (strcmp(name, "--chunk") == 0)
+      o->chunk = number(value, 1, 1 << 15);
+    else if (strcmp(name, "--bar") == 0 || strcmp(name, "--chunk-bar") == 0) {
+      double *bar = name[2] == 'b' ? &o->bar : &o->chunk_bar;
+      *bar = strtod(value, &end);
+      if (*end || !(*bar >= 0)) die("%s wants a number", name);
     } else if (strcmp(name, "--keep") == 0) {
       o->keep = strtod(value, &end);
       if (*end || !(o->keep > 0 && o->keep <= 100)) die("--keep wants a percentage");
@@ -207,7 +252,7 @@ static void parse(int argc, char **argv, options *o) {
 }
 
 int main(int argc, char **argv) {
-  options o = {4096, 2048, 256, 768, 64, 17, 1, 1, 0, 10, 1.3, NULL, NULL, NULL};
+  options o = {4096, 2048, 256, 768, 64, 17, 1, 1, 0, 1024, 10, 1.3, 4, NULL, NULL, NULL};
   static living v[KINDS];
   model m;
   kv_cache cache;
@@ -249,9 +294,9 @@ int main(int argc, char **argv) {
                o.keep, kept(&v[0]) / 1e3,
                (double)o.prompt * 2 * (double)(m.n_layers * 2 * m.kv_dim) / 1e3, o.block);
       printf("\n          ");
-      for (i = 0; i < KINDS; i++) printf("   %-38s", NAME[i]);
+      for (i = 0; i < CHUNKS; i++) printf("   %-38s", NAME[i]);
       printf("\n    tokens");
-      for (i = 0; i < KINDS; i++) printf("   kept KB  dense KB  queries KB        KL");
+      for (i = 0; i < CHUNKS; i++) printf("   kept KB  dense KB  queries KB        KL");
       printf("\n");
       for (t = 0; t < o.tokens; t++) {
         int position[KINDS];
@@ -266,7 +311,7 @@ int main(int argc, char **argv) {
           if (i == 0)
             divergence(exact + t * 256, exact + t * 256, at[o.prompt + t + 1], &exact_nats),
                 full += exact_nats;
-          if (i == ALONE) continue;
+          if (i == ALONE || i == CHUNKS) continue;
           check(rdkv_sequence_compress(&v[i].config, &v[i].s, (uint32_t)o.block, (uint32_t)o.recent,
                                        v[i].scratch, v[i].scratch_bytes),
                 "block");
@@ -284,7 +329,7 @@ int main(int argc, char **argv) {
         }
         if ((t + 1) % every) continue;
         printf("%10d", t + 1);
-        for (i = 0; i < KINDS; i++) {
+        for (i = 0; i < CHUNKS; i++) {
           mean[i] = part[i] / every, part[i] = 0;
           printf("  %8.1f  %8.1f    %8.1f  %8.5f", kept(&v[i]) / 1e3, dense(&v[i], 0) / 1e3,
                  (dense(&v[i], 1) - dense(&v[i], 0)) / 1e3, mean[i]);
@@ -312,8 +357,10 @@ int main(int argc, char **argv) {
     printf("%-18s   %15.5f   %14.2fx   %11.4f\n", NAME[i], kl[i] / t, kl[i] / kl[ALONE],
            nats[i] / t / log(2.0));
   if (o.bar > 0 && !(kl[BLOCKS] <= o.bar * kl[ALONE])) failed = 1;
+  if (o.chunk_bar > 0 && !(kl[CHUNKS] <= o.chunk_bar * kl[ALONE])) failed = 1;
   printf("%s: ", failed ? "FAIL" : "ok");
   if (o.bar > 0) printf("KL of blocks at most %g times that of the prompt alone, ", o.bar);
+  if (o.chunk_bar > 0) printf("of chunks at most %g times, ", o.chunk_bar);
   printf("less than %d tokens dense, the others in %g %%\n", o.block + o.recent, o.keep);
   kv_cache_free(&cache), model_free(&m), free(text), free(exact);
   return failed;
