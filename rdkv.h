@@ -1058,7 +1058,8 @@ static rdkv__affine rdkv__fit(float lo, float hi, int bits) {
 
 /* One instruction set. Buffers called padded have room for, and where read zeros up to, the next
    multiple of 16. Everything that decides widths or codes is the same to the bit on every set:
-   sums run in 16 lanes (element i in lane i mod 16), products are rounded before they are added. */
+   sums run in 16 lanes (element i in lane i mod 16), products are rounded before they are added
+   unless they are exact. */
 typedef struct rdkv__kernels {
   /* dst [n padded] = one row as float, pads 0; the largest |bits|, to test for NaN and range */
   uint32_t (*row)(const void *src, rdkv_dtype type, ptrdiff_t stride, int n, float *dst);
@@ -1110,22 +1111,38 @@ typedef struct rdkv__kernels {
                   int n_heads, float *out, size_t head_stride);
 } rdkv__kernels;
 
-/* The sum of 16 lanes in one fixed order. */
+/* The sum of 16 lanes in one fixed order: 8 and 8, which two threads of a GPU have, then both. */
 static float rdkv__lanes(const float *a) {
-  float s[8];
+  float s[16];
   int i, n;
-  for (i = 0; i < 8; i++) s[i] = rdkv__f(a[i] + a[i + 8]);
+  for (i = 0; i < 16; i++) s[i] = a[i];
   for (n = 4; n > 0; n >>= 1)
-    for (i = 0; i < n; i++) s[i] = rdkv__f(s[i] + s[i + n]);
-  return s[0];
+    for (i = 0; i < n; i++) {
+      s[i] = rdkv__f(s[i] + s[i + n]);
+      s[8 + i] = rdkv__f(s[8 + i] + s[8 + i + n]);
+    }
+  return rdkv__f(s[0] + s[8]);
 }
 
-/* code and error of one value, for tails shorter than a vector */
-static float rdkv__error(float x, rdkv__affine a, float lo, float hi) {
-  float d = rdkv__f(x - a.mid), c = (float)lrintf(rdkv__f(d * a.inv));
-  c = c < lo ? lo : c > hi ? hi : c;
+/* Squared error of one value of those that the quantiser was fitted to, so that the code needs no
+   clamp. The product that gives the code is rounded once, to a whole number; a double holds it, and
+   scale * code is exact in a float. */
+static float rdkv__error(float x, rdkv__affine a) {
+  float d = rdkv__f(x - a.mid), c = (float)lrint((double)d * (double)a.inv);
   d = rdkv__f(d - rdkv__f(a.scale * c));
   return rdkv__f(d * d);
+}
+
+/* Sums over tokens run over those of 64 positions, then over 16 such sums, then over all of these,
+   so that a GPU can work on many at once. n sums at each of the three levels, step floats apart.
+   Between token t and the next one (UINT32_MAX: there is none) what is complete goes up a level. */
+static void rdkv__carry(float *sum, size_t step, int n, uint32_t t, uint32_t next) {
+  int i, level;
+  for (level = 0; level < 2 && t >> (6 + 4 * level) != next >> (6 + 4 * level); level++)
+    for (i = 0; i < n; i++) {
+      float *from = sum + (size_t)level * step + i;
+      from[step] += *from, *from = 0;
+    }
 }
 
 /* Channel of a K block that word i (mod 16) holds, for each coefficient: 4 at 2 and 4 bits (k = 2
@@ -1367,7 +1384,7 @@ typedef struct rdkv__work {
   float *rows;      /* [ROWS][dim padded]; rdkv_pack: [TILE] */
   float *mean;      /* [n_tokens] attention before pooling */
   uint32_t *order;  /* [n_tokens] kept tokens, by run */
-  float *channel;   /* [16][MAX_DIM] small per-channel tables */
+  float *channel;   /* [24][MAX_DIM] small per-channel tables */
   double *total;    /* [MAX_DIM] */
   uint8_t *codes;   /* [TILE][PACKED] */
 } rdkv__work;
@@ -1384,7 +1401,7 @@ static uint64_t rdkv__work_layout(const rdkv_config *cfg, uint32_t n_tokens, rdk
   w->rows = (float *)rdkv__take(arena, &bytes, RDKV__ROWS * RDKV__MAX_DIM, 4);
   w->mean = (float *)rdkv__take(arena, &bytes, n, 4);
   w->order = (uint32_t *)rdkv__take(arena, &bytes, n, 4);
-  w->channel = (float *)rdkv__take(arena, &bytes, 16 * RDKV__MAX_DIM, 4);
+  w->channel = (float *)rdkv__take(arena, &bytes, 24 * RDKV__MAX_DIM, 4);
   w->total = (double *)rdkv__take(arena, &bytes, RDKV__MAX_DIM, 8);
   w->codes = (uint8_t *)rdkv__take(arena, &bytes, RDKV__TILE * RDKV__PACKED, 1);
   return bytes;
@@ -1628,7 +1645,7 @@ RDKV_DEF rdkv_status rdkv_measure(const rdkv_config *cfg, const rdkv_kv *kv, rdk
     float *dk = layer->k_distortion + (size_t)head * 4 * (size_t)kd;
     float *scale = w.channel, *mid = scale + 4 * RDKV__MAX_DIM, *inv = mid + 4 * RDKV__MAX_DIM;
     float *error = inv + 4 * RDKV__MAX_DIM, *lo = error, *hi = lo + RDKV__MAX_DIM, norm;
-    float *sum = hi + RDKV__MAX_DIM;
+    float *sum = hi + RDKV__MAX_DIM; /* of error and sum: rows for three levels */
     for (t = 0, kept = 0; t < n; t++)
       if (v_bits[t]) w.order[kept++] = t;
     if (kept == 0) {
@@ -1649,37 +1666,40 @@ RDKV_DEF rdkv_status rdkv_measure(const rdkv_config *cfg, const rdkv_kv *kv, rdk
       for (t = 0; t < n; t++) dv[t] = rdkv__f(token[t] * w.mean[t]);
       kept = rdkv__likely(dv, n, rdkv__keep(cfg, n) * 4, w.order); /* 4 bits of 16, about */
     }
-    memset(w.channel, 0, 16 * RDKV__MAX_DIM * sizeof(float));
+    memset(w.channel, 0, 24 * RDKV__MAX_DIM * sizeof(float));
     for (d = 0; d < kp; d++) lo[d] = FLT_MAX, hi[d] = -FLT_MAX;
     for (i = 0; i < kept; i++) {
+      t = w.order[i];
       if (i + RDKV__AHEAD < kept) rdkv__ahead(&kv->k, w.order[i + RDKV__AHEAD], head, kd);
-      if (!rdkv__row(kn, &kv->k, w.order[i], head, kd, w.rows)) return RDKV_ERR_NONFINITE;
+      if (!rdkv__row(kn, &kv->k, t, head, kd, w.rows)) return RDKV_ERR_NONFINITE;
       kn->range(w.rows, kp, lo, hi, sum);
+      rdkv__carry(sum, RDKV__MAX_DIM, kd, t, i + 1 < kept ? w.order[i + 1] : UINT32_MAX);
     }
     for (d = 0; d < kd; d++) {
-      mid[d] = rdkv__f(sum[d] / (float)kept);
+      mid[d] = rdkv__f(sum[2 * RDKV__MAX_DIM + d] / (float)kept);
       for (j = 1; j < 4; j++) {
         rdkv__affine a = rdkv__fit(lo[d], hi[d], 1 << j);
         int at = j * RDKV__MAX_DIM + d;
         scale[at] = a.scale, mid[at] = a.mid, inv[at] = a.inv;
       }
     }
-    memset(error, 0, 4 * RDKV__MAX_DIM * sizeof(float));
+    memset(error, 0, 12 * RDKV__MAX_DIM * sizeof(float));
     for (i = 0; i < kept; i++) {
       /* An error e of the token's logit moves the output by about a e (v - o), a the attention. The
          square is at most a e^2 |v - o|^2, first power as for V: with w for a, e^2 times D(0) of V.
          a^2, which trusts every later query to attend as the window does, starves K. */
-      float g = dv[w.order[i]];
+      float g = dv[t = w.order[i]];
       if (i + RDKV__AHEAD < kept) rdkv__ahead(&kv->k, w.order[i + RDKV__AHEAD], head, kd);
-      if (g <= 0) continue;
-      if (!rdkv__row(kn, &kv->k, w.order[i], head, kd, w.rows)) return RDKV_ERR_NONFINITE;
-      kn->k_error(w.rows, kp, g, scale, mid, inv, error);
+      if (!rdkv__row(kn, &kv->k, t, head, kd, w.rows)) return RDKV_ERR_NONFINITE;
+      if (g > 0) kn->k_error(w.rows, kp, g, scale, mid, inv, error);
+      rdkv__carry(error, 4 * RDKV__MAX_DIM, 3 * RDKV__MAX_DIM + kd, t,
+                  i + 1 < kept ? w.order[i + 1] : UINT32_MAX);
     }
     norm = rdkv__f(cfg->softmax_scale * cfg->softmax_scale);
     for (d = 0; d < kd; d++) {
       float q2 = rdkv__f(layer->q_square[(size_t)head * (size_t)kd + (size_t)d] * norm);
       for (j = 0; j < 4; j++)
-        dk[(size_t)j * (size_t)kd + (size_t)d] = rdkv__f(q2 * error[j * RDKV__MAX_DIM + d]);
+        dk[(size_t)j * (size_t)kd + (size_t)d] = rdkv__f(q2 * error[(8 + j) * RDKV__MAX_DIM + d]);
     }
   }
   return RDKV_OK;
@@ -2856,12 +2876,17 @@ static void rdkv__pack_head(const rdkv_config *cfg, const rdkv__kernels *kn, con
   for (level = 1, blocks[0] = 0; level < 4; level++) /* where each run of channels ends */
     blocks[level] = blocks[level - 1] + (rec->n_channels[level - 1] + 15) / 16;
   /* channel table */
-  for (d = 0; d < kp; d++) lo[d] = FLT_MAX, hi[d] = -FLT_MAX, sum[d] = 0;
-  for (t = 0; t < n; t++) {
-    if (t + RDKV__AHEAD < n) rdkv__ahead(&kv->k, w->order[t + RDKV__AHEAD], head, kd);
-    rdkv__row(kn, &kv->k, w->order[t], head, kd, w->rows);
+  for (d = 0; d < kp; d++) lo[d] = FLT_MAX, hi[d] = -FLT_MAX;
+  memset(sum, 0, 3 * RDKV__MAX_DIM * sizeof(float));
+  for (t = first = 0; t < l->n_tokens; t++) {
+    if (t + RDKV__AHEAD < l->n_tokens && v_bits[t + RDKV__AHEAD])
+      rdkv__ahead(&kv->k, t + RDKV__AHEAD, head, kd);
+    if (v_bits[t] == 0) continue;
+    rdkv__carry(sum, RDKV__MAX_DIM, kd, first, t);
+    rdkv__row(kn, &kv->k, first = t, head, kd, w->rows);
     kn->range(w->rows, kp, lo, hi, sum);
   }
+  rdkv__carry(sum, RDKV__MAX_DIM, kd, first, UINT32_MAX);
   rdkv__order_channels(k_bits, kd, &table);
   mids = scales + table.n, channels = (uint8_t *)(mids + table.n_all);
   memset(mid, 0, 4 * RDKV__PACKED * sizeof(float));
@@ -2872,7 +2897,7 @@ static void rdkv__pack_head(const rdkv_config *cfg, const rdkv__kernels *kn, con
     if (d < 0) continue;
     bits = k_bits[d] > 8 ? 8 : k_bits[d];
     if (bits == 0) {
-      mids[i] = paper ? 0 : rdkv__to_half(rdkv__f(sum[d] / (float)n));
+      mids[i] = paper ? 0 : rdkv__to_half(rdkv__f(sum[2 * RDKV__MAX_DIM + d] / (float)n));
       continue;
     }
     if (paper) {
@@ -5246,17 +5271,22 @@ RDKV__FN void RDKV__NAME(axpy)(float a, const float *x, int n, float *y) {
     RDKV__ST(y + i, RDKV__FMA(va, RDKV__LD(x + i), RDKV__LD(y + i)));
 }
 
-/* squared error of x under a quantiser, rounded at each step as rdkv__error does */
-RDKV__INLINE RDKV__VF RDKV__NAME(error)(RDKV__VF x, RDKV__VF scale, RDKV__VF mid, RDKV__VF inv,
-                                        RDKV__VF lo, RDKV__VF hi) {
+/* squared error of x under a quantiser, rounded where rdkv__error rounds */
+RDKV__INLINE RDKV__VF RDKV__NAME(error)(RDKV__VF x, RDKV__VF scale, RDKV__VF mid, RDKV__VF inv) {
   RDKV__VF d = RDKV__SUB(x, mid), c;
   RDKV__KEEP(d);
-  c = RDKV__MUL(d, inv);
-  RDKV__KEEP(c);
-  c = RDKV__TO_FLOAT(RDKV__TO_INT(c));
-  c = RDKV__MUL(RDKV__MAX(RDKV__MIN(c, hi), lo), scale);
+#if RDKV__SIMD_BODY == 1
+  c = (float)lrint((double)d * (double)inv);
+  c = RDKV__MUL(c, scale);
   RDKV__KEEP(c);
   d = RDKV__SUB(d, c);
+#else
+  c = RDKV__FMA(d, inv, RDKV__SET(12582912.0f)); /* 1.5 * 2^23: no bits below 1 */
+  RDKV__KEEP(c);
+  c = RDKV__SUB(c, RDKV__SET(12582912.0f));
+  RDKV__KEEP(c);
+  d = RDKV__FNMA(c, scale, d);
+#endif
   RDKV__KEEP(d);
   d = RDKV__MUL(d, d);
   RDKV__KEEP(d);
@@ -5300,9 +5330,7 @@ RDKV__FN void RDKV__NAME(v_error)(const float *v, const float *o, int n, float e
       RDKV__KEEP(d);
       acc[0][k] = RDKV__ADD(acc[0][k], d);
       for (j = 0; j < 3; j++) {
-        float top = j == 0 ? 1.0f : j == 1 ? 7.0f : 127.0f;
-        d = RDKV__NAME(error)(x, RDKV__SET(a[j].scale), RDKV__SET(a[j].mid), RDKV__SET(a[j].inv),
-                              RDKV__SET(-top - 1), RDKV__SET(top));
+        d = RDKV__NAME(error)(x, RDKV__SET(a[j].scale), RDKV__SET(a[j].mid), RDKV__SET(a[j].inv));
         acc[1 + j][k] = RDKV__ADD(acc[1 + j][k], d);
       }
       d = RDKV__SUB(x, RDKV__ROUND_HALF(x));
@@ -5316,10 +5344,8 @@ RDKV__FN void RDKV__NAME(v_error)(const float *v, const float *o, int n, float e
   for (i = whole; i < n; i++) {
     float e = rdkv__f(v[i] - o[i]);
     lane[0][i & 15] = rdkv__f(lane[0][i & 15] + rdkv__f(e * e));
-    for (j = 0; j < 3; j++) {
-      float top = j == 0 ? 1.0f : j == 1 ? 7.0f : 127.0f;
-      lane[1 + j][i & 15] = rdkv__f(lane[1 + j][i & 15] + rdkv__error(v[i], a[j], -top - 1, top));
-    }
+    for (j = 0; j < 3; j++)
+      lane[1 + j][i & 15] = rdkv__f(lane[1 + j][i & 15] + rdkv__error(v[i], a[j]));
     e = rdkv__f(v[i] - rdkv__from_half(rdkv__to_half(v[i])));
     lane[4][i & 15] = rdkv__f(lane[4][i & 15] + rdkv__f(e * e));
   }
@@ -5373,10 +5399,8 @@ RDKV__FN void RDKV__NAME(k_error)(const float *x, int n, float g, const float *s
     RDKV__KEEP(d);
     RDKV__ST(error + i, RDKV__ADD(RDKV__LD(error + i), d));
     for (j = 1; j < 4; j++) {
-      float top = j == 1 ? 1.0f : j == 2 ? 7.0f : 127.0f;
       int at = j * RDKV__MAX_DIM + i;
-      d = RDKV__NAME(error)(v, RDKV__LD(scale + at), RDKV__LD(mid + at), RDKV__LD(inv + at),
-                            RDKV__SET(-top - 1), RDKV__SET(top));
+      d = RDKV__NAME(error)(v, RDKV__LD(scale + at), RDKV__LD(mid + at), RDKV__LD(inv + at));
       d = RDKV__MUL(d, vg);
       RDKV__KEEP(d);
       RDKV__ST(error + at, RDKV__ADD(RDKV__LD(error + at), d));

@@ -39,7 +39,8 @@
 
    BUILD SWITCHES, defined before the include
      RDKV_CUDA_IMPLEMENTATION   compile the kernels and launchers here
-     RDKV_CUDA_V_DIM            the one v_dim to compile kernels for; default all (a minute of nvcc)
+     RDKV_CUDA_V_DIM            the one v_dim to compile kernels for; default all (a minute of
+   nvcc). Compression of other dims goes its slow way. 0: none of attention, all of compression
      RDKV_CUDA_MAGIC_UNPACK     codes as normal numbers (OR and subtract) instead of subnormals
 
    Licence: MIT or public domain, as rdkv.h. */
@@ -1943,13 +1944,16 @@ static __global__ void rdkv_cuda__advance_kernel(uint32_t *tail_tokens, int batc
 typedef void (*rdkv_cuda__kernel)(rdkv_cuda__args);
 
 static rdkv_cuda__kernel rdkv_cuda__kernel_for(int v_dim, bool paired) {
+  (void)paired; /* of which a build without attention has no use */
 #define RDKV_CUDA__CASE(dim)                                 \
   case dim:                                                  \
     return paired ? rdkv_cuda__attend_kernel<dim / 16, true> \
                   : rdkv_cuda__attend_kernel<dim / 16, false>;
   switch (v_dim) {
 #ifdef RDKV_CUDA_V_DIM
+#if RDKV_CUDA_V_DIM > 0
     RDKV_CUDA__CASE(RDKV_CUDA_V_DIM)
+#endif
 #else
     RDKV_CUDA__CASE(64)
     RDKV_CUDA__CASE(80)
@@ -2201,7 +2205,7 @@ extern "C" cudaError_t rdkv_cuda_advance(uint32_t *tail_tokens, int batch, cudaS
 
    Whatever decides a width or a code is computed as rdkv.h does it, operation by operation: the
    _rn intrinsics round every product and sum apart, integer counts may be added in any order, and
-   what rdkv.h sums one after the other in float is summed one after the other here. Do not compile
+   floats are added in rdkv.h's order. Do not compile
    with -use_fast_math: flushed subnormals are other bits. */
 
 namespace rdkv_cuda_compress {
@@ -2211,6 +2215,7 @@ typedef unsigned long long u64; /* as atomicAdd wants it */
 enum {
   TILE = 32,     /* tokens of a tile */
   MAX_DIM = 256, /* as rdkv_config says */
+  POOL = 127,    /* most neighbours on a side that are averaged over */
   PACKED = 304,  /* most slots of a channel table: 16 blocks and a partly filled one for each run */
   CHUNK = 1024,  /* tokens that a block counts and orders */
   THREADS = 256,
@@ -2352,10 +2357,11 @@ __device__ __forceinline__ float code_of(float x, float mid, float inv, float lo
   return nearest(fmaxf(fminf(__fmul_rn(__fsub_rn(x, mid), inv), hi), lo));
 }
 
-__device__ __forceinline__ float square_error(float x, const affine &a, float lo, float hi) {
+/* Of a value that the quantiser was fitted to; rounded where rdkv__error rounds. */
+__device__ __forceinline__ float square_error(float x, const affine &a) {
   const float d = __fsub_rn(x, a.mid);
-  const float c = nearest(fmaxf(fminf(__fmul_rn(d, a.inv), hi), lo));
-  const float e = __fsub_rn(d, __fmul_rn(a.scale, c));
+  const float c = __fsub_rn(__fmaf_rn(d, a.inv, 12582912.0f), 12582912.0f);
+  const float e = __fmaf_rn(-a.scale, c, d);
   return __fmul_rn(e, e);
 }
 
@@ -2416,13 +2422,9 @@ __device__ inline u64 block_scan(u64 x, u64 *scratch, u64 *total) {
 
 /* ---- tokens in order: which are kept, by run */
 
-/* Tokens of one layer that are packed, or that K is measured over. */
+/* Tokens of one layer that are packed. */
 struct order_args {
-  const uint8_t *v_bits; /* [heads][n] */
-  const float *d0;       /* [heads][5][n] or NULL: without widths, tokens whose bin of row 0 is at
-                            least cut */
-  const uint32_t *any;   /* [heads] tokens with widths; with d0 */
-  const uint32_t *cut;   /* [heads] */
+  const uint8_t *v_bits;     /* [heads][n] */
   const float *v_distortion; /* [heads][5][n] to add up, or NULL */
   uint32_t *counts;          /* [heads][chunks][4], then the tokens before the chunk */
   double *sums;              /* [heads][chunks] */
@@ -2439,16 +2441,9 @@ __device__ __forceinline__ uint32_t bin_of(float x) {
 
 /* Run of a token, 0..3; -1 if it is not in the list. */
 __device__ __forceinline__ int run_of(const order_args &a, int head, uint32_t t) {
-  const size_t i = static_cast<size_t>(head) * a.n + t;
-  if (!a.d0) {
-    const int level = level_of(a.v_bits[i]);
-    if (level < 0) fail(a.status, RDKV_ERR_CONFIG);
-    return level < 1 ? -1 : level - 1;
-  }
-  const bool in = a.any[head]
-                      ? a.v_bits[i] != 0
-                      : bin_of(a.d0[static_cast<size_t>(head) * 5 * a.n + t]) >= a.cut[head];
-  return in ? 0 : -1;
+  const int level = level_of(a.v_bits[static_cast<size_t>(head) * a.n + t]);
+  if (level < 0) fail(a.status, RDKV_ERR_CONFIG);
+  return level < 1 ? -1 : level - 1;
 }
 
 static __global__ void count_kernel(order_args a) {
@@ -2535,172 +2530,409 @@ static __global__ void order_kernel(order_args a) {
       if (run[i] == r) a.order[static_cast<size_t>(head) * a.n + to[r]++] = first + i;
 }
 
-/* ---- K over the listed tokens: range, sums, errors */
+/* ---- items: layers or sequences that one call takes together */
 
-struct channel_args {
-  rdkv_tensor k, v;      /* v.data NULL: not looked at */
-  const uint32_t *order; /* [heads][n] */
-  const uint32_t *kept;  /* [heads][5] */
-  int *lo, *hi;          /* [heads][MAX_DIM] ordered */
-  float *sum;            /* [heads][MAX_DIM] one after the other */
-  const uint8_t *k_bits; /* sums are wanted of channels without bits alone; NULL = of all */
-  const float *d0;       /* [heads][5][n], row 0: weights of the errors */
-  float *quantiser;      /* [heads][3][4][MAX_DIM]: scale, mid, inv at 0, 2, 4, 8 bits */
-  float *error;          /* [heads][4][MAX_DIM] */
-  uint32_t *status;
-  uint32_t n;
-  int k_dim, v_dim;
+struct item {
+  rdkv_tensor k, v, q;
+  const float *lse;
+  float *token, *q_square, *k_square, *mean_out, *v_distortion, *k_distortion;
+  uint8_t *v_bits, *k_bits;
 };
 
-/* J is at least the dims by 32. DTYPE is that of K and V where it is one, which spares the loads a
-   choice; else -1. */
-template <int J, int DTYPE>
-__global__ void __launch_bounds__(THREADS) range_kernel(channel_args a) {
-  const int k_type = DTYPE < 0 ? a.k.dtype : DTYPE, v_type = DTYPE < 0 ? a.v.dtype : DTYPE;
-  __shared__ int lo[MAX_DIM];
-  __shared__ int hi[MAX_DIM];
-  const int head = static_cast<int>(blockIdx.y), lane = static_cast<int>(threadIdx.x) & 31;
-  const uint32_t kept = a.kept[static_cast<size_t>(head) * 5];
-  const uint32_t warp = blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5);
-  const uint32_t n_warps = gridDim.x * (THREADS / 32);
-  const uint32_t *order = a.order + static_cast<size_t>(head) * a.n;
-  const ptrdiff_t ks = a.k.dim_stride ? a.k.dim_stride : 1;
-  const ptrdiff_t vs = a.v.dim_stride ? a.v.dim_stride : 1;
-  float low[J], high[J];
-  bool bad = false;
-#pragma unroll
-  for (int j = 0; j < J; ++j) low[j] = 3.402823466e38f, high[j] = -3.402823466e38f;
-  lo[threadIdx.x] = 0x7fffffff, hi[threadIdx.x] = -0x7fffffff - 1;
-  __syncthreads();
-  for (uint32_t i = warp; i < kept; i += n_warps) {
-    const void *row = row_of(a.k, order[i], head);
-    const void *v_row = a.v.data ? row_of(a.v, order[i], head) : nullptr;
-    uint32_t raw[J], v_raw[J];
-#pragma unroll
-    for (int j = 0; j < J; ++j) {
-      const int d = lane + 32 * j;
-      raw[j] = v_raw[j] = 0;
-      if (d < a.k_dim) raw[j] = raw_element(row, k_type, d * ks);
-      if (v_row && d < a.v_dim) v_raw[j] = raw_element(v_row, v_type, d * vs);
-    }
-#pragma unroll
-    for (int j = 0; j < J; ++j) {
-      const float x = value_of(raw[j], k_type);
-      bad |= !in_range(x) || (v_row && !in_range(value_of(v_raw[j], v_type)));
-      if (lane + 32 * j < a.k_dim) low[j] = fminf(low[j], x), high[j] = fmaxf(high[j], x);
-    }
-  }
-  if (bad) fail(a.status, RDKV_ERR_NONFINITE);
-#pragma unroll
-  for (int j = 0; j < J; ++j) {
-    const int d = lane + 32 * j;
-    if (d < a.k_dim) {
-      atomicMin(&lo[d], ordered(low[j]));
-      atomicMax(&hi[d], ordered(high[j]));
-    }
-  }
-  __syncthreads();
-  const size_t at = static_cast<size_t>(head) * MAX_DIM + threadIdx.x;
-  if (static_cast<int>(threadIdx.x) < a.k_dim) {
-    atomicMin(&a.lo[at], lo[threadIdx.x]);
-    atomicMax(&a.hi[at], hi[threadIdx.x]);
-  }
+/* Parameters of a launch have room for as many; the first kernel of a call copies them to a table
+   on the device. Heads count over all items then, kv heads within one. */
+enum { ITEMS = 16 };
+struct item_list {
+  item at[ITEMS];
+};
+
+static __global__ void items_kernel(item *to, item_list from, int n) {
+  if (static_cast<int>(threadIdx.x) < n) to[threadIdx.x] = from.at[threadIdx.x];
 }
 
-static __global__ void range_clear_kernel(int *lo, int *hi) {
-  const size_t at = static_cast<size_t>(blockIdx.x) * MAX_DIM + threadIdx.x;
-  lo[at] = ordered(3.402823466e38f), hi[at] = ordered(-3.402823466e38f);
+/* ---- K over the kept tokens: range, sums, errors. A warp takes 64 channels, two a lane, of
+   stretches of 64 tokens, and a block a span of 16, in the order of sums that rdkv__carry defines.
+ */
+
+enum {
+  STRETCH = 64,
+  STRETCHES = 16,
+  SPAN = STRETCH * STRETCHES,
+  RANGE_WARPS = 8,
+  RANGE_THREADS = 32 * RANGE_WARPS,
+  BY_WIDTH = 0xffffffffu /* as a cut: kept is what has a width */
+};
+
+struct range_args {
+  const item *items;
+  const uint32_t
+      *cut;         /* [heads] lowest bin of D(0) that is kept, or BY_WIDTH; NULL: that for all */
+  float *parts;     /* [heads][spans][4][channels]: lowest, highest, sum; or errors */
+  uint32_t *kept;   /* [heads][groups], zeroed */
+  uint32_t *done;   /* [heads][groups] blocks that have written their parts, zeroed */
+  int *lo, *hi;     /* [heads][MAX_DIM] ordered */
+  float *sum;       /* [heads][MAX_DIM] */
+  float *quantiser; /* [heads][3][4][MAX_DIM] scale, mid, inv at 0, 2, 4, 8 bits, or NULL */
+  float norm;       /* softmax_scale squared */
+  uint32_t *status;
+  uint32_t n, spans, groups; /* groups of 64 channels: of K, or of K and V where V is looked at */
+  int heads, k_dim, v_dim, with_v; /* heads of an item */
+};
+
+/* Two neighbouring elements as they lie in memory. */
+template <int DTYPE>
+struct raw_pair {
+  uint32_t x;
+  __device__ __forceinline__ void load(const void *p, ptrdiff_t stride, bool whole, int n) {
+    const uint16_t *h = static_cast<const uint16_t *>(p);
+    if (whole)
+      x = *static_cast<const uint32_t *>(p);
+    else
+      x = (n > 0 ? h[0] : 0u) | (n > 1 ? static_cast<uint32_t>(h[stride]) << 16 : 0u);
+  }
+  __device__ __forceinline__ float2 values() const {
+    return DTYPE == RDKV_F16 ? __half22float2(rdkv_cuda__halves(x))
+                             : make_float2(__uint_as_float(x << 16), __uint_as_float(x & ~0xffffu));
+  }
+};
+template <>
+struct raw_pair<RDKV_F32> {
+  float x, y;
+  __device__ __forceinline__ void load(const void *p, ptrdiff_t stride, bool, int n) {
+    const float *f = static_cast<const float *>(p);
+    x = n > 0 ? f[0] : 0, y = n > 1 ? f[stride] : 0;
+  }
+  __device__ __forceinline__ float2 values() const { return make_float2(x, y); }
+};
+
+/* Smallest and largest of pairs, which begin at the ends of the half range; a NaN stays. */
+template <int DTYPE>
+struct extremes {
+  uint32_t low, high;
+  __device__ __forceinline__ void clear() {
+    low = DTYPE == RDKV_F16 ? 0x7bff7bffu : 0x477f477fu, high = low | 0x80008000u;
+  }
+  __device__ __forceinline__ void take(uint32_t x) {
+    if (DTYPE == RDKV_F16) {
+      asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(low) : "r"(x));
+      asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(high) : "r"(x));
+    } else {
+      asm("min.NaN.bf16x2 %0, %0, %1;" : "+r"(low) : "r"(x));
+      asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(high) : "r"(x));
+    }
+  }
+  __device__ __forceinline__ void take(const raw_pair<DTYPE> &p) { take(p.x); }
+  __device__ __forceinline__ float2 lowest() const { return values(low); }
+  __device__ __forceinline__ float2 highest() const { return values(high); }
+  static __device__ __forceinline__ float2 values(uint32_t x) {
+    const raw_pair<DTYPE> p = {x};
+    return p.values();
+  }
+};
+template <>
+struct extremes<RDKV_F32> {
+  float2 low, high;
+  __device__ __forceinline__ void clear() { low.x = low.y = 65504.0f, high.x = high.y = -65504.0f; }
+  static __device__ __forceinline__ void least_of(float *a, float x) {
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(*a) : "f"(x));
+  }
+  static __device__ __forceinline__ void most_of(float *a, float x) {
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(*a) : "f"(x));
+  }
+  __device__ __forceinline__ void take(const raw_pair<RDKV_F32> &p) {
+    least_of(&low.x, p.x), least_of(&low.y, p.y), most_of(&high.x, p.x), most_of(&high.y, p.y);
+  }
+  __device__ __forceinline__ float2 lowest() const { return low; }
+  __device__ __forceinline__ float2 highest() const { return high; }
+};
+
+/* The kept ones of a stretch: offsets, padded to a multiple of 8 by its first token with weight 0,
+   and D(0) of each where g is not NULL. Returns their number. All of a warp call it. */
+__device__ __forceinline__ uint32_t list_kept(const range_args &a, const item &it, int head,
+                                              uint32_t cut, uint32_t t0, uint8_t *list, float *g) {
+  const uint32_t lane = threadIdx.x & 31;
+  const float *d0 = it.v_distortion + static_cast<size_t>(head) * 5 * a.n;
+  uint32_t n = 0;
+#pragma unroll
+  for (uint32_t h = 0; h < STRETCH; h += 32) {
+    const uint32_t t = t0 + h + lane;
+    float w = 0;
+    bool in = false;
+    if (t < a.n) {
+      if (g || cut != BY_WIDTH) w = d0[t];
+      in = cut == BY_WIDTH ? it.v_bits[static_cast<size_t>(head) * a.n + t] != 0 : bin_of(w) >= cut;
+    }
+    const uint32_t mask = __ballot_sync(FULL, in);
+    const uint32_t at = n + static_cast<uint32_t>(__popc(mask & ((1u << lane) - 1)));
+    if (in) list[at] = static_cast<uint8_t>(h + lane);
+    if (in && g) g[at] = w > 0 ? w : 0;
+    n += static_cast<uint32_t>(__popc(mask));
+  }
+  if (lane < 8) list[n + lane] = 0;
+  if (lane < 8 && g) g[n + lane] = 0;
+  __syncwarp();
+  return n;
 }
 
-/* Sums over the listed tokens, one after the other as rdkv.h adds them: of K where ERROR is false,
-   else of its weighted squared errors at one width. A block has 32 channels of a head; all warps
-   but the last fill a buffer with what is to be added, the last adds. Rows are asked for one round
-   ahead, and their places in the list two. */
-enum { CHAIN_WARPS = 16, CHAIN = 8 * CHAIN_WARPS }; /* tokens of a round */
-
-template <bool ERROR, int DTYPE>
-__global__ void __launch_bounds__(32 * (CHAIN_WARPS + 1)) chain_kernel(channel_args a) {
-  __shared__ float terms[2][CHAIN][32];
-  __shared__ uint32_t wanted[1];
-  const int head = static_cast<int>(blockIdx.y), lane = static_cast<int>(threadIdx.x) & 31;
-  const int warp = static_cast<int>(threadIdx.x) >> 5, level = static_cast<int>(blockIdx.z);
-  const int d = static_cast<int>(blockIdx.x) * 32 + lane;
-  const uint32_t kept = a.kept[static_cast<size_t>(head) * 5];
-  const uint32_t *order = a.order + static_cast<size_t>(head) * a.n;
-  const bool adds = warp == CHAIN_WARPS, real = d < a.k_dim;
-  if (threadIdx.x == 0) wanted[0] = 0;
-  __syncthreads();
-  if (real && (!a.k_bits || a.k_bits[head * a.k_dim + d] == 0)) wanted[0] = 1;
-  __syncthreads();
-  if (!wanted[0]) return;
-  affine q = {0, 0, 0};
-  if (ERROR && real) {
-    const float *p =
-        a.quantiser + (static_cast<size_t>(head) * 12 + static_cast<size_t>(level)) * MAX_DIM + d;
-    q.scale = p[0], q.mid = p[4 * MAX_DIM], q.inv = p[8 * MAX_DIM];
+/* Where a lane's pair of channels lies in the rows of a tensor. */
+template <int DTYPE>
+struct pair_rows {
+  const char *base;
+  ptrdiff_t stride; /* elements */
+  int step;         /* bytes from token to token */
+  bool whole;       /* pairs are one word */
+  int n;            /* channels that exist */
+  __device__ __forceinline__ pair_rows(const rdkv_tensor &t, uint32_t t0, int head, int d,
+                                       int dim) {
+    const ptrdiff_t size = DTYPE == RDKV_F32 ? 4 : 2;
+    stride = t.dim_stride ? t.dim_stride : 1, step = static_cast<int>(t.token_stride * size);
+    base = static_cast<const char *>(row_of(t, t0, head)) + d * stride * size;
+    n = dim - d;
+    whole = DTYPE != RDKV_F32 && stride == 1 && dim % 2 == 0 && t.token_stride % 2 == 0 &&
+            t.head_stride % 2 == 0 && reinterpret_cast<uintptr_t>(t.data) % 4 == 0;
   }
-  const float top = level == 1 ? 1.0f : level == 2 ? 7.0f : 127.0f;
-  const float *d0 = ERROR ? a.d0 + static_cast<size_t>(head) * 5 * a.n : nullptr;
-  const ptrdiff_t stride = a.k.dim_stride ? a.k.dim_stride : 1;
-  const uint32_t rounds = (kept + CHAIN - 1) / CHAIN;
-  uint32_t token[8], x[8]; /* as they lie in memory */
-  float g[8], sum = 0;
+  static __device__ __forceinline__ int offset(uint2 at, int j) {
+    return static_cast<int>(__byte_perm(at.x, at.y, static_cast<uint32_t>(0x4440 + j)) & 255);
+  }
+  /* Eight rows by their offsets, all asked for at once. */
+  __device__ __forceinline__ void load(const uint8_t *list, raw_pair<DTYPE> (&x)[8]) const {
+    const uint2 at = *reinterpret_cast<const uint2 *>(list);
+    if (n <= 0) {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    token[j] = x[j] = 0, g[j] = 0;
-    const uint32_t i = static_cast<uint32_t>(8 * warp + j);
-    if (!adds && i < kept) {
-      token[j] = order[i];
-      if (real) x[j] = raw_element(row_of(a.k, token[j], head), DTYPE, d * stride);
-      if (ERROR) g[j] = d0[token[j]];
+      for (int j = 0; j < 8; ++j) x[j].load(base, 0, false, 0);
+    } else if (whole) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        x[j].load(base + static_cast<int64_t>(offset(at, j)) * step, 1, true, 2);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        x[j].load(base + static_cast<int64_t>(offset(at, j)) * step, stride, false, n);
     }
-    if (!adds && i + CHAIN < kept) token[j] = order[i + CHAIN];
   }
-  for (uint32_t r = 0; r <= rounds; ++r) {
-    if (adds) {
-      if (r > 0) {
-        const uint32_t n = least(kept - (r - 1) * CHAIN, CHAIN);
-        const float(*from)[32] = terms[(r - 1) & 1];
-        if (n == CHAIN) {
-#pragma unroll 32
-          for (int i = 0; i < CHAIN; ++i) sum = __fadd_rn(sum, from[i][lane]);
-        } else {
-          for (uint32_t i = 0; i < n; ++i) sum = __fadd_rn(sum, from[i][lane]);
-        }
-      }
-    } else if (r < rounds) {
+};
+
+/* True in all threads of the block that is the last one to get here. */
+__device__ __forceinline__ bool last_block(uint32_t *done, uint32_t blocks) {
+  __shared__ uint32_t before[1];
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) before[0] = atomicAdd(done, 1u);
+  __syncthreads();
+  __threadfence();
+  return before[0] == blocks - 1;
+}
+
+/* Sum over the spans, in order, of C columns' parts; thread c < C has column c. step: floats from
+   span to span; scratch [8192]. */
+template <int C>
+__device__ __forceinline__ float add_parts(const float *column, uint32_t spans, size_t step,
+                                           float *scratch) {
+  enum { ROUND = 8192 / C, ROWS = RANGE_THREADS / C, EACH = ROUND / ROWS };
+  const uint32_t row = threadIdx.x / C, c = threadIdx.x % C;
+  float sum = 0;
+  for (uint32_t first = 0; first < spans; first += ROUND) {
+    float x[EACH];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        float y = value_of(x[j], DTYPE);
-        if (ERROR) {
-          if (level == 0) {
-            y = __fsub_rn(y, q.mid);
-            y = __fmul_rn(y, y);
-          } else {
-            y = square_error(y, q, -top - 1, top);
-          }
-          y = g[j] > 0 ? __fmul_rn(y, g[j]) : 0; /* adding 0 changes nothing */
-        }
-        terms[r & 1][8 * warp + j][lane] = y;
-      }
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const uint32_t i = (r + 1) * CHAIN + static_cast<uint32_t>(8 * warp + j);
-        if (i < kept) {
-          if (real) x[j] = raw_element(row_of(a.k, token[j], head), DTYPE, d * stride);
-          if (ERROR) g[j] = d0[token[j]];
-        }
-        if (i + CHAIN < kept) token[j] = order[i + CHAIN];
-      }
+    for (uint32_t i = 0; i < EACH; ++i) {
+      const uint32_t s = first + i * ROWS + row;
+      x[i] = s < spans ? __ldcg(column + s * step) : 0;
     }
     __syncthreads();
+#pragma unroll
+    for (uint32_t i = 0; i < EACH; ++i) scratch[(i * ROWS + row) * C + c] = x[i];
+    __syncthreads();
+    const uint32_t n = least(ROUND, spans - first);
+    if (threadIdx.x < C) {
+#pragma unroll 16
+      for (uint32_t s = 0; s < n; ++s) sum = __fadd_rn(sum, scratch[s * C + c]);
+    }
   }
-  if (adds && real) {
-    if (ERROR)
-      a.error[(static_cast<size_t>(head) * 4 + static_cast<size_t>(level)) * MAX_DIM + d] = sum;
-    else
-      a.sum[static_cast<size_t>(head) * MAX_DIM + d] = sum;
+  return sum;
+}
+
+/* DTYPE is K's. */
+template <int DTYPE>
+__global__ void __launch_bounds__(RANGE_THREADS) range_kernel(range_args a) {
+  __shared__ float scratch[8192];
+  __shared__ __align__(8) uint8_t lists[RANGE_WARPS][STRETCH + 8];
+  float(*part)[STRETCHES][64] = reinterpret_cast<float(*)[STRETCHES][64]>(scratch);
+  const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
+  const int head = static_cast<int>(blockIdx.y);
+  const uint32_t h = blockIdx.z * static_cast<uint32_t>(a.heads) + blockIdx.y;
+  const uint32_t group = blockIdx.x % a.groups, span = blockIdx.x / a.groups;
+  const int d = static_cast<int>(64 * group) + 2 * lane;
+  const item &it = a.items[blockIdx.z];
+  const uint32_t cut = a.cut ? a.cut[h] : static_cast<uint32_t>(BY_WIDTH);
+  bool bad = false;
+  uint32_t kept = 0;
+  for (int s = warp; s < STRETCHES; s += RANGE_WARPS) {
+    const uint32_t t0 = span * SPAN + static_cast<uint32_t>(s) * STRETCH;
+    const uint8_t *list = lists[warp];
+    const uint32_t n = list_kept(a, it, head, cut, t0, lists[warp], nullptr);
+    extremes<DTYPE> ends;
+    float2 sum = make_float2(0, 0);
+    ends.clear();
+    kept += n;
+    if (n > 0) {
+      const pair_rows<DTYPE> rows(it.k, t0, head, d, a.k_dim);
+      raw_pair<DTYPE> x[8], next[8];
+      rows.load(list, x);
+      for (uint32_t i = 0; i < n; i += 8) {
+        if (i + 8 < n) rows.load(list + i + 8, next);
+#pragma unroll
+        for (uint32_t j = 0; j < 8; ++j) {
+          if (i + j < n) {
+            const float2 y = x[j].values();
+            ends.take(x[j]);
+            sum.x = __fadd_rn(sum.x, y.x), sum.y = __fadd_rn(sum.y, y.y);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) x[j] = next[j];
+      }
+      if (a.with_v) { /* pack wants to know that V is fit to be packed */
+        const int v_type = it.v.dtype, size = v_type == RDKV_F32 ? 4 : 2;
+        const ptrdiff_t stride = it.v.dim_stride ? it.v.dim_stride : 1;
+        const char *base = static_cast<const char *>(row_of(it.v, t0, head)) + d * stride * size;
+#pragma unroll 8
+        for (uint32_t i = 0; i < n; ++i) {
+          const char *p = base + list[i] * it.v.token_stride * size;
+          if (d < a.v_dim) bad |= !in_range(element(p, v_type, 0));
+          if (d + 1 < a.v_dim) bad |= !in_range(element(p, v_type, stride));
+        }
+      }
+    }
+    const float2 low = ends.lowest(), high = ends.highest();
+    bad |= !in_range(low.x) || !in_range(low.y) || !in_range(high.x) || !in_range(high.y);
+    *reinterpret_cast<float2 *>(&part[0][s][2 * lane]) = low;
+    *reinterpret_cast<float2 *>(&part[1][s][2 * lane]) = high;
+    *reinterpret_cast<float2 *>(&part[2][s][2 * lane]) = sum;
+    __syncwarp(); /* the list is read */
   }
+  if (bad) fail(a.status, RDKV_ERR_NONFINITE);
+  const size_t row = 64 * static_cast<size_t>(a.groups), step = 4 * row;
+  float *parts = a.parts + static_cast<size_t>(h) * a.spans * step + 64 * group;
+  const uint32_t column = threadIdx.x & 63, kind = threadIdx.x >> 6;
+  if (lane == 0 && kept > 0) atomicAdd(&a.kept[h * a.groups + group], kept);
+  __syncthreads();
+  if (kind < 3) {
+    float s = kind == 2 ? 0 : part[kind][0][column];
+#pragma unroll
+    for (int w = 0; w < STRETCHES; ++w) {
+      const float y = part[kind][w][column];
+      s = kind == 0 ? fminf(s, y) : kind == 1 ? fmaxf(s, y) : __fadd_rn(s, y);
+    }
+    parts[span * step + kind * row + column] = s;
+  }
+  if (!last_block(&a.done[h * a.groups + group], a.spans)) return;
+  float lowest = 3.402823466e38f, highest = -3.402823466e38f;
+#pragma unroll 4
+  for (uint32_t s = kind; s < a.spans; s += RANGE_THREADS / 64) {
+    lowest = fminf(lowest, __ldcg(parts + s * step + column));
+    highest = fmaxf(highest, __ldcg(parts + s * step + row + column));
+  }
+  const float total = add_parts<64>(parts + 2 * row + column, a.spans, step, scratch);
+  __syncthreads();
+  float(*all)[RANGE_THREADS / 64][64] = reinterpret_cast<float(*)[RANGE_THREADS / 64][64]>(scratch);
+  all[0][kind][column] = lowest, all[1][kind][column] = highest;
+  if (kind == 0) all[2][0][column] = total;
+  __syncthreads();
+  const int c = static_cast<int>(64 * group + column);
+  if (c >= a.k_dim) return;
+#pragma unroll
+  for (int i = 0; i < RANGE_THREADS / 64; ++i)
+    lowest = fminf(lowest, all[0][i][column]), highest = fmaxf(highest, all[1][i][column]);
+  const size_t at = static_cast<size_t>(h) * MAX_DIM + static_cast<size_t>(c);
+  if (!a.quantiser) { /* pack fits when it knows the widths */
+    if (kind == 0) a.lo[at] = ordered(lowest), a.hi[at] = ordered(highest), a.sum[at] = total;
+    return;
+  }
+  affine q = {0, 0, 0};
+  if (kind == 0)
+    q.mid = __fdiv_rn(total, static_cast<float>(__ldcg(&a.kept[h * a.groups + group])));
+  else
+    q = fit(lowest, highest, 1 << kind);
+  float *p = a.quantiser + static_cast<size_t>(h) * 12 * MAX_DIM + c;
+  p[kind * MAX_DIM] = q.scale, p[(4 + kind) * MAX_DIM] = q.mid, p[(8 + kind) * MAX_DIM] = q.inv;
+}
+
+/* Squared errors of K at each width, weighted with D(0) of V; launched as range_kernel is. */
+template <int DTYPE>
+__global__ void __launch_bounds__(RANGE_THREADS, 3) k_error_kernel(range_args a) {
+  __shared__ float scratch[8192];
+  __shared__ __align__(16) float weights[RANGE_WARPS][STRETCH + 8];
+  __shared__ __align__(8) uint8_t lists[RANGE_WARPS][STRETCH + 8];
+  float(*part)[4][64] = reinterpret_cast<float(*)[4][64]>(scratch);
+  const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
+  const int head = static_cast<int>(blockIdx.y);
+  const uint32_t h = blockIdx.z * static_cast<uint32_t>(a.heads) + blockIdx.y;
+  const uint32_t group = blockIdx.x % a.groups, span = blockIdx.x / a.groups;
+  const int d = static_cast<int>(64 * group) + 2 * lane;
+  const item &it = a.items[blockIdx.z];
+  const uint8_t *list = lists[warp];
+  affine q[4][2];
+  const float *p = a.quantiser + static_cast<size_t>(h) * 12 * MAX_DIM;
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int c = d + i < a.k_dim ? d + i : a.k_dim - 1;
+      q[j][i].scale = p[j * MAX_DIM + c], q[j][i].mid = p[(4 + j) * MAX_DIM + c];
+      q[j][i].inv = p[(8 + j) * MAX_DIM + c];
+    }
+  for (int s = warp; s < STRETCHES; s += RANGE_WARPS) {
+    const uint32_t t0 = span * SPAN + static_cast<uint32_t>(s) * STRETCH;
+    const uint32_t n = list_kept(a, it, head, a.cut[h], t0, lists[warp], weights[warp]);
+    float2 e[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) e[j] = make_float2(0, 0);
+    if (n > 0) {
+      const pair_rows<DTYPE> rows(it.k, t0, head, d, a.k_dim);
+      raw_pair<DTYPE> x[8], next[8];
+      rows.load(list, x);
+      for (uint32_t i = 0; i < n; i += 8) {
+        if (i + 8 < n) rows.load(list + i + 8, next);
+#pragma unroll
+        for (uint32_t k0 = 0; k0 < 8; k0 += 4) {
+          if (i + k0 >= n) break;
+          const float4 g4 = *reinterpret_cast<const float4 *>(&weights[warp][i + k0]);
+          const float g[4] = {g4.x, g4.y, g4.z, g4.w};
+#pragma unroll
+          for (uint32_t k = 0; k < 4; ++k) {
+            const float2 y = x[k0 + k].values();
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              float u = __fsub_rn(y.x, q[0][0].mid), v = __fsub_rn(y.y, q[0][1].mid);
+              u = j ? square_error(y.x, q[j][0]) : __fmul_rn(u, u);
+              v = j ? square_error(y.y, q[j][1]) : __fmul_rn(v, v);
+              e[j].x = __fadd_rn(e[j].x, __fmul_rn(u, g[k]));
+              e[j].y = __fadd_rn(e[j].y, __fmul_rn(v, g[k]));
+            }
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < 8; ++k) x[k] = next[k];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) *reinterpret_cast<float2 *>(&part[s][j][2 * lane]) = e[j];
+    __syncwarp(); /* the list is read */
+  }
+  const size_t row = 64 * static_cast<size_t>(a.groups), step = 4 * row;
+  float *parts = a.parts + static_cast<size_t>(h) * a.spans * step + 64 * group;
+  const uint32_t column = threadIdx.x & 63, width = threadIdx.x >> 6 & 3;
+  __syncthreads();
+  float stretches = 0;
+#pragma unroll
+  for (int s = 0; s < STRETCHES; ++s) stretches = __fadd_rn(stretches, part[s][width][column]);
+  parts[span * step + width * row + column] = stretches;
+  if (!last_block(&a.done[h * a.groups + group], a.spans)) return;
+  const float sum = add_parts<256>(parts + width * row + column, a.spans, step, scratch);
+  const int c = static_cast<int>(64 * group + column);
+  if (c >= a.k_dim) return;
+  it.k_distortion[(head * 4 + static_cast<int>(width)) * a.k_dim + c] =
+      __fmul_rn(__fmul_rn(it.q_square[head * a.k_dim + c], a.norm), sum);
 }
 
 /* ---- pack */
@@ -2720,6 +2952,14 @@ struct head_plan {
 struct block_state {
   uint64_t total, head_bytes;
   u64 body_sum, head_sum;
+};
+
+/* What going through the rows of K and V takes. */
+struct channel_args {
+  rdkv_tensor k, v;
+  const int *lo, *hi; /* [heads][MAX_DIM] ordered */
+  const float *sum;   /* [heads][MAX_DIM] */
+  int k_dim, v_dim;
 };
 
 struct pack_args {
@@ -2971,8 +3211,8 @@ __device__ __forceinline__ uint32_t word_of(const uint8_t *codes, int stride, in
   return w;
 }
 
-/* Tiles of one layer, J and DTYPE as for range_kernel; a block takes every gridDim.x-th of a head.
- */
+/* Tiles of one layer; a block takes every gridDim.x-th of a head. J is at least the dims by 32.
+   DTYPE is that of K and V where it is one, which spares the loads a choice; else -1. */
 template <int J, int DTYPE>
 __global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
   const int k_type = DTYPE < 0 ? a.channel.k.dtype : DTYPE;
@@ -3187,216 +3427,279 @@ static __global__ void head_sum_kernel(const uint32_t *status, block_state *s, u
 /* ---- measure */
 
 struct measure_args {
-  rdkv_tensor v;
-  const float *token;    /* [heads][n] */
-  const float *q_square; /* [heads][k_dim] */
-  const float *mean_out; /* [heads][v_dim] */
-  const uint8_t *v_bits;
-  float *dv, *dk;
-  uint32_t *any;       /* [heads] tokens with widths */
-  float *mean;         /* [heads][n] |v - o|^2, or the attention */
+  item *items;
+  uint32_t *any;       /* [heads][chunks] 1: a token there has a width */
+  float *mean;         /* [heads][n] |v - o|^2 */
   uint32_t *histogram; /* [heads][BINS] */
   uint32_t *cut;       /* [heads] */
-  channel_args channel;
-  float norm; /* softmax_scale squared */
-  uint32_t n, want;
-  int pool;
+  uint32_t *done;      /* [heads] */
+  uint32_t *counters;  /* kept and done of range_args, to be zeroed */
+  uint32_t *status;
+  uint32_t n, chunks, n_counters, want;
+  int heads, v_dim, pool;
 };
 
-static __global__ void any_kernel(const uint8_t *v_bits, uint32_t n, uint32_t *any) {
-  __shared__ uint32_t count[1];
-  const size_t base = static_cast<size_t>(blockIdx.y) * n;
-  if (threadIdx.x == 0) count[0] = 0;
-  __syncthreads();
-  uint32_t mine = 0;
+/* Which chunks have tokens with widths; zeroes what is counted up later; first of the launches. */
+static __global__ void __launch_bounds__(THREADS)
+    measure_begin_kernel(measure_args a, item_list list, int first) {
+  const int z = static_cast<int>(blockIdx.z);
+  const uint32_t h = static_cast<uint32_t>(first + z) * static_cast<uint32_t>(a.heads) + blockIdx.y;
+  const item &it = list.at[z];
+  const uint32_t chunk = blockIdx.x, tid = threadIdx.x;
+  bool mine = false;
+#pragma unroll
   for (uint32_t i = 0; i < CHUNK / THREADS; ++i) {
-    const uint32_t t = blockIdx.x * CHUNK + i * THREADS + threadIdx.x;
-    if (t < n) mine += v_bits[base + t] != 0;
+    const uint32_t t = chunk * CHUNK + i * THREADS + tid;
+    if (t < a.n) mine |= it.v_bits[static_cast<size_t>(blockIdx.y) * a.n + t] != 0;
   }
-  if (mine) atomicAdd(&count[0], mine);
-  __syncthreads();
-  if (threadIdx.x == 0 && count[0]) atomicAdd(&any[blockIdx.y], count[0]);
+  const int any = __syncthreads_or(mine);
+  if (tid == 0) a.any[static_cast<size_t>(h) * a.chunks + chunk] = static_cast<uint32_t>(any);
+  if (chunk > 0) return;
+  for (uint32_t i = tid; i < BINS; i += THREADS) a.histogram[h * BINS + i] = 0;
+  if (tid == 0) a.done[h] = 0;
+  if (tid < a.n_counters) a.counters[h * a.n_counters + tid] = 0;
+  if (tid == 0 && blockIdx.y == 0) a.items[first + z] = it;
 }
 
-/* The sum of 16 lanes in rdkv.h's order: lanes 8, then 4, 2 and 1 apart. */
-__device__ __forceinline__ float lanes(float x) {
-  for (int d = 8; d; d >>= 1) x = __fadd_rn(x, __shfl_xor_sync(FULL, x, d));
-  return x;
+/* Whether a token of the head has a width; all threads of a block call it. */
+__device__ __forceinline__ bool any_width(const measure_args &a, uint32_t h) {
+  bool mine = false;
+  for (uint32_t i = threadIdx.x; i < a.chunks; i += blockDim.x)
+    mine |= a.any[static_cast<size_t>(h) * a.chunks + i] != 0;
+  return __syncthreads_or(mine);
 }
 
-/* Squared errors of V's rows, 16 lanes a token: element i belongs to lane i mod 16, as in rdkv.h.
-   N is the most elements of a lane. */
+/* A row's elements of 8 of the 16 lanes, in blocks of 16: of dense 16-bit rows the words as they
+   lie in memory, all others are loaded when wanted. */
+template <int N, int DTYPE, bool WIDE>
+struct v_row {
+  uint4 x[N];
+  __device__ __forceinline__ void load(const rdkv_tensor &v, uint32_t t, int head, int half,
+                                       int dim) {
+    const char *row = static_cast<const char *>(row_of(v, t, head)) + 16 * half;
+#pragma unroll
+    for (int b = 0; b < N; ++b)
+      if (16 * b < dim) x[b] = *reinterpret_cast<const uint4 *>(row + 32 * b);
+  }
+  __device__ __forceinline__ bool ends(int dim, int, float *lo, float *hi) const {
+    extremes<DTYPE> e;
+    e.clear();
+#pragma unroll
+    for (int b = 0; b < N; ++b)
+      if (16 * b < dim) e.take(x[b].x), e.take(x[b].y), e.take(x[b].z), e.take(x[b].w);
+    const float2 low = e.lowest(), high = e.highest();
+    *lo = fminf(low.x, low.y), *hi = fmaxf(high.x, high.y);
+    return in_range(low.x) && in_range(low.y) && in_range(high.x) && in_range(high.y);
+  }
+  __device__ __forceinline__ void block(int b, float (&y)[8]) const {
+    const uint32_t w[4] = {x[b].x, x[b].y, x[b].z, x[b].w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 p = extremes<DTYPE>::values(w[i]);
+      y[2 * i] = p.x, y[2 * i + 1] = p.y;
+    }
+  }
+};
 template <int N, int DTYPE>
-__global__ void __launch_bounds__(THREADS) v_error_kernel(measure_args a) {
-  const int head = static_cast<int>(blockIdx.y), vd = a.channel.v_dim;
-  const int lane = static_cast<int>(threadIdx.x) & 15;
-  const size_t row0 = static_cast<size_t>(head) * a.n;
-  if (a.any[head]) return;
-  const ptrdiff_t stride = a.v.dim_stride ? a.v.dim_stride : 1;
-  float o[N];
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const int d = lane + 16 * i;
-    o[i] = d < vd ? a.mean_out[head * vd + d] : 0;
+struct v_row<N, DTYPE, false> {
+  const void *row;
+  ptrdiff_t stride;
+  int first, dim;
+  __device__ __forceinline__ void load(const rdkv_tensor &v, uint32_t t, int head, int half,
+                                       int v_dim) {
+    row = row_of(v, t, head), stride = v.dim_stride ? v.dim_stride : 1;
+    first = 8 * half, dim = v_dim;
   }
-  bool bad = false;
-  const uint32_t rounds = (a.n + THREADS / 16 - 1) / (THREADS / 16);
-  for (uint32_t r = blockIdx.x; r < rounds; r += gridDim.x) {
-    const uint32_t want = r * (THREADS / 16) + (threadIdx.x >> 4), t = least(want, a.n - 1);
-    const void *row = row_of(a.v, t, head);
-    float x[N], lo = 3.402823466e38f, hi = -3.402823466e38f;
-    uint32_t raw[N];
+  __device__ __forceinline__ bool ends(int, int, float *lo, float *hi) const {
+    bool good = true;
+    *lo = 3.402823466e38f, *hi = -3.402823466e38f;
+    for (int d0 = first; d0 < dim; d0 += 16)
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const int d = lane + 16 * i;
-      raw[i] = 0;
-      if (d < vd) raw[i] = raw_element(row, DTYPE, d * stride);
+      for (int d = d0; d < d0 + 8; ++d) {
+        const float x = d < dim ? element(row, DTYPE, d * stride) : *lo;
+        good &= d >= dim || in_range(x);
+        *lo = fminf(*lo, x), *hi = d < dim ? fmaxf(*hi, x) : *hi;
+      }
+    return good;
+  }
+  __device__ __forceinline__ void block(int b, float (&y)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int d = 16 * b + first + i;
+      y[i] = d < dim ? element(row, DTYPE, d * stride) : 0;
     }
+  }
+};
+
+/* Squared errors of V's rows, two threads a token: of rdkv.h's 16 lanes (element i in lane i mod
+   16) each has 8. N is the most blocks of 16 elements. */
+template <int N, int DTYPE, bool WIDE>
+__global__ void __launch_bounds__(THREADS, N > 8 ? 1 : 2) v_error_kernel(measure_args a) {
+  __shared__ __align__(16) float o[MAX_DIM];
+  const int head = static_cast<int>(blockIdx.y), vd = a.v_dim;
+  const int half = static_cast<int>(threadIdx.x) & 1;
+  const uint32_t h = blockIdx.z * static_cast<uint32_t>(a.heads) + blockIdx.y;
+  const item &it = a.items[blockIdx.z];
+  if (any_width(a, h)) return;
+  for (int d = static_cast<int>(threadIdx.x); d < MAX_DIM; d += THREADS)
+    o[d] = d < vd ? it.mean_out[head * vd + d] : 0;
+  __syncthreads();
+  const rdkv_tensor v = it.v;
+  const float *token = it.token + static_cast<size_t>(head) * a.n;
+  float *dv = it.v_distortion + static_cast<size_t>(head) * 5 * a.n;
+  float *mean = a.mean + static_cast<size_t>(h) * a.n;
+  bool good = true;
+  for (uint32_t first = blockIdx.x * (THREADS / 2); first < a.n; first += gridDim.x * THREADS / 2) {
+    const uint32_t want = first + threadIdx.x / 2, t = least(want, a.n - 1);
+    v_row<N, DTYPE, WIDE> row;
+    row.load(v, t, head, half, vd);
+    const float w = token[t];
+    float lo, hi;
+    good &= row.ends(vd, half, &lo, &hi);
+    lo = fminf(lo, __shfl_xor_sync(FULL, lo, 1)), hi = fmaxf(hi, __shfl_xor_sync(FULL, hi, 1));
+    affine q[3]; /* 2 and 4 bits: a thread each */
+    const affine mine = fit(lo, hi, 2 << half);
+    affine other;
+    other.scale = __shfl_xor_sync(FULL, mine.scale, 1);
+    other.mid = __shfl_xor_sync(FULL, mine.mid, 1), other.inv = __shfl_xor_sync(FULL, mine.inv, 1);
+    q[0] = half ? other : mine, q[1] = half ? mine : other, q[2] = fit(lo, hi, 8);
+    float e[5][8];
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      x[i] = value_of(raw[i], DTYPE);
-      bad |= !in_range(x[i]);
-      if (lane + 16 * i < vd) lo = fminf(lo, x[i]), hi = fmaxf(hi, x[i]);
-    }
-    for (int d = 8; d; d >>= 1) {
-      lo = fminf(lo, __shfl_xor_sync(FULL, lo, d));
-      hi = fmaxf(hi, __shfl_xor_sync(FULL, hi, d));
-    }
-    /* every lane fits one width, and all three get around */
-    const int mine = lane % 3;
-    const affine f = fit(lo, hi, 2 << mine);
-    float e[5] = {0, 0, 0, 0, 0};
+    for (int j = 0; j < 5; ++j)
 #pragma unroll
-    for (int j = 0; j < 3; ++j) {
-      const int from = (static_cast<int>(threadIdx.x) & 16) + j;
-      affine q;
-      q.scale = __shfl_sync(FULL, f.scale, from), q.mid = __shfl_sync(FULL, f.mid, from);
-      q.inv = __shfl_sync(FULL, f.inv, from);
-      const float top = j == 0 ? 1.0f : j == 1 ? 7.0f : 127.0f;
+      for (int i = 0; i < 8; ++i) e[j][i] = 0;
+    const auto add = [&](int b, float *to, float x) {
+      *to = WIDE && b == 0 ? x : __fadd_rn(*to, x);
+    };
+#pragma unroll(WIDE ? N : 1)
+    for (int b = 0; b < N; ++b) {
+      if (16 * b < vd) {
+        const float4 o0 = *reinterpret_cast<const float4 *>(&o[16 * b + 8 * half]);
+        const float4 o1 = *reinterpret_cast<const float4 *>(&o[16 * b + 8 * half + 4]);
+        const float p[8] = {o0.x, o0.y, o0.z, o0.w, o1.x, o1.y, o1.z, o1.w};
+        float x[8];
+        row.block(b, x);
 #pragma unroll
-      for (int i = 0; i < N; ++i)
-        if (lane + 16 * i < vd)
-          e[1 + j] = __fadd_rn(e[1 + j], square_error(x[i], q, -top - 1, top));
-    }
+        for (int i = 0; i < 8; ++i) {
+          if (WIDE || 16 * b + 8 * half + i < vd) {
+            const float d = __fsub_rn(x[i], p[i]);
+            add(b, &e[0][i], __fmul_rn(d, d));
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (lane + 16 * i < vd) {
-        const float d = __fsub_rn(x[i], o[i]);
-        e[0] = __fadd_rn(e[0], __fmul_rn(d, d));
-        if (DTYPE != RDKV_F16) {
-          const float h = __fsub_rn(x[i], nearest_half(x[i]));
-          e[4] = __fadd_rn(e[4], __fmul_rn(h, h));
+            for (int j = 0; j < 3; ++j) add(b, &e[1 + j][i], square_error(x[i], q[j]));
+            if (DTYPE != RDKV_F16) {
+              const float r = __fsub_rn(x[i], nearest_half(x[i]));
+              add(b, &e[4][i], __fmul_rn(r, r));
+            }
+          }
         }
       }
     }
+    float sum[5] = {0, 0, 0, 0, 0};
 #pragma unroll
-    for (int j = 0; j < 5; ++j) e[j] = lanes(e[j]);
+    for (int j = 0; j < (DTYPE == RDKV_F16 ? 4 : 5); ++j) {
+#pragma unroll
+      for (int n = 4; n; n >>= 1)
+#pragma unroll
+        for (int i = 0; i < n; ++i) e[j][i] = __fadd_rn(e[j][i], e[j][i + n]);
+      sum[j] = __fadd_rn(e[j][0], __shfl_xor_sync(FULL, e[j][0], 1));
+    }
     if (want < a.n) {
-      const float w = a.token[row0 + t];
-      if (lane == 0) a.mean[row0 + t] = e[0];
-#pragma unroll
-      for (int j = 1; j < 5; ++j)
-        if (lane == j) a.dv[row0 * 5 + static_cast<size_t>(j) * a.n + t] = __fmul_rn(w, e[j]);
+      if (half == 0) mean[t] = sum[0], dv[a.n + t] = __fmul_rn(w, sum[1]);
+      if (half == 1) {
+        dv[2 * static_cast<size_t>(a.n) + t] = __fmul_rn(w, sum[2]);
+        dv[3 * static_cast<size_t>(a.n) + t] = __fmul_rn(w, sum[3]);
+        dv[4 * static_cast<size_t>(a.n) + t] = __fmul_rn(w, sum[4]);
+      }
     }
   }
-  if (bad) fail(a.channel.status, RDKV_ERR_NONFINITE);
+  if (!good) fail(a.status, RDKV_ERR_NONFINITE);
 }
 
-/* Average of in over `pool` neighbours of t, as rdkv.h rounds it. */
-__device__ inline float pooled(const float *in, uint32_t n, int pool, uint32_t t) {
-  const int64_t last = static_cast<int64_t>(n) - 1, at = t;
-  int64_t half = (pool - 1) / 2;
-  if (half > last) half = last;
-  float s = 0;
-  for (int64_t i = at - half; i <= at + half; ++i)
-    s = __fadd_rn(s, in[i < 0 ? -i : i > last ? 2 * last - i : i]);
-  return __fdiv_rn(s, static_cast<float>(2 * half + 1));
-}
-
-/* D(0) of every token, and how many lie in each bin. */
-static __global__ void drop_kernel(measure_args a) {
+/* D(0) of every token and how many lie in each bin, four tokens a thread; the last block of a head
+   finds the cut: the lowest bin above 0 down to which there are fewer than `want`, or with which
+   there are as many (rdkv__likely). */
+static __global__ void __launch_bounds__(THREADS) drop_kernel(measure_args a) {
   __shared__ uint32_t count[BINS];
-  const uint32_t head = blockIdx.y;
-  const size_t base = static_cast<size_t>(head) * a.n;
-  if (a.any[head]) return;
-  for (uint32_t i = threadIdx.x; i < BINS; i += THREADS) count[i] = 0;
-  __syncthreads();
-  for (uint32_t t = blockIdx.x * THREADS + threadIdx.x; t < a.n; t += gridDim.x * THREADS) {
-    const float d = __fmul_rn(a.token[base + t], pooled(a.mean + base, a.n, a.pool, t));
-    a.dv[base * 5 + t] = d;
-    atomicAdd(&count[bin_of(d)], 1u);
+  __shared__ u64 scratch[33];
+  __shared__ float near[4 * THREADS + 2 * POOL];
+  const uint32_t h = blockIdx.z * static_cast<uint32_t>(a.heads) + blockIdx.y, tid = threadIdx.x;
+  const item &it = a.items[blockIdx.z];
+  if (any_width(a, h)) {
+    if (tid == 0) a.cut[h] = BY_WIDTH;
+    return;
+  }
+  const size_t base = static_cast<size_t>(blockIdx.y) * a.n;
+  const float *mean = a.mean + static_cast<size_t>(h) * a.n;
+  const int64_t last = static_cast<int64_t>(a.n) - 1;
+  int half = (a.pool - 1) / 2;
+  if (half > last) half = static_cast<int>(last);
+  const float each = static_cast<float>(2 * half + 1);
+  for (uint32_t i = tid; i < BINS; i += THREADS) count[i] = 0;
+  for (uint32_t t0 = blockIdx.x * 4 * THREADS; t0 < a.n; t0 += gridDim.x * 4 * THREADS) {
+    __syncthreads();
+    for (int i = static_cast<int>(tid); i < 4 * THREADS + 2 * half; i += THREADS) {
+      const int64_t t = static_cast<int64_t>(t0) + i - half, at = t < 0      ? -t
+                                                                  : t > last ? 2 * last - t
+                                                                             : t;
+      near[i] = at >= 0 && at <= last ? mean[at] : 0;
+    }
+    __syncthreads();
+    const uint32_t t = t0 + 4 * tid;
+    if (t < a.n) {
+      float s[4] = {0, 0, 0, 0};
+      for (int j = 0; j < 2 * half + 4; ++j) { /* adding 0 changes nothing */
+        const float x = near[4 * tid + static_cast<uint32_t>(j)];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[i] = __fadd_rn(s[i], j >= i && j <= 2 * half + i ? x : 0);
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < 4; ++i) {
+        if (t + i < a.n) {
+          const float d = __fmul_rn(it.token[base + t + i], __fdiv_rn(s[i], each));
+          it.v_distortion[base * 5 + t + i] = d;
+          atomicAdd(&count[bin_of(d)], 1u);
+        }
+      }
+    }
   }
   __syncthreads();
-  for (uint32_t i = threadIdx.x; i < BINS; i += THREADS)
-    if (count[i]) atomicAdd(&a.histogram[head * BINS + i], count[i]);
-}
-
-/* The lowest bin above 0 down to which there are fewer than `want`, or with which there are as
-   many; rdkv.h's rdkv__likely. One block a head. */
-static __global__ void cut_kernel(measure_args a) {
-  __shared__ u64 scratch[33];
-  __shared__ uint32_t cut[1];
-  const uint32_t *count = a.histogram + blockIdx.x * BINS;
-  u64 mine = 0, all;
-  const uint32_t top = BINS - 1 - threadIdx.x * (BINS / THREADS);
-  for (uint32_t i = 0; i < BINS / THREADS; ++i) mine += count[top - i];
-  u64 sum = block_scan(mine, scratch, &all);
-  if (threadIdx.x == 0) cut[0] = 0;
+  uint32_t *all = a.histogram + h * BINS;
+  for (uint32_t i = tid; i < BINS; i += THREADS)
+    if (count[i]) atomicAdd(&all[i], count[i]);
+  if (!last_block(&a.done[h], gridDim.x)) return;
+  u64 mine = 0, total;
+  const uint32_t top = BINS - 1 - tid * (BINS / THREADS);
+  for (uint32_t i = 0; i < BINS / THREADS; ++i) mine += __ldcg(&all[top - i]);
+  u64 sum = block_scan(mine, scratch, &total);
+  if (tid == 0) count[0] = 0;
   __syncthreads();
   for (uint32_t i = 0; i < BINS / THREADS; ++i) {
-    const u64 with = sum + count[top - i];
-    if (top - i > 0 && sum < a.want && with >= a.want) cut[0] = top - i;
+    const u64 with = sum + __ldcg(&all[top - i]);
+    if (top - i > 0 && sum < a.want && with >= a.want) count[0] = top - i;
     sum = with;
   }
   __syncthreads();
-  if (threadIdx.x == 0) a.cut[blockIdx.x] = cut[0];
-}
-
-/* K's quantisers at each width, for the errors. One block a head. */
-static __global__ void fit_kernel(measure_args a) {
-  const size_t at = static_cast<size_t>(blockIdx.x) * MAX_DIM + threadIdx.x;
-  const uint32_t kept = a.channel.kept[blockIdx.x * 5];
-  float *p = a.channel.quantiser + static_cast<size_t>(blockIdx.x) * 12 * MAX_DIM + threadIdx.x;
-  if (static_cast<int>(threadIdx.x) >= a.channel.k_dim) return;
-  const float lo = unordered(a.channel.lo[at]), hi = unordered(a.channel.hi[at]);
-  for (int j = 0; j < 4; ++j) {
-    affine q = {0, 0, 0};
-    if (j == 0)
-      q.mid = __fdiv_rn(a.channel.sum[at], static_cast<float>(kept));
-    else
-      q = fit(lo, hi, 1 << j);
-    p[j * MAX_DIM] = q.scale, p[(4 + j) * MAX_DIM] = q.mid, p[(8 + j) * MAX_DIM] = q.inv;
-  }
-}
-
-static __global__ void k_distortion_kernel(measure_args a) {
-  const int d = static_cast<int>(threadIdx.x), kd = a.channel.k_dim;
-  const int head = static_cast<int>(blockIdx.x);
-  if (d >= kd) return;
-  const float q2 = __fmul_rn(a.q_square[head * kd + d], a.norm);
-  for (int j = 0; j < 4; ++j)
-    a.dk[(head * 4 + j) * kd + d] = __fmul_rn(
-        q2, a.channel.error[static_cast<size_t>(head * 4 + j) * MAX_DIM + static_cast<size_t>(d)]);
+  if (tid == 0) a.cut[h] = count[0];
 }
 
 /* ---- score */
 
 struct score_args {
-  rdkv_tensor k, v, q;
-  const float *lse; /* [n_q_heads][window] with a stride between heads; NULL = to be found */
-  ptrdiff_t lse_stride;
-  float *token, *q_square, *k_square, *mean_out;
-  float *see;       /* [2][window + 1] weight of query i, and of queries i and later */
-  float *query;     /* [heads][k_dim][columns] scaled by softmax_scale * log2(e) */
+  item *items;
+  float *see;   /* [2][window + 1] weight of query i, and of queries i and later */
+  float *query; /* [heads][k_dim][columns] scaled by softmax_scale * log2(e); for plain_kernel */
   float *reference; /* [heads][columns]: weight = 2^(logit - reference) */
   float2 *stats;    /* [heads][splits][columns] largest logit, sum of 2^(logit - it) */
   float *square;    /* [heads][splits][k_dim] */
   float *out;       /* [heads][splits][v_dim] */
   float *mean;      /* [heads][n] attention before pooling */
+  uint32_t *done;   /* [heads] */
   uint32_t *status;
-  uint32_t n, split; /* tokens of a split: a multiple of 128 */
-  int splits, heads, group, window, columns, k_dim, v_dim, pool, joint;
-  float scale; /* softmax_scale * log2(e) */
+  ptrdiff_t lse_stride;
+  uint32_t n, split; /* tokens of a split: a multiple of STAGE */
+  int splits, heads, group, window, columns, k_dim, v_dim, pool, joint; /* heads of an item */
+  int given, plain, fused; /* log-sum-exp is; no tensor cores; V is read together with K */
+  float scale;             /* softmax_scale * log2(e) */
 };
 
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -3405,35 +3708,57 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-/* Weights of the window's queries, 1 on average: as rdkv__recency. One block. */
-static __global__ void recency_kernel(score_args a) {
-  __shared__ float part[1024];
-  __shared__ float total[1];
-  for (int i = static_cast<int>(threadIdx.x); i < a.window; i += THREADS)
-    part[i] = a.joint ? static_cast<float>(1 / sqrt(static_cast<double>(a.window - i))) : 1;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    double sum = 0;
-    for (int i = a.window - 1; i >= 0; --i) sum += static_cast<double>(part[i]);
-    total[0] = a.joint ? static_cast<float>(a.window / sum) : 1;
-    float see = 0;
-    a.see[2 * a.window + 1] = 0;
-    for (int i = a.window - 1; i >= 0; --i) {
-      see += part[i] * total[0];
-      a.see[i] = part[i] * total[0], a.see[a.window + 1 + i] = see;
-    }
-  }
+/* Zeroes bytes, shared by n_threads of which this is one. */
+__device__ inline void clear_bytes(uint8_t *p, size_t bytes, size_t thread, size_t n_threads) {
+  size_t head = (16 - reinterpret_cast<uintptr_t>(p) % 16) % 16;
+  if (head > bytes) head = bytes;
+  const size_t words = (bytes - head) / 16, end = head + 16 * words;
+  uint4 *wide = reinterpret_cast<uint4 *>(p + head);
+  for (size_t i = thread; i < words; i += n_threads) wide[i] = make_uint4(0, 0, 0, 0);
+  if (thread < head) p[thread] = 0;
+  if (end + thread < bytes) p[end + thread] = 0;
 }
 
-/* Queries to fp32 columns i * group + g, and their squares: 32 channels of a head a block. */
-static __global__ void query_kernel(score_args a) {
+/* The first launch: older widths cleared, weights of the window's queries (1 on average, as
+   rdkv__recency), the queries' squares, and for plain_kernel their fp32 columns i * group + g. A
+   block has 32 channels of a head. */
+static __global__ void __launch_bounds__(THREADS)
+    score_begin_kernel(score_args a, item_list list, int first) {
   __shared__ double sums[THREADS / 32][32];
+  __shared__ float part[1024];
   const int head = static_cast<int>(blockIdx.y), used = a.group * a.window;
-  const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
+  const int z = static_cast<int>(blockIdx.z), h = (first + z) * a.heads + head;
+  const int tid = static_cast<int>(threadIdx.x), lane = tid & 31, warp = tid >> 5;
   const int d = static_cast<int>(blockIdx.x) * 32 + lane;
-  const ptrdiff_t stride = a.q.dim_stride ? a.q.dim_stride : 1;
-  float *query = a.query + static_cast<size_t>(head) * static_cast<size_t>(a.k_dim * a.columns) +
-                 static_cast<size_t>(d) * static_cast<size_t>(a.columns);
+  const item &it = list.at[z];
+  const size_t block = static_cast<size_t>(head) * gridDim.x + blockIdx.x;
+  const size_t thread = block * THREADS + threadIdx.x,
+               n_threads = static_cast<size_t>(a.heads) * gridDim.x * THREADS;
+  clear_bytes(it.v_bits, static_cast<size_t>(a.heads) * a.n, thread, n_threads);
+  clear_bytes(it.k_bits, static_cast<size_t>(a.heads * a.k_dim), thread, n_threads);
+  if (thread == 0) a.items[first + z] = it;
+  if (blockIdx.x == 0 && tid == 0) a.done[h] = 0;
+  if (block == 0 && first + z == 0) {
+    for (int i = tid; i < a.window; i += THREADS)
+      part[i] = a.joint ? static_cast<float>(1 / sqrt(static_cast<double>(a.window - i))) : 1;
+    __syncthreads();
+    if (tid == 0) {
+      double sum = 0;
+      for (int i = a.window - 1; i >= 0; --i) sum += static_cast<double>(part[i]);
+      const float by = a.joint ? static_cast<float>(a.window / sum) : 1;
+      float see = 0;
+      a.see[2 * a.window + 1] = 0;
+      for (int i = a.window - 1; i >= 0; --i) {
+        see += part[i] * by;
+        a.see[i] = part[i] * by, a.see[a.window + 1 + i] = see;
+      }
+    }
+  }
+  const ptrdiff_t stride = it.q.dim_stride ? it.q.dim_stride : 1;
+  float *query = a.query;
+  if (a.plain)
+    query += (static_cast<size_t>(h) * static_cast<size_t>(a.k_dim) + static_cast<size_t>(d)) *
+             static_cast<size_t>(a.columns);
   double sum = 0;
   bool bad = false;
   for (int c0 = warp; c0 < a.columns && d < a.k_dim; c0 += THREADS / 32 * 8) {
@@ -3444,15 +3769,15 @@ static __global__ void query_kernel(score_args a) {
       raw[i] = 0;
       if (c < used)
         raw[i] = raw_element(
-            row_of(a.q, static_cast<uint32_t>(c / a.group), head * a.group + c % a.group),
-            a.q.dtype, d * stride);
+            row_of(it.q, static_cast<uint32_t>(c / a.group), head * a.group + c % a.group),
+            it.q.dtype, d * stride);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float x = value_of(raw[i], a.q.dtype);
+      const float x = value_of(raw[i], it.q.dtype);
       bad |= !in_range(x);
       sum += static_cast<double>(x) * static_cast<double>(x);
-      if (c0 + THREADS / 32 * i < a.columns) query[c0 + THREADS / 32 * i] = x * a.scale;
+      if (a.plain && c0 + THREADS / 32 * i < a.columns) query[c0 + THREADS / 32 * i] = x * a.scale;
     }
   }
   if (bad) fail(a.status, RDKV_ERR_NONFINITE);
@@ -3461,39 +3786,49 @@ static __global__ void query_kernel(score_args a) {
   if (warp != 0 || d >= a.k_dim) return;
   sum = 0;
   for (int w = 0; w < THREADS / 32; ++w) sum += sums[w][lane];
-  a.q_square[head * a.k_dim + d] = static_cast<float>(sum / static_cast<double>(used));
+  it.q_square[head * a.k_dim + d] = static_cast<float>(sum / static_cast<double>(used));
 }
 
-/* References of a head's columns, from the log-sum-exp given or from the splits' parts. The weight
-   of the query goes in too; columns that pad weigh nothing. A warp a column. */
-static __global__ void reference_kernel(score_args a) {
-  const int head = static_cast<int>(blockIdx.y), used = a.group * a.window;
-  const int lane = static_cast<int>(threadIdx.x) & 31;
-  const int c = static_cast<int>(blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5));
-  if (c >= a.columns) return;
-  float r = __int_as_float(0x7f800000);
-  if (c < used) {
-    const int i = c / a.group;
-    double log2_sum;
-    if (a.lse) {
-      log2_sum = static_cast<double>(a.lse[(head * a.group + c % a.group) * a.lse_stride + i]) *
-                 1.4426950408889634;
-    } else {
-      const float2 *s = a.stats + static_cast<size_t>(head) * a.splits * a.columns + c;
-      float top = -1e30f, sum = 0;
-      for (int j = lane; j < a.splits; j += 32)
-        top = fmaxf(top, s[static_cast<size_t>(j) * a.columns].x);
-      for (int m = 16; m; m >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, m));
-      for (int j = lane; j < a.splits; j += 32) {
-        const float2 x = s[static_cast<size_t>(j) * a.columns];
-        sum += x.y * exp2f(x.x - top);
-      }
-      for (int m = 16; m; m >>= 1) sum += __shfl_xor_sync(FULL, sum, m);
-      log2_sum = static_cast<double>(top) + log2(static_cast<double>(sum));
+/* References of a head's columns for the pass that weighs: from the log-sum-exp given or what the
+   last block of the pass before found. The weight of the query goes in too; columns that pad weigh
+   nothing. */
+__device__ __forceinline__ float reference_of(const score_args &a, const item &it, int head, int h,
+                                              int c) {
+  if (!a.given) return a.reference[h * a.columns + c];
+  if (c >= a.group * a.window) return __int_as_float(0x7f800000);
+  const int i = c / a.group;
+  return static_cast<float>(
+      static_cast<double>(it.lse[(head * a.group + c % a.group) * a.lse_stride + i]) *
+          1.4426950408889634 -
+      static_cast<double>(log2f(a.see[i])));
+}
+
+/* The same from the splits' parts; all threads of the head's last block. */
+__device__ __forceinline__ void find_references(const score_args &a, int h) {
+  const size_t columns = static_cast<size_t>(a.columns);
+  for (int c = static_cast<int>(threadIdx.x); c < a.columns; c += static_cast<int>(blockDim.x)) {
+    const float2 *s =
+        a.stats + static_cast<size_t>(h) * static_cast<size_t>(a.splits) * columns + c;
+    float top = -1e30f, sum = 0;
+    for (int j0 = 0; j0 < a.splits; j0 += 16) {
+      float2 x[16];
+#pragma unroll
+      for (int j = 0; j < 16; ++j)
+        x[j] = j0 + j < a.splits ? __ldcg(s + static_cast<size_t>(j0 + j) * columns)
+                                 : make_float2(-1e30f, 0);
+      float most = top;
+#pragma unroll
+      for (int j = 0; j < 16; ++j) most = fmaxf(most, x[j].x);
+      sum *= exp2f(top - most), top = most;
+#pragma unroll
+      for (int j = 0; j < 16; ++j) sum += x[j].y * exp2f(x[j].x - top);
     }
-    r = static_cast<float>(log2_sum - log2(static_cast<double>(a.see[i])));
+    float r = __int_as_float(0x7f800000);
+    if (c < a.group * a.window)
+      r = static_cast<float>(static_cast<double>(top) + static_cast<double>(log2f(sum)) -
+                             static_cast<double>(log2f(a.see[c / a.group])));
+    a.reference[static_cast<size_t>(h) * columns + static_cast<size_t>(c)] = r;
   }
-  if (lane == 0) a.reference[head * a.columns + c] = r;
 }
 
 /* Any dtype, stride and size, plain multiply and add: 16 rows of K at a time in shared memory, a
@@ -3503,12 +3838,13 @@ __global__ void __launch_bounds__(THREADS) plain_kernel(score_args a) {
   __shared__ float rows[16][MAX_DIM];
   __shared__ float sums[THREADS / 32][16];
   const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
+  const int h = static_cast<int>(blockIdx.z) * a.heads + head;
+  const item &it = a.items[blockIdx.z];
   const uint32_t first = blockIdx.x * a.split, end = least(first + a.split, a.n);
   const uint32_t seen = a.n - static_cast<uint32_t>(a.window); /* token of the first query */
-  const ptrdiff_t stride = a.k.dim_stride ? a.k.dim_stride : 1;
-  const float *query =
-      a.query + static_cast<size_t>(head) * static_cast<size_t>(a.k_dim * a.columns);
-  const size_t part = static_cast<size_t>(head) * a.splits + blockIdx.x;
+  const ptrdiff_t stride = it.k.dim_stride ? it.k.dim_stride : 1;
+  const float *query = a.query + static_cast<size_t>(h) * static_cast<size_t>(a.k_dim * a.columns);
+  const size_t part = static_cast<size_t>(h) * static_cast<size_t>(a.splits) + blockIdx.x;
   float square = 0;
   bool bad = false;
   for (int c0 = 0; c0 < (STATS ? a.columns : 1); c0 += THREADS) {
@@ -3519,9 +3855,9 @@ __global__ void __launch_bounds__(THREADS) plain_kernel(score_args a) {
       __syncthreads();
       for (int i = tid; i < 16 * a.k_dim; i += THREADS) {
         const int t = i / a.k_dim, d = i - t * a.k_dim;
-        const float x =
-            t < n ? element(row_of(a.k, t0 + static_cast<uint32_t>(t), head), a.k.dtype, d * stride)
-                  : 0;
+        const float x = t < n ? element(row_of(it.k, t0 + static_cast<uint32_t>(t), head),
+                                        it.k.dtype, d * stride)
+                              : 0;
         bad |= !in_range(x);
         rows[t][d] = x;
       }
@@ -3543,7 +3879,7 @@ __global__ void __launch_bounds__(THREADS) plain_kernel(score_args a) {
 #pragma unroll
           for (int t = 0; t < 16; ++t) x[t] += rows[t][d] * q;
         }
-        const float r = STATS ? 0 : a.reference[head * a.columns + c];
+        const float r = STATS ? 0 : reference_of(a, it, head, h, c);
         float old = top;
 #pragma unroll
         for (int t = 0; t < 16; ++t) {
@@ -3572,297 +3908,420 @@ __global__ void __launch_bounds__(THREADS) plain_kernel(score_args a) {
         if (tid < n) {
           float w = 0;
           for (int i = 0; i < THREADS / 32; ++i) w += sums[i][tid];
-          a.mean[static_cast<size_t>(head) * a.n + t0 + static_cast<uint32_t>(tid)] = w;
+          a.mean[static_cast<size_t>(h) * a.n + t0 + static_cast<uint32_t>(tid)] = w;
         }
       }
     }
-    if (STATS && c0 + tid < a.columns) a.stats[part * a.columns + c0 + tid] = make_float2(top, sum);
+    if (STATS && c0 + tid < a.columns)
+      a.stats[part * static_cast<size_t>(a.columns) + static_cast<size_t>(c0 + tid)] =
+          make_float2(top, sum);
   }
-  if (!STATS && tid < a.k_dim) a.square[part * a.k_dim + tid] = square;
+  if (!STATS && tid < a.k_dim)
+    a.square[part * static_cast<size_t>(a.k_dim) + static_cast<size_t>(tid)] = square;
   if (bad) fail(a.status, RDKV_ERR_NONFINITE);
+  if (STATS && last_block(&a.done[h], gridDim.x)) find_references(a, h);
 }
 
-/* Dense fp16 or bf16 rows, with the tensor cores. A product is a sum over channels in any order, so
-   a lane's 16-byte load of 8 neighbouring channels serves as the fragments of two steps, for K and
-   Q alike: no rearranging. C is k_dim / 32; a warp takes 16 M tokens, which are A, against all
-   columns, which lie in shared memory as B. STATS: a lane keeps maximum and sum of its rows for its
-   columns in shared memory. */
+/* Dense fp16 or bf16 rows, with the tensor cores: queries are A and stay in registers, 16 M columns
+   a warp; 32 tokens of K at a time are B, and come through shared memory by asynchronous copies, V
+   a stage behind, for it needs their weights. A product is a sum over channels in any order, so a
+   lane's 16-byte load of 8 neighbouring channels serves as the fragments of two steps, for K and Q
+   alike: no rearranging. C is k_dim / 32. */
+enum { STAGE = 32, STAGES = 3 };
+
 template <int C>
 struct tensor_shape {
-  enum { M = C <= 4 ? 2 : 1, WARPS = 4 };
+  enum { M = C <= 4 ? 2 : 1 };
 };
 
-static size_t tensor_shared(int k_dim, int columns, bool stats) {
-  return static_cast<size_t>(columns) * static_cast<size_t>(k_dim) * 2 +
-         static_cast<size_t>(columns) * 4 + (stats ? static_cast<size_t>(columns) * 256 : 0);
+/* Warps of a block, or 0 where there are too many columns; and its bytes of shared memory. */
+static int tensor_warps(int k_dim, int columns) {
+  const int warps = (columns - 1) / (k_dim <= 128 ? 32 : 16) + 1;
+  return warps <= 4 ? 4 : warps <= 8 ? 8 : warps <= 16 ? 16 : 0;
+}
+static size_t tensor_shared(int k_dim, int v_dim, int warps, bool with_v) {
+  const size_t row = static_cast<size_t>(k_dim + (with_v ? v_dim : 0)) * 2,
+               n = static_cast<size_t>(warps);
+  const size_t ring = STAGES * STAGE * row + 2 * STAGE * 4 * n, sums = 32 * n * 32;
+  return ring > sums ? ring : sums;
 }
 
+/* 16 bytes to shared memory; zeroes where there is no such row. */
+__device__ __forceinline__ void copy_16(void *to, const void *from, bool real) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(real ? 16 : 0)
+               : "memory");
+}
+
+/* STATS finds the columns' maxima and sums, of which each lane has its own for its rows and tokens
+   until the end; the maximum that a sum is relative to moves when the sum has grown out of bounds,
+   which the first one does. Else the weights of the tokens, and with them the sum of V. */
 template <int C, bool BF16, bool STATS>
-__global__ void __launch_bounds__(128) tensor_kernel(score_args a) {
-  enum { M = tensor_shape<C>::M, WARPS = tensor_shape<C>::WARPS };
+#ifdef B_LB3
+#define B_LB 128, 3
+#else
+#define B_LB 512
+#endif
+__global__ void __launch_bounds__(B_LB) tensor_kernel(score_args a) {
+  enum { M = tensor_shape<C>::M, CHUNKS = 4 * C, DTYPE = BF16 ? RDKV_BF16 : RDKV_F16 };
   extern __shared__ uint4 rdkv_cuda_compress_memory[];
   const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
+  const int h = static_cast<int>(blockIdx.z) * a.heads + head;
   const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
-  const int used = a.group * a.window, n_tiles = a.columns / 8;
-  uint4 *queries = rdkv_cuda_compress_memory; /* [column tile][C][lane] */
-  float *reference = reinterpret_cast<float *>(queries + n_tiles * C * 32);
-  float4 *stats = reinterpret_cast<float4 *>(reference + a.columns) + warp * n_tiles * 32;
-  float(*squares)[32 * C] = reinterpret_cast<float(*)[32 * C]>(rdkv_cuda_compress_memory);
-  for (int i = tid; i < n_tiles * C * 32; i += 128) {
-    const int l = i & 31, c = i / 32 % C, column = i / 32 / C * 8 + (l >> 2);
-    uint4 x = make_uint4(0, 0, 0, 0);
-    if (column < used) {
-      const uint16_t *row = static_cast<const uint16_t *>(
-          row_of(a.q, static_cast<uint32_t>(column / a.group), head * a.group + column % a.group));
-      x = *reinterpret_cast<const uint4 *>(row + 32 * c + 8 * (l & 3));
-    }
-    queries[i] = x;
-  }
-  if (STATS) {
-    for (int i = lane; i < n_tiles * 32; i += 32) stats[i] = make_float4(-1e30f, 0, -1e30f, 0);
-  } else {
-    for (int i = tid; i < a.columns; i += 128) reference[i] = a.reference[head * a.columns + i];
-  }
-  __syncthreads();
+  const int n_threads = static_cast<int>(blockDim.x), n_warps = n_threads >> 5;
+  const item &it = a.items[blockIdx.z];
+  const bool with_v = !STATS && a.fused;
+  uint4 *k_ring = rdkv_cuda_compress_memory;        /* [STAGES][STAGE][CHUNKS], swizzled */
+  uint4 *v_ring = k_ring + STAGES * STAGE * CHUNKS; /* [STAGES][STAGE][v_dim / 8] */
+  const int v_chunks = a.v_dim / 8;
+  float *partial = reinterpret_cast<float *>(v_ring + (with_v ? STAGES * STAGE * v_chunks : 0));
+  /* partial: [2][STAGE][n_warps] a warp's part of a token's weight */
   const uint32_t first = blockIdx.x * a.split, end = least(first + a.split, a.n);
   const uint32_t seen = a.n - static_cast<uint32_t>(a.window);
-  float square[STATS ? 1 : C][8];
-  bool bad = false;
+  const int n_stages = static_cast<int>((end - first + STAGE - 1) / STAGE);
+  /* a thread copies, and looks after, one chunk of every few rows */
+  const int k_rows = n_threads / CHUNKS, k_row = tid / CHUNKS, k_chunk = tid % CHUNKS;
+  const int v_rows = n_threads / v_chunks, v_row = tid / v_chunks, v_chunk = tid % v_chunks;
+  const char *k_from = static_cast<const char *>(row_of(it.k, first, head)) + 16 * k_chunk;
+  const char *v_from =
+      with_v ? static_cast<const char *>(row_of(it.v, first, head)) + 16 * v_chunk : nullptr;
+  const ptrdiff_t k_step = it.k.token_stride * 2, v_step = it.v.token_stride * 2;
+  const auto k_at = [&](int stage, int row, int chunk) {
+    return k_ring + (stage % STAGES * STAGE + row) * CHUNKS +
+           (C & 1 ? chunk : chunk ^ (row & 1) << 2);
+  };
+  const auto v_at = [&](int stage, int row) {
+    return v_ring + (stage % STAGES * STAGE + row) * v_chunks + v_chunk;
+  };
+  const auto copy = [&](int k_stage, int v_stage) {
+    if (k_row < k_rows && k_stage < n_stages)
+      for (int row = k_row; row < STAGE; row += k_rows) {
+        const uint32_t i = static_cast<uint32_t>(STAGE * k_stage + row);
+        const bool real = first + i < end;
+        copy_16(k_at(k_stage, row, k_chunk),
+                k_from + (real ? static_cast<ptrdiff_t>(i) * k_step : 0), real);
+      }
+    if (with_v && v_row < v_rows && v_stage >= 0 && v_stage < n_stages)
+      for (int row = v_row; row < STAGE; row += v_rows) {
+        const uint32_t i = static_cast<uint32_t>(STAGE * v_stage + row);
+        const bool real = first + i < end;
+        copy_16(v_at(v_stage, row), v_from + (real ? static_cast<ptrdiff_t>(i) * v_step : 0), real);
+      }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+  copy(0, -1), copy(1, 0);
+  /* queries; row g and g + 8 of each 16 columns */
+  uint4 q[M][2][C];
+  float2 top[M], sum[M]; /* of rows g and g + 8; else top is their reference */
 #pragma unroll
-  for (int c = 0; c < (STATS ? 1 : C); ++c)
+  for (int m = 0; m < M; ++m) {
+    float r[2];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) square[c][i] = 0;
-  for (uint32_t t0 = first + static_cast<uint32_t>(warp) * 16 * M; t0 < end; t0 += WARPS * 16 * M) {
-    uint4 x[M][2][C];
+    for (int u = 0; u < 2; ++u) {
+      const int column = 16 * (M * warp + m) + 8 * u + g;
+      const bool real = column < a.group * a.window;
+      const uint16_t *row = static_cast<const uint16_t *>(
+          row_of(it.q, real ? static_cast<uint32_t>(column / a.group) : 0,
+                 head * a.group + (real ? column % a.group : 0)));
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        q[m][u][c] = *reinterpret_cast<const uint4 *>(row + 32 * c + 8 * t);
+        if (!real) q[m][u][c] = make_uint4(0, 0, 0, 0);
+      }
+      r[u] = STATS  ? -1e30f
+             : real ? reference_of(a, it, head, h, column)
+                    : __int_as_float(0x7f800000);
+    }
+    top[m] = make_float2(r[0], r[1]), sum[m] = make_float2(0, 0);
+  }
+  float square[8], out[8];
+  extremes<DTYPE> ends;
+  ends.clear();
+#pragma unroll
+  for (int i = 0; i < 8; ++i) square[i] = out[i] = 0;
+  for (int stage = 0; stage < n_stages + (with_v ? 1 : 0); ++stage) {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    __syncthreads(); /* this stage is there, and all are done with the one before */
+    copy(stage + 2, stage + 1);
+    const uint32_t t0 = first + static_cast<uint32_t>(STAGE * stage);
+    if (stage < n_stages) {
+      const bool edge = t0 + STAGE > seen || t0 + STAGE > end;
+      float w[8]; /* sums over rows, of tokens 8 n + 2 t + e at 2 n + e */
+#pragma unroll
+      for (int i = 0; i < 8; ++i) w[i] = 0;
+#pragma unroll
+      for (int n = 0; n < 4; n += 2) { /* 16 tokens, so that four chains of products interleave */
+        float y[2][M][4];
+#pragma unroll
+        for (int p = 0; p < 2; ++p)
+#pragma unroll
+          for (int m = 0; m < M; ++m) y[p][m][0] = y[p][m][1] = y[p][m][2] = y[p][m][3] = 0;
+#pragma unroll
+        for (int c = 0; c < C; ++c) {
+          const uint4 b[2] = {*k_at(stage, 8 * n + g, 4 * c + t),
+                              *k_at(stage, 8 * n + 8 + g, 4 * c + t)};
+#pragma unroll
+          for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int p = 0; p < 2; ++p)
+              rdkv_cuda__mma<BF16>(y[p][m], q[m][0][c].x, q[m][1][c].x, q[m][0][c].y, q[m][1][c].y,
+                                   b[p].x, b[p].y);
+#pragma unroll
+          for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int p = 0; p < 2; ++p)
+              rdkv_cuda__mma<BF16>(y[p][m], q[m][0][c].z, q[m][1][c].z, q[m][0][c].w, q[m][1][c].w,
+                                   b[p].z, b[p].w);
+        }
+        if (edge) {
+#pragma unroll
+          for (int p = 0; p < 2; ++p)
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                const uint32_t at = t0 + static_cast<uint32_t>(8 * (n + p) + 2 * t + (i & 1));
+                const int column = 16 * (M * warp + m) + 8 * (i >> 1) + g;
+                if (at >= end || (at > seen && static_cast<uint32_t>(column) <
+                                                   (at - seen) * static_cast<uint32_t>(a.group)))
+                  y[p][m][i] = -3e38f;
+              }
+        }
+        if (!STATS) {
+#pragma unroll
+          for (int p = 0; p < 2; ++p)
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+#pragma unroll
+              for (int i = 0; i < 4; ++i)
+                w[2 * (n + p) + (i & 1)] +=
+                    exp2_fast(y[p][m][i] * a.scale - (i >> 1 ? top[m].y : top[m].x));
+        } else {
+          bool move = false;
+          float2 s[M];
+#pragma unroll
+          for (int m = 0; m < M; ++m) {
+            s[m] = sum[m];
+#pragma unroll
+            for (int p = 0; p < 2; ++p) {
+              s[m].x += exp2_fast(y[p][m][0] * a.scale - top[m].x) +
+                        exp2_fast(y[p][m][1] * a.scale - top[m].x);
+              s[m].y += exp2_fast(y[p][m][2] * a.scale - top[m].y) +
+                        exp2_fast(y[p][m][3] * a.scale - top[m].y);
+            }
+            move |= !(fmaxf(s[m].x, s[m].y) < 1e18f);
+          }
+          if (move) {
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+              const float2 old = top[m];
+              s[m] = make_float2(0, 0);
+#pragma unroll
+              for (int p = 0; p < 2; ++p) {
+                top[m].x = fmaxf(top[m].x, fmaxf(y[p][m][0], y[p][m][1]) * a.scale);
+                top[m].y = fmaxf(top[m].y, fmaxf(y[p][m][2], y[p][m][3]) * a.scale);
+              }
+#pragma unroll
+              for (int p = 0; p < 2; ++p) {
+                s[m].x += exp2_fast(y[p][m][0] * a.scale - top[m].x) +
+                          exp2_fast(y[p][m][1] * a.scale - top[m].x);
+                s[m].y += exp2_fast(y[p][m][2] * a.scale - top[m].y) +
+                          exp2_fast(y[p][m][3] * a.scale - top[m].y);
+              }
+              s[m].x += sum[m].x * exp2_fast(old.x - top[m].x);
+              s[m].y += sum[m].y * exp2_fast(old.y - top[m].y);
+            }
+          }
+#pragma unroll
+          for (int m = 0; m < M; ++m) sum[m] = s[m];
+        }
+      }
+      if (!STATS) {
+        /* over the 8 lanes g, halving what each has: lane's token in the end 16 g0 + 8 g1 + 2 t +
+         * g2 */
+#pragma unroll
+        for (int i = 0, step = 4, d = 4; i < 3; ++i, step >>= 1, d <<= 1) {
+          const bool upper = (lane & d) != 0;
+#pragma unroll
+          for (int k = 0; k < step; ++k) {
+            const float keep = upper ? w[k + step] : w[k], give = upper ? w[k] : w[k + step];
+            w[k] = keep + __shfl_xor_sync(FULL, give, d);
+          }
+        }
+        const int token = 16 * (g & 1) + 8 * (g >> 1 & 1) + 2 * t + (g >> 2);
+        partial[((stage & 1) * STAGE + token) * n_warps + warp] = w[0];
+        if (k_row < k_rows)
+          for (int row = k_row; row < STAGE; row += k_rows) {
+            const uint4 x = *k_at(stage, row, k_chunk);
+            const uint32_t word[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const float2 y = extremes<DTYPE>::values(word[i]);
+              if (BF16) ends.take(word[i]);
+              square[2 * i] += y.x * y.x, square[2 * i + 1] += y.y * y.y;
+            }
+          }
+      }
+    }
+    if (with_v && stage > 0 && v_row < v_rows) {
+      for (int row = v_row; row < STAGE; row += v_rows) {
+        const float *p = partial + (((stage + 1) & 1) * STAGE + row) * n_warps;
+        float weight = 0;
+        for (int i = 0; i < n_warps; i += 4) {
+          const float4 x = *reinterpret_cast<const float4 *>(p + i);
+          weight += (x.x + x.y) + (x.z + x.w);
+        }
+        const uint32_t at = t0 - STAGE + static_cast<uint32_t>(row);
+        if (v_chunk == 0 && at < end) a.mean[static_cast<size_t>(h) * a.n + at] = weight;
+        const uint4 x = *v_at(stage - 1, row);
+        const uint32_t word[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 y = extremes<DTYPE>::values(word[i]);
+          if (BF16) ends.take(word[i]);
+          out[2 * i] += weight * y.x, out[2 * i + 1] += weight * y.y;
+        }
+      }
+    }
+    if (!STATS && !with_v) { /* nobody else writes the weights then */
+      __syncthreads();
+      const uint32_t at = t0 + threadIdx.x;
+      if (threadIdx.x < STAGE && at < end) {
+        float weight = 0;
+        for (int i = 0; i < n_warps; ++i)
+          weight += partial[((stage & 1) * STAGE + tid) * n_warps + i];
+        a.mean[static_cast<size_t>(h) * a.n + at] = weight;
+      }
+    }
+  }
+  const size_t part = static_cast<size_t>(h) * static_cast<size_t>(a.splits) + blockIdx.x;
+  if (STATS) {
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const uint32_t at = t0 + static_cast<uint32_t>(16 * m + 8 * r + g);
-        const uint16_t *row = static_cast<const uint16_t *>(row_of(a.k, least(at, a.n - 1), head));
-#pragma unroll
-        for (int c = 0; c < C; ++c) {
-          x[m][r][c] = *reinterpret_cast<const uint4 *>(row + 32 * c + 8 * t);
-          if (at >= end) x[m][r][c] = make_uint4(0, 0, 0, 0);
-        }
+      for (int u = 0; u < 2; ++u) { /* the 4 lanes that have the row */
+        float x = u ? top[m].y : top[m].x, s = u ? sum[m].y : sum[m].x, most = x;
+        for (int d = 1; d < 4; d <<= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, d));
+        s *= exp2_fast(x - most);
+        for (int d = 1; d < 4; d <<= 1) s += __shfl_xor_sync(FULL, s, d);
+        const int column = 16 * (M * warp + m) + 8 * u + g;
+        if (t == 0 && column < a.columns)
+          a.stats[part * static_cast<size_t>(a.columns) + static_cast<size_t>(column)] =
+              make_float2(most, most > -1e29f ? s : 0);
       }
-    if (!STATS) {
-#pragma unroll
-      for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-#pragma unroll
-          for (int c = 0; c < C; ++c) {
-            const uint32_t w[4] = {x[m][r][c].x, x[m][r][c].y, x[m][r][c].z, x[m][r][c].w};
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              float low, high;
-              if (BF16) {
-                low = __uint_as_float(w[i] << 16), high = __uint_as_float(w[i] & 0xffff0000u);
-              } else {
-                low = half_value(static_cast<uint16_t>(w[i]));
-                high = half_value(static_cast<uint16_t>(w[i] >> 16));
-              }
-              bad |= !in_range(low) | !in_range(high);
-              square[c][2 * i] += low * low, square[c][2 * i + 1] += high * high;
-            }
-          }
-    }
-    const bool edge = t0 + 16 * M > seen || t0 + 16 * M > end;
-    float sum[M][2];
-#pragma unroll
-    for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = 0;
-#pragma unroll 2
-    for (int j = 0; j < n_tiles; ++j) {
-      float y[M][4];
-#pragma unroll
-      for (int m = 0; m < M; ++m) y[m][0] = y[m][1] = y[m][2] = y[m][3] = 0;
-#pragma unroll
-      for (int c = 0; c < C; ++c) {
-        const uint4 b = queries[(j * C + c) * 32 + lane];
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-          rdkv_cuda__mma<BF16>(y[m], x[m][0][c].x, x[m][1][c].x, x[m][0][c].y, x[m][1][c].y, b.x,
-                               b.y);
-          rdkv_cuda__mma<BF16>(y[m], x[m][0][c].z, x[m][1][c].z, x[m][0][c].w, x[m][1][c].w, b.z,
-                               b.w);
-        }
-      }
-      const int column = 8 * j + 2 * t;
-#pragma unroll
-      for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          y[m][i] *= a.scale;
-          if (edge) {
-            const uint32_t at = t0 + static_cast<uint32_t>(16 * m + 8 * (i >> 1) + g);
-            if (at >= end || (at > seen && static_cast<uint32_t>(column + (i & 1)) <
-                                               (at - seen) * static_cast<uint32_t>(a.group)))
-              y[m][i] = -1e30f;
-          }
-        }
-      if (STATS) {
-        float4 s = stats[j * 32 + lane];
-        float top0 = s.x, top1 = s.z;
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-          top0 = fmaxf(top0, fmaxf(y[m][0], y[m][2]));
-          top1 = fmaxf(top1, fmaxf(y[m][1], y[m][3]));
-        }
-        s.y *= exp2_fast(s.x - top0), s.w *= exp2_fast(s.z - top1);
-        s.x = top0, s.z = top1;
-#pragma unroll
-        for (int m = 0; m < M; ++m)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float e = exp2_fast(y[m][i] - (i & 1 ? top1 : top0));
-            /* hidden ones count only while a lane has seen nothing else: then the sum is of 1s, and
-               is scaled away, or discarded by reference_kernel with its maximum */
-            if (i & 1)
-              s.w += e;
-            else
-              s.y += e;
-          }
-        stats[j * 32 + lane] = s;
-      } else {
-        const float2 r = *reinterpret_cast<const float2 *>(reference + column);
-#pragma unroll
-        for (int m = 0; m < M; ++m)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sum[m][i >> 1] += exp2_fast(y[m][i] - (i & 1 ? r.y : r.x));
-      }
-    }
-    if (!STATS) {
-#pragma unroll
-      for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float s = sum[m][r];
-          s += __shfl_xor_sync(FULL, s, 1);
-          s += __shfl_xor_sync(FULL, s, 2);
-          const uint32_t at = t0 + static_cast<uint32_t>(16 * m + 8 * r + g);
-          if (t == 0 && at < end) a.mean[static_cast<size_t>(head) * a.n + at] = s;
-        }
-    }
-  }
-  if (bad) fail(a.status, RDKV_ERR_NONFINITE);
-  const size_t part = static_cast<size_t>(head) * a.splits + blockIdx.x;
-  __syncthreads();
-  if (STATS) {
-    const float4 *all = stats - warp * n_tiles * 32;
-    for (int c = tid; c < a.columns; c += 128) { /* the 8 lanes of each warp that have the column */
-      float top = -1e30f, sum = 0;
-      for (int pass = 0; pass < 2; ++pass)
-        for (int w = 0; w < WARPS; ++w)
-          for (int i = 0; i < 8; ++i) {
-            const float4 s = all[(w * n_tiles + c / 8) * 32 + 4 * i + (c >> 1 & 3)];
-            const float m = c & 1 ? s.z : s.x, z = c & 1 ? s.w : s.y;
-            if (pass == 0)
-              top = fmaxf(top, m);
-            else if (m > -1e29f)
-              sum += z * exp2f(m - top);
-          }
-      a.stats[part * a.columns + c] = make_float2(top, sum);
-    }
+    if (last_block(&a.done[h], gridDim.x)) find_references(a, h);
   } else {
+    bool good = true;
+    if (BF16) {
+      const float2 low = ends.lowest(), high = ends.highest();
+      good = in_range(low.x) && in_range(low.y) && in_range(high.x) && in_range(high.y);
+    } else { /* what is no half makes sums that are no numbers, even with weight 0 */
+      float all = 0;
 #pragma unroll
-    for (int c = 0; c < (STATS ? 1 : C); ++c)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        float s = square[c][i];
-        for (int d = 4; d < 32; d <<= 1) s += __shfl_xor_sync(FULL, s, d);
-        if (g == 0) squares[warp][32 * c + 8 * t + i] = s;
-      }
+      for (int i = 0; i < 8; ++i) all += (out[i] + square[i]) * 0;
+      good = all == 0;
+    }
+    if (!good) fail(a.status, RDKV_ERR_NONFINITE);
+    float *sums = reinterpret_cast<float *>(rdkv_cuda_compress_memory);
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
     __syncthreads();
-    for (int d = tid; d < a.k_dim; d += 128)
-      a.square[part * a.k_dim + d] = squares[0][d] + squares[1][d] + squares[2][d] + squares[3][d];
-  }
-}
-
-/* Sum of V weighted by the attention, a split each; WIDE loads 8 elements at a time. */
-template <bool WIDE>
-__global__ void __launch_bounds__(THREADS) out_kernel(score_args a) {
-  __shared__ float sums[THREADS * 8];
-  const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
-  const uint32_t first = blockIdx.x * a.split, end = least(first + a.split, a.n);
-  const ptrdiff_t stride = a.v.dim_stride ? a.v.dim_stride : 1;
-  const int each = WIDE ? 8 : 1, lanes_of_row = (a.v_dim + each - 1) / each;
-  const int n_rows = THREADS / lanes_of_row, row = tid / lanes_of_row;
-  const int d = (tid - row * lanes_of_row) * each;
-  const float *mean = a.mean + static_cast<size_t>(head) * a.n;
-  float acc[8];
-  bool bad = false;
+    if (k_row < k_rows)
 #pragma unroll
-  for (int i = 0; i < 8; ++i) acc[i] = 0;
-  if (row < n_rows) {
-#pragma unroll 4
-    for (uint32_t t = first + static_cast<uint32_t>(row); t < end;
-         t += static_cast<uint32_t>(n_rows)) {
-      const void *p = row_of(a.v, t, head);
-      const float w = mean[t];
-      if (WIDE) {
-        const uint4 y = *reinterpret_cast<const uint4 *>(static_cast<const uint16_t *>(p) + d);
-        const uint32_t z[4] = {y.x, y.y, y.z, y.w};
+      for (int i = 0; i < 8; ++i) sums[k_row * a.k_dim + 8 * k_chunk + i] = square[i];
+    __syncthreads();
+    for (int d = tid; d < a.k_dim; d += n_threads) {
+      float s = 0;
+      for (int r = 0; r < k_rows; ++r) s += sums[r * a.k_dim + d];
+      a.square[part * static_cast<size_t>(a.k_dim) + static_cast<size_t>(d)] = s;
+    }
+    __syncthreads();
+    if (with_v && v_row < v_rows)
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const uint16_t h = static_cast<uint16_t>(z[i / 2] >> (16 * (i & 1)));
-          const float x = a.v.dtype == RDKV_F16 ? half_value(h)
-                                                : __uint_as_float(static_cast<uint32_t>(h) << 16);
-          bad |= !in_range(x);
-          acc[i] += w * x;
-        }
-      } else {
-        const float x = element(p, a.v.dtype, d * stride);
-        bad |= !in_range(x);
-        acc[0] += w * x;
-      }
+      for (int i = 0; i < 8; ++i) sums[v_row * a.v_dim + 8 * v_chunk + i] = out[i];
+    __syncthreads();
+    for (int d = tid; with_v && d < a.v_dim; d += n_threads) {
+      float s = 0;
+      for (int r = 0; r < v_rows; ++r) s += sums[r * a.v_dim + d];
+      a.out[part * static_cast<size_t>(a.v_dim) + static_cast<size_t>(d)] = s;
     }
   }
+}
+
+/* Sum of V weighted by the attention, a split each; any dtype and stride. */
+static __global__ void __launch_bounds__(THREADS) out_kernel(score_args a) {
+  __shared__ float sums[THREADS];
+  const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
+  const int h = static_cast<int>(blockIdx.z) * a.heads + head;
+  const item &it = a.items[blockIdx.z];
+  const uint32_t first = blockIdx.x * a.split, end = least(first + a.split, a.n);
+  const ptrdiff_t stride = it.v.dim_stride ? it.v.dim_stride : 1;
+  const int n_rows = THREADS / a.v_dim, row = tid / a.v_dim, d = tid - row * a.v_dim;
+  const float *mean = a.mean + static_cast<size_t>(h) * a.n;
+  float sum = 0;
+  bool bad = false;
+#pragma unroll 4
+  for (uint32_t t = first + static_cast<uint32_t>(row); t < (row < n_rows ? end : 0);
+       t += static_cast<uint32_t>(n_rows)) {
+    const float x = element(row_of(it.v, t, head), it.v.dtype, d * stride);
+    bad |= !in_range(x);
+    sum += mean[t] * x;
+  }
   if (bad) fail(a.status, RDKV_ERR_NONFINITE);
-  for (int i = 0; i < each; ++i) sums[tid * each + i] = acc[i];
+  sums[tid] = sum;
   __syncthreads();
-  const size_t part = static_cast<size_t>(head) * a.splits + blockIdx.x;
-  for (int i = tid; i < a.v_dim; i += THREADS) {
-    float s = 0;
-    for (int r = 0; r < n_rows; ++r) s += sums[r * lanes_of_row * each + i];
-    a.out[part * a.v_dim + i] = s;
-  }
+  if (tid >= a.v_dim) return;
+  for (int r = 1; r < n_rows; ++r) sum += sums[r * a.v_dim + tid];
+  a.out[(static_cast<size_t>(h) * static_cast<size_t>(a.splits) + blockIdx.x) *
+            static_cast<size_t>(a.v_dim) +
+        static_cast<size_t>(tid)] = sum;
 }
 
-/* The splits' sums together; the attention pooled. */
-static __global__ void finish_kernel(score_args a) {
-  const int head = static_cast<int>(blockIdx.x), d = static_cast<int>(threadIdx.x);
-  const size_t part = static_cast<size_t>(head) * a.splits;
-  double s = 0;
-  if (d < a.k_dim) {
-#pragma unroll 8
-    for (int i = 0; i < a.splits; ++i) s += static_cast<double>(a.square[(part + i) * a.k_dim + d]);
-    a.k_square[head * a.k_dim + d] = static_cast<float>(s / static_cast<double>(a.n));
+/* The attention pooled, four tokens a thread; the last block of a head adds up the splits' sums. */
+static __global__ void __launch_bounds__(THREADS) pool_kernel(score_args a) {
+  __shared__ float near[4 * THREADS + 2 * POOL];
+  const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
+  const int h = static_cast<int>(blockIdx.z) * a.heads + head;
+  const item &it = a.items[blockIdx.z];
+  if (blockIdx.x == gridDim.x - 1) {
+    const size_t part = static_cast<size_t>(h) * static_cast<size_t>(a.splits);
+    const size_t kd = static_cast<size_t>(a.k_dim), vd = static_cast<size_t>(a.v_dim);
+    const bool has_k = tid < a.k_dim, has_v = a.joint && tid < a.v_dim;
+    double k = 0, v = 0;
+#pragma unroll 16
+    for (int i = 0; i < a.splits; ++i) {
+      const size_t at = part + static_cast<size_t>(i), d = static_cast<size_t>(tid);
+      if (has_k) k += static_cast<double>(a.square[at * kd + d]);
+      if (has_v) v += static_cast<double>(a.out[at * vd + d]);
+    }
+    if (has_k) it.k_square[head * a.k_dim + tid] = static_cast<float>(k / static_cast<double>(a.n));
+    if (has_v)
+      it.mean_out[head * a.v_dim + tid] =
+          static_cast<float>(v / (static_cast<double>(a.group) * a.window));
+    return;
   }
-  if (a.joint && d < a.v_dim) {
-    s = 0;
-#pragma unroll 8
-    for (int i = 0; i < a.splits; ++i) s += static_cast<double>(a.out[(part + i) * a.v_dim + d]);
-    a.mean_out[head * a.v_dim + d] =
-        static_cast<float>(s / (static_cast<double>(a.group) * a.window));
+  const float *see = a.see + a.window + 1, *mean = a.mean + static_cast<size_t>(h) * a.n;
+  const int64_t seen = static_cast<int64_t>(a.n) - a.window, last = static_cast<int64_t>(a.n) - 1;
+  const int64_t t0 = static_cast<int64_t>(blockIdx.x) * 4 * THREADS;
+  const int half = (a.pool - 1) / 2 > last ? static_cast<int>(last) : (a.pool - 1) / 2;
+  for (int i = tid; i < 4 * THREADS + 2 * half; i += THREADS) {
+    const int64_t t = t0 + i - half, at = t < 0 ? -t : t > last ? 2 * last - t : t;
+    near[i] = at >= 0 && at <= last ? mean[at] / see[at > seen ? at - seen : 0] : 0;
   }
-}
-
-static __global__ void pool_kernel(score_args a) {
-  const float *see = a.see + a.window + 1;
-  const uint32_t seen = a.n - static_cast<uint32_t>(a.window);
-  const uint32_t t = blockIdx.x * THREADS + threadIdx.x;
-  const size_t base = static_cast<size_t>(blockIdx.y) * a.n;
-  if (t >= a.n) return;
-  const int64_t last = static_cast<int64_t>(a.n) - 1, at = t;
-  int64_t half = (a.pool - 1) / 2;
-  if (half > last) half = last;
-  float s = 0;
-  for (int64_t i = at - half; i <= at + half; ++i) {
-    const uint32_t from = static_cast<uint32_t>(i < 0 ? -i : i > last ? 2 * last - i : i);
-    s = __fadd_rn(s, __fdiv_rn(a.mean[base + from], see[from > seen ? from - seen : 0]));
+  __syncthreads();
+  float s[4] = {0, 0, 0, 0};
+  for (int j = 0; j < 2 * half + 4; ++j) {
+    const float x = near[4 * tid + j];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[i] += j >= i && j <= 2 * half + i ? x : 0;
   }
-  a.token[base + t] = __fdiv_rn(s, static_cast<float>(2 * half + 1));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t t = t0 + 4 * tid + i;
+    if (t <= last)
+      it.token[static_cast<size_t>(head) * a.n + static_cast<size_t>(t)] =
+          s[i] / static_cast<float>(2 * half + 1);
+  }
 }
 
 /* ---- allocate : one cooperative kernel, whose blocks all go through the steps of rdkv__solve */
@@ -5018,12 +5477,18 @@ static bool resolved(const rdkv_config *c) {
          c->v_dim > 0 && c->v_dim <= MAX_DIM && c->window > 0 && c->n_q_heads % c->n_kv_heads == 0;
 }
 static bool tensor_ok(const rdkv_tensor &t) {
-  return t.data && static_cast<unsigned>(t.dtype) <= RDKV_BF16 &&
+  return t.data && static_cast<unsigned>(t.dtype) <= RDKV_BF16 && t.token_stride < 1 << 28 &&
+         t.token_stride > -(1 << 28) &&
          reinterpret_cast<uintptr_t>(t.data) % (t.dtype == RDKV_F32 ? 4 : 2) == 0;
 }
 static bool layer_ok(const rdkv_layer *l) {
   return l && l->token && l->q_square && l->k_square && l->mean_out && l->v_distortion &&
          l->k_distortion && l->v_bits && l->k_bits;
+}
+static bool layers_ok(const rdkv_layer *layers, int n_layers) {
+  for (int i = 0; i < n_layers; ++i)
+    if (!layer_ok(&layers[i]) || layers[i].n_tokens != layers[0].n_tokens) return false;
+  return n_layers > 0;
 }
 static uint32_t chunks_of(uint32_t n) { return (n + CHUNK - 1) / CHUNK; }
 static uint32_t blocks_of(uint32_t n, uint32_t each, uint32_t limit) {
@@ -5031,26 +5496,26 @@ static uint32_t blocks_of(uint32_t n, uint32_t each, uint32_t limit) {
   return blocks < 1 ? 1 : blocks > limit ? limit : blocks;
 }
 
-/* What listing the tokens of a layer and going through their K takes. */
-static void layout_list(arena *m, uint64_t heads, uint64_t kv_heads, uint32_t n, order_args *o,
-                        channel_args *c) {
+/* What listing the tokens of a layer takes. */
+static void layout_list(arena *m, uint64_t heads, uint64_t kv_heads, uint32_t n, order_args *o) {
   const uint64_t chunks = chunks_of(n);
   m->take(&o->counts, kv_heads * chunks * 4 + 4);
   m->take(&o->sums, kv_heads * chunks + 1);
   m->take(&o->order, kv_heads * n + 1);
-  m->take(&o->odd, heads);
   m->take(&o->kept, heads * 5);
-  m->take(&c->lo, heads * MAX_DIM);
-  m->take(&c->hi, heads * MAX_DIM);
-  m->take(&c->sum, kv_heads * MAX_DIM);
 }
 
-static void fill_channels(const rdkv_config *cfg, const rdkv_kv *kv, const order_args &o,
-                          channel_args *c) {
-  c->k = kv->k, c->v = rdkv_tensor();
-  c->order = o.order, c->kept = o.kept, c->status = o.status, c->n = o.n;
-  c->k_bits = nullptr, c->d0 = nullptr;
-  c->k_dim = cfg->k_dim, c->v_dim = cfg->v_dim;
+/* What going through K takes: sums of `heads` heads, counters of `all`, which must be zeroed. */
+static void layout_range(const rdkv_config *cfg, arena *m, uint64_t heads, uint64_t all, uint32_t n,
+                         range_args *r) {
+  const int dim = cfg->k_dim > cfg->v_dim ? cfg->k_dim : cfg->v_dim;
+  r->groups = static_cast<uint32_t>(dim + 63) / 64, r->spans = n / SPAN + (n % SPAN != 0);
+  r->n = n, r->heads = cfg->n_kv_heads, r->k_dim = cfg->k_dim, r->v_dim = cfg->v_dim;
+  r->norm = static_cast<float>(static_cast<double>(cfg->softmax_scale) *
+                               static_cast<double>(cfg->softmax_scale)); /* exact, then rounded */
+  m->take(&r->kept, all * r->groups * 3);
+  r->done = r->kept + all * r->groups;
+  m->take(&r->parts, heads * r->spans * 256 * r->groups + 1);
 }
 
 static void list_tokens(const order_args &o, uint32_t heads, cudaStream_t stream) {
@@ -5060,26 +5525,27 @@ static void list_tokens(const order_args &o, uint32_t heads, cudaStream_t stream
   if (o.n > 0) order_kernel<<<grid, THREADS, 0, stream>>>(o);
 }
 
-typedef void (*channel_kernel)(channel_args);
+typedef void (*range_kernel_type)(range_args);
 typedef void (*tile_kernel_type)(pack_args);
 
-/* The type that K and V share, K's where V is not looked at; else -1. */
-static int shared_type(const channel_args &c) {
-  return !c.v.data || c.v.dtype == c.k.dtype ? c.k.dtype : -1;
-}
+/* The type that K and V share; else -1. */
+static int shared_type(const channel_args &c) { return c.v.dtype == c.k.dtype ? c.k.dtype : -1; }
 static bool narrow(const channel_args &c) { return c.k_dim <= 128 && c.v_dim <= 128; }
 
-static channel_kernel range_kernel_of(const channel_args &c) {
-  switch (shared_type(c)) {
-    case RDKV_F16:
-      return narrow(c) ? range_kernel<4, RDKV_F16> : range_kernel<8, RDKV_F16>;
-    case RDKV_BF16:
-      return narrow(c) ? range_kernel<4, RDKV_BF16> : range_kernel<8, RDKV_BF16>;
-    case RDKV_F32:
-      return narrow(c) ? range_kernel<4, RDKV_F32> : range_kernel<8, RDKV_F32>;
-  }
-  return range_kernel<8, -1>;
+/* Launches range_kernel, or k_error_kernel, for n_items. */
+static void launch_range(const range_args &r, rdkv_dtype dtype, bool errors, int n_items,
+                         cudaStream_t stream) {
+  const range_kernel_type range = dtype == RDKV_F16    ? range_kernel<RDKV_F16>
+                                  : dtype == RDKV_BF16 ? range_kernel<RDKV_BF16>
+                                                       : range_kernel<RDKV_F32>;
+  const range_kernel_type error = dtype == RDKV_F16    ? k_error_kernel<RDKV_F16>
+                                  : dtype == RDKV_BF16 ? k_error_kernel<RDKV_BF16>
+                                                       : k_error_kernel<RDKV_F32>;
+  const dim3 grid(r.spans * r.groups, static_cast<uint32_t>(r.heads),
+                  static_cast<uint32_t>(n_items));
+  if (r.n > 0) (errors ? error : range)<<<grid, RANGE_THREADS, 0, stream>>>(r);
 }
+
 static tile_kernel_type tile_kernel_of(const channel_args &c) {
   switch (shared_type(c)) {
     case RDKV_F16:
@@ -5091,17 +5557,21 @@ static tile_kernel_type tile_kernel_of(const channel_args &c) {
   }
   return tile_kernel<8, -1>;
 }
-template <bool ERROR>
-static channel_kernel chain_kernel_of(const channel_args &c) {
-  return c.k.dtype == RDKV_F16    ? chain_kernel<ERROR, RDKV_F16>
-         : c.k.dtype == RDKV_BF16 ? chain_kernel<ERROR, RDKV_BF16>
-                                  : chain_kernel<ERROR, RDKV_F32>;
-}
-
-static void find_range(const channel_args &c, uint32_t heads, cudaStream_t stream) {
-  range_clear_kernel<<<heads, MAX_DIM, 0, stream>>>(c.lo, c.hi);
-  const dim3 grid(blocks_of(c.n, 512, 64), heads);
-  range_kernel_of(c)<<<grid, THREADS, 0, stream>>>(c);
+/* The items as kernels see them, n at most ITEMS of them from `first` on. */
+static item_list items_of(const rdkv_kv *kv, const rdkv_layer *layers, const float *const *lse,
+                          int n_items, int first, int *n) {
+  item_list list;
+  *n = n_items - first < ITEMS ? n_items - first : ITEMS;
+  for (int i = 0; i < *n; ++i) {
+    const rdkv_kv &from = kv[first + i];
+    const rdkv_layer &l = layers[first + i];
+    item &to = list.at[i];
+    to.k = from.k, to.v = from.v, to.q = from.q, to.lse = lse ? lse[first + i] : nullptr;
+    to.token = l.token, to.q_square = l.q_square, to.k_square = l.k_square;
+    to.mean_out = l.mean_out, to.v_distortion = l.v_distortion;
+    to.k_distortion = l.k_distortion, to.v_bits = l.v_bits, to.k_bits = l.k_bits;
+  }
+  return list;
 }
 
 /* score */
@@ -5111,23 +5581,30 @@ struct score_memory {
   score_args a;
 };
 
-static void layout_score(const rdkv_config *cfg, uint32_t n, void *workspace, score_memory *s) {
+static void layout_score(const rdkv_config *cfg, int n_items, uint32_t n, void *workspace,
+                         score_memory *s) {
   score_args *a = &s->a;
-  const uint64_t heads = static_cast<uint64_t>(cfg->n_kv_heads);
+  const uint64_t heads = static_cast<uint64_t>(n_items) * static_cast<uint64_t>(cfg->n_kv_heads);
   *a = score_args();
   s->m.next = static_cast<uint8_t *>(workspace), s->m.bytes = 0;
   a->n = n, a->heads = cfg->n_kv_heads, a->group = cfg->n_q_heads / cfg->n_kv_heads;
   a->window = static_cast<int>(least(static_cast<uint32_t>(cfg->window), n));
-  a->columns = (a->group * (a->window < 1 ? 1 : a->window) + 7) / 8 * 8;
+  a->columns = (a->group * (a->window < 1 ? 1 : a->window) + 15) / 16 * 16;
   a->k_dim = cfg->k_dim, a->v_dim = cfg->v_dim, a->pool = cfg->pool;
   a->joint = cfg->profile == RDKV_JOINT;
   a->scale = cfg->softmax_scale * 1.44269504088896341f;
-  /* enough splits for 8 blocks on each of 132 multiprocessors, but no shorter than 256 tokens */
-  const uint64_t want = (static_cast<uint64_t>(n) * heads / (132 * 6) + 127) / 128 * 128;
-  a->split = static_cast<uint32_t>(want < 256 ? 256 : want);
+  /* a block for each place that 132 multiprocessors have for one, or as many times that as leaves
+     it 2048 tokens */
+  const int warps = tensor_warps(a->k_dim, a->columns);
+  const uint64_t places = 132 * 16 / static_cast<uint64_t>(warps ? warps : 4);
+  const uint64_t each = static_cast<uint64_t>(n) * heads / places + 1;
+  const uint64_t split = each / (each / 2048 + 1) / STAGE * STAGE + STAGE;
+  a->split = static_cast<uint32_t>(split < 64 ? 64 : split);
   a->splits = static_cast<int>(blocks_of(n, a->split, 0x7fffffff));
   const uint64_t splits = static_cast<uint64_t>(a->splits),
                  columns = static_cast<uint64_t>(a->columns);
+  s->m.take(&a->items, static_cast<uint64_t>(n_items));
+  s->m.take(&a->done, heads);
   s->m.take(&a->see, 2 * static_cast<uint64_t>(cfg->window) + 2);
   s->m.take(&a->query, heads * static_cast<uint64_t>(a->k_dim) * columns);
   s->m.take(&a->reference, heads * columns);
@@ -5152,30 +5629,28 @@ static score_kernel tensor_kernel_for(bool bf16, bool stats) {
 }
 
 /* NULL where the tensor cores do not serve. */
-static score_kernel tensor_kernel_of(const score_args &a, bool stats, size_t *shared) {
+static score_kernel tensor_kernel_of(const score_args &a, bool bf16, bool stats, size_t *shared) {
   score_kernel k = nullptr;
-  const bool bf16 = a.k.dtype == RDKV_BF16;
-  if (!wide_rows(a.k, a.k_dim, 32) || !wide_rows(a.q, a.k_dim, 32) || a.k.dtype != a.q.dtype)
-    return nullptr;
+#define RDKV_CUDA__CASE(dim)                      \
+  case dim:                                       \
+    k = tensor_kernel_for<dim / 32>(bf16, stats); \
+    break;
   switch (a.k_dim) {
-    case 64:
-      k = tensor_kernel_for<2>(bf16, stats);
-      break;
-    case 96:
-      k = tensor_kernel_for<3>(bf16, stats);
-      break;
-    case 128:
-      k = tensor_kernel_for<4>(bf16, stats);
-      break;
-    case 192:
-      k = tensor_kernel_for<6>(bf16, stats);
-      break;
-    case 256:
-      k = tensor_kernel_for<8>(bf16, stats);
-      break;
+#if defined(RDKV_CUDA_V_DIM) && RDKV_CUDA_V_DIM > 0
+#if RDKV_CUDA_V_DIM % 32 == 0
+    RDKV_CUDA__CASE(RDKV_CUDA_V_DIM)
+#endif
+#else
+    RDKV_CUDA__CASE(64)
+    RDKV_CUDA__CASE(96)
+    RDKV_CUDA__CASE(128)
+    RDKV_CUDA__CASE(192)
+    RDKV_CUDA__CASE(256)
+#endif
   }
-  *shared = tensor_shared(a.k_dim, a.columns, stats);
-  if (*shared < static_cast<size_t>(a.k_dim) * 16) *shared = static_cast<size_t>(a.k_dim) * 16;
+#undef RDKV_CUDA__CASE
+  *shared = tensor_shared(a.k_dim, a.v_dim, tensor_warps(a.k_dim, a.columns), !stats && a.fused);
+  if (tensor_warps(a.k_dim, a.columns) == 0) k = nullptr;
   if (k && *shared > 48 * 1024 &&
       cudaFuncSetAttribute(reinterpret_cast<const void *>(k),
                            cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -5190,29 +5665,48 @@ static score_kernel tensor_kernel_of(const score_args &a, bool stats, size_t *sh
 
 typedef void (*measure_kernel)(measure_args);
 template <int N>
-static measure_kernel v_error_kernel_for(rdkv_dtype dtype) {
-  return dtype == RDKV_F16    ? v_error_kernel<N, RDKV_F16>
-         : dtype == RDKV_BF16 ? v_error_kernel<N, RDKV_BF16>
-                              : v_error_kernel<N, RDKV_F32>;
+static measure_kernel wide_v_error_kernel(bool bf16) {
+  return bf16 ? v_error_kernel<N, RDKV_BF16, true> : v_error_kernel<N, RDKV_F16, true>;
+}
+static measure_kernel v_error_kernel_of(rdkv_dtype dtype, int v_dim, bool wide) {
+#if defined(RDKV_CUDA_V_DIM) && RDKV_CUDA_V_DIM > 0
+  if (wide && v_dim == RDKV_CUDA_V_DIM)
+    return wide_v_error_kernel<RDKV_CUDA_V_DIM / 16>(dtype == RDKV_BF16);
+#else
+  if (wide)
+    return v_dim <= 64    ? wide_v_error_kernel<4>(dtype == RDKV_BF16)
+           : v_dim <= 128 ? wide_v_error_kernel<8>(dtype == RDKV_BF16)
+                          : wide_v_error_kernel<16>(dtype == RDKV_BF16);
+#endif
+  return dtype == RDKV_F16    ? v_error_kernel<16, RDKV_F16, false>
+         : dtype == RDKV_BF16 ? v_error_kernel<16, RDKV_BF16, false>
+                              : v_error_kernel<16, RDKV_F32, false>;
 }
 
 struct measure_memory {
   arena m;
   measure_args a;
-  order_args o;
+  range_args r;
 };
 
-static void layout_measure(const rdkv_config *cfg, uint32_t n, void *workspace, measure_memory *s) {
-  const uint64_t heads = static_cast<uint64_t>(cfg->n_kv_heads);
-  s->a = measure_args(), s->o = order_args();
+static void layout_measure(const rdkv_config *cfg, int n_items, uint32_t n, void *workspace,
+                           measure_memory *s) {
+  const uint64_t heads = static_cast<uint64_t>(n_items) * static_cast<uint64_t>(cfg->n_kv_heads);
+  measure_args &a = s->a;
+  a = measure_args(), s->r = range_args();
   s->m.next = static_cast<uint8_t *>(workspace), s->m.bytes = 0;
-  s->m.take(&s->a.any, heads);
-  s->m.take(&s->a.histogram, heads * BINS); /* zeroed together with any */
-  s->m.take(&s->a.cut, heads);
-  s->m.take(&s->a.mean, heads * n + 1);
-  layout_list(&s->m, heads, heads, n, &s->o, &s->a.channel);
-  s->m.take(&s->a.channel.quantiser, heads * 12 * MAX_DIM);
-  s->m.take(&s->a.channel.error, heads * 4 * MAX_DIM);
+  a.n = n, a.chunks = chunks_of(n), a.pool = cfg->pool;
+  a.heads = cfg->n_kv_heads, a.v_dim = cfg->v_dim;
+  s->m.take(&a.items, static_cast<uint64_t>(n_items));
+  s->m.take(&a.any, heads * a.chunks + 1);
+  s->m.take(&a.histogram, heads * BINS);
+  s->m.take(&a.cut, heads);
+  s->m.take(&a.done, heads);
+  s->m.take(&a.mean, heads * n + 1);
+  layout_range(cfg, &s->m, heads, heads, n, &s->r);
+  s->m.take(&s->r.quantiser, heads * 12 * MAX_DIM);
+  a.counters = s->r.kept, a.n_counters = 3 * s->r.groups;
+  s->r.items = a.items, s->r.cut = a.cut;
 }
 
 /* allocate */
@@ -5244,6 +5738,8 @@ static void layout_solve(const rdkv_config *cfg, int n_layers, uint32_t n, void 
 struct pack_memory {
   arena m;
   pack_args a;
+  range_args r;
+  item *items;
 };
 
 static void layout_pack(const rdkv_config *cfg, int n_layers, uint32_t n, void *workspace,
@@ -5252,11 +5748,20 @@ static void layout_pack(const rdkv_config *cfg, int n_layers, uint32_t n, void *
                  heads = static_cast<uint64_t>(n_layers) * kv;
   s->a = pack_args();
   s->m.next = static_cast<uint8_t *>(workspace), s->m.bytes = 0;
+  s->r = range_args();
   s->m.take(&s->a.state, 1);
   s->m.take(&s->a.heads, heads);
   s->m.take(&s->a.slot_of, kv * MAX_DIM);
   s->m.take(&s->a.quantiser, kv * 2 * PACKED);
-  layout_list(&s->m, heads, kv, n, &s->a.list, &s->a.channel);
+  layout_list(&s->m, heads, kv, n, &s->a.list);
+  s->m.take(&s->items, static_cast<uint64_t>(n_layers));
+  s->m.take(&s->r.lo, heads * MAX_DIM);
+  s->m.take(&s->r.hi, heads * MAX_DIM);
+  s->m.take(&s->r.sum, heads * MAX_DIM);
+  s->m.take(&s->a.list.odd, heads);
+  layout_range(cfg, &s->m, kv, heads, n, &s->r); /* its counters are zeroed together with odd */
+  s->r.items = s->items, s->r.with_v = 1;
+  s->a.channel.lo = s->r.lo, s->a.channel.hi = s->r.hi, s->a.channel.sum = s->r.sum;
 }
 
 /* The arguments for one of the layers. */
@@ -5269,11 +5774,19 @@ static pack_args pack_layer(const rdkv_config *cfg, const pack_args &all, const 
   a.list.v_bits = layers[layer].v_bits;
   a.list.v_distortion = a.joint ? layers[layer].v_distortion : nullptr;
   a.k_bits = layers[layer].k_bits, a.k_distortion = layers[layer].k_distortion;
-  fill_channels(cfg, kv + layer, a.list, &a.channel);
-  a.channel.v = kv[layer].v;
-  a.channel.lo += first * MAX_DIM, a.channel.hi += first * MAX_DIM;
-  a.channel.k_bits = a.k_bits;
+  a.channel.k = kv[layer].k, a.channel.v = kv[layer].v;
+  a.channel.lo += first * MAX_DIM, a.channel.hi += first * MAX_DIM,
+      a.channel.sum += first * MAX_DIM;
   return a;
+}
+
+/* Likewise. */
+static range_args range_layer(const range_args &all, int layer) {
+  range_args r = all;
+  const size_t first = static_cast<size_t>(layer) * static_cast<size_t>(r.heads);
+  r.items += layer, r.kept += first * r.groups, r.done += first * r.groups;
+  r.lo += first * MAX_DIM, r.hi += first * MAX_DIM, r.sum += first * MAX_DIM;
+  return r;
 }
 
 } /* namespace rdkv_cuda_compress */
@@ -5285,8 +5798,8 @@ extern "C" size_t rdkv_cuda_layer_workspace(const rdkv_config *cfg, int n_items,
   score_memory s;
   measure_memory m;
   pack_memory p;
-  layout_score(cfg, n_tokens, nullptr, &s);
-  layout_measure(cfg, n_tokens, nullptr, &m);
+  layout_score(cfg, n_items, n_tokens, nullptr, &s);
+  layout_measure(cfg, n_items, n_tokens, nullptr, &m);
   layout_pack(cfg, 1, n_tokens, nullptr, &p);
   const size_t a = s.m.bytes > m.m.bytes ? s.m.bytes : m.m.bytes;
   return a > p.m.bytes ? a : p.m.bytes;
@@ -5310,115 +5823,6 @@ extern "C" size_t rdkv_cuda_allocate_workspace(const rdkv_config *cfg, int n_lay
   return s.m.bytes;
 }
 
-namespace rdkv_cuda_compress {
-
-static cudaError_t score_item(const rdkv_config *cfg, const rdkv_kv *kv, const float *lse,
-                              ptrdiff_t lse_stride, const rdkv_layer *layer, uint32_t *status,
-                              void *workspace, size_t bytes, cudaStream_t stream) {
-  const uint32_t n = layer->n_tokens, heads = static_cast<uint32_t>(cfg->n_kv_heads);
-  const size_t kd = static_cast<size_t>(cfg->k_dim);
-  score_memory s;
-  layout_score(cfg, n, workspace, &s);
-  score_args &a = s.a;
-  if (bytes < s.m.bytes ||
-      (n > 0 && (!tensor_ok(kv->k) || !tensor_ok(kv->q) || (a.joint && !tensor_ok(kv->v)))))
-    return cudaErrorInvalidValue;
-  cudaError_t e =
-      cudaMemsetAsync(layer->k_bits, 0, heads * kd, stream); /* widths of older scores */
-  if (e || n == 0) return e;
-  e = cudaMemsetAsync(layer->v_bits, 0, static_cast<size_t>(heads) * n, stream);
-  if (e) return e;
-  a.k = kv->k, a.v = kv->v, a.q = kv->q, a.lse = lse, a.lse_stride = lse_stride;
-  a.token = layer->token, a.q_square = layer->q_square, a.k_square = layer->k_square;
-  a.mean_out = layer->mean_out, a.status = status;
-  const dim3 grid(static_cast<uint32_t>(a.splits), heads);
-  size_t shared = 0;
-  const dim3 query_grid(static_cast<uint32_t>(a.k_dim + 31) / 32, heads);
-  const dim3 column_grid(static_cast<uint32_t>(a.columns + 7) / 8, heads);
-  recency_kernel<<<1, THREADS, 0, stream>>>(a);
-  query_kernel<<<query_grid, THREADS, 0, stream>>>(a);
-  if (!lse) {
-    const score_kernel k = tensor_kernel_of(a, true, &shared);
-    if (k)
-      k<<<grid, 128, shared, stream>>>(a);
-    else
-      plain_kernel<true><<<grid, THREADS, 0, stream>>>(a);
-  }
-  reference_kernel<<<column_grid, THREADS, 0, stream>>>(a);
-  const score_kernel k = tensor_kernel_of(a, false, &shared);
-  if (k)
-    k<<<grid, 128, shared, stream>>>(a);
-  else
-    plain_kernel<false><<<grid, THREADS, 0, stream>>>(a);
-  if (a.joint && wide_rows(a.v, a.v_dim, 8))
-    out_kernel<true><<<grid, THREADS, 0, stream>>>(a);
-  else if (a.joint)
-    out_kernel<false><<<grid, THREADS, 0, stream>>>(a);
-  finish_kernel<<<heads, MAX_DIM, 0, stream>>>(a);
-  const dim3 pool_grid((n + THREADS - 1) / THREADS, heads);
-  pool_kernel<<<pool_grid, THREADS, 0, stream>>>(a);
-  return cudaGetLastError();
-}
-
-static cudaError_t measure_item(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv_layer *layer,
-                                uint32_t *status, void *workspace, size_t bytes,
-                                cudaStream_t stream) {
-  const uint32_t n = layer->n_tokens, heads = static_cast<uint32_t>(cfg->n_kv_heads);
-  measure_memory s;
-  layout_measure(cfg, n, workspace, &s);
-  if (bytes < s.m.bytes) return cudaErrorInvalidValue;
-  if (cfg->profile == RDKV_PAPER || n == 0) return cudaSuccess;
-  if (!tensor_ok(kv->k) || !tensor_ok(kv->v)) return cudaErrorInvalidValue;
-  measure_args &a = s.a;
-  order_args &o = s.o;
-  a.v = kv->v, a.token = layer->token, a.q_square = layer->q_square, a.mean_out = layer->mean_out;
-  a.v_bits = layer->v_bits, a.dv = layer->v_distortion, a.dk = layer->k_distortion;
-  a.n = n, a.pool = cfg->pool;
-  a.norm = static_cast<float>(static_cast<double>(cfg->softmax_scale) *
-                              static_cast<double>(cfg->softmax_scale)); /* exact, then rounded */
-  /* the tokens that K is measured over: 4 bits of 16, about */
-  const double keep = cfg->budget_bytes == 0 ? cfg->keep
-                                             : static_cast<double>(cfg->budget_bytes) /
-                                                   static_cast<double>(fp16_bytes(cfg, n));
-  const double part = keep * 4;
-  a.want = part >= 1 ? n : static_cast<uint32_t>(part * static_cast<double>(n));
-  if (a.want < TILE) a.want = TILE;
-  o.v_bits = layer->v_bits, o.d0 = layer->v_distortion, o.any = a.any, o.cut = a.cut;
-  o.status = status, o.n = n, o.chunks = chunks_of(n);
-  fill_channels(cfg, kv, o, &a.channel);
-  a.channel.d0 = layer->v_distortion;
-  const size_t zero =
-      static_cast<size_t>(reinterpret_cast<uint8_t *>(a.cut) - reinterpret_cast<uint8_t *>(a.any));
-  const cudaError_t e = cudaMemsetAsync(a.any, 0, zero, stream);
-  if (e) return e;
-  const dim3 chunks(o.chunks, heads), rows(blocks_of(n, 64, 512), heads);
-  any_kernel<<<chunks, THREADS, 0, stream>>>(layer->v_bits, n, a.any);
-  const measure_kernel v_error = cfg->v_dim <= 64    ? v_error_kernel_for<4>(kv->v.dtype)
-                                 : cfg->v_dim <= 128 ? v_error_kernel_for<8>(kv->v.dtype)
-                                                     : v_error_kernel_for<16>(kv->v.dtype);
-  v_error<<<rows, THREADS, 0, stream>>>(a);
-  const dim3 drop(blocks_of(n, 2048, 64), heads);
-  drop_kernel<<<drop, THREADS, 0, stream>>>(a);
-  cut_kernel<<<heads, THREADS, 0, stream>>>(a);
-  list_tokens(o, heads, stream);
-  find_range(a.channel, heads, stream);
-  const uint32_t groups = static_cast<uint32_t>(cfg->k_dim + 31) / 32;
-  const dim3 sums(groups, heads), errors(groups, heads, 4);
-  chain_kernel_of<false>(a.channel)<<<sums, 32 * (CHAIN_WARPS + 1), 0, stream>>>(a.channel);
-  fit_kernel<<<heads, MAX_DIM, 0, stream>>>(a);
-  chain_kernel_of<true>(a.channel)<<<errors, 32 * (CHAIN_WARPS + 1), 0, stream>>>(a.channel);
-  k_distortion_kernel<<<heads, MAX_DIM, 0, stream>>>(a);
-  return cudaGetLastError();
-}
-
-static bool layers_ok(const rdkv_layer *layers, int n_layers) {
-  for (int i = 0; i < n_layers; ++i)
-    if (!layer_ok(&layers[i]) || layers[i].n_tokens != layers[0].n_tokens) return false;
-  return n_layers > 0;
-}
-
-} /* namespace rdkv_cuda_compress */
-
 extern "C" cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv,
                                        const float *const *lse, ptrdiff_t lse_stride,
                                        const rdkv_layer *layers, int n_items, uint32_t *status,
@@ -5426,11 +5830,54 @@ extern "C" cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv
   using namespace rdkv_cuda_compress;
   if (!resolved(cfg) || !kv || !layers || !layers_ok(layers, n_items) || !status || !workspace)
     return cudaErrorInvalidValue;
-  cudaError_t e = cudaSuccess;
-  for (int i = 0; i < n_items && !e; ++i)
-    e = score_item(cfg, kv + i, lse ? lse[i] : nullptr, lse_stride, layers + i, status, workspace,
-                   bytes, stream);
-  return e;
+  const uint32_t n = layers[0].n_tokens, heads = static_cast<uint32_t>(cfg->n_kv_heads),
+                 items = static_cast<uint32_t>(n_items);
+  score_memory s;
+  layout_score(cfg, n_items, n, workspace, &s);
+  score_args &a = s.a;
+  if (bytes < s.m.bytes) return cudaErrorInvalidValue;
+  bool tensor = true, wide = true;
+  for (int i = 0; i < n_items; ++i) {
+    const rdkv_tensor &k = kv[i].k, &v = kv[i].v, &q = kv[i].q;
+    if (n == 0) { /* widths of older scores */
+      const cudaError_t e =
+          cudaMemsetAsync(layers[i].k_bits, 0, heads * static_cast<size_t>(cfg->k_dim), stream);
+      if (e) return e;
+      continue;
+    }
+    if (!tensor_ok(k) || !tensor_ok(q) || (a.joint && !tensor_ok(v)) || (lse && !lse[i]))
+      return cudaErrorInvalidValue;
+    tensor = tensor && wide_rows(k, a.k_dim, 32) && wide_rows(q, a.k_dim, 32) &&
+             k.dtype == kv[0].k.dtype && q.dtype == k.dtype;
+    wide = wide && wide_rows(v, a.v_dim, 8) && v.dtype == k.dtype;
+  }
+  if (n == 0) return cudaSuccess;
+  const bool bf16 = kv[0].k.dtype == RDKV_BF16;
+  size_t stats_shared = 0, shared = 0;
+  a.fused = a.joint && wide;
+  const score_kernel stats = tensor ? tensor_kernel_of(a, bf16, true, &stats_shared) : nullptr;
+  const score_kernel weigh = tensor ? tensor_kernel_of(a, bf16, false, &shared) : nullptr;
+  a.status = status, a.lse_stride = lse_stride, a.given = lse != nullptr;
+  a.plain = !weigh || (!lse && !stats);
+  for (int first = 0, of = 0; first < n_items; first += of) {
+    const item_list list = items_of(kv, layers, lse, n_items, first, &of);
+    const dim3 grid(static_cast<uint32_t>(a.k_dim + 31) / 32, heads, static_cast<uint32_t>(of));
+    score_begin_kernel<<<grid, THREADS, 0, stream>>>(a, list, first);
+  }
+  const dim3 grid(static_cast<uint32_t>(a.splits), heads, items);
+  const int threads = 32 * tensor_warps(a.k_dim, a.columns);
+  if (!lse && stats)
+    stats<<<grid, threads, stats_shared, stream>>>(a);
+  else if (!lse)
+    plain_kernel<true><<<grid, THREADS, 0, stream>>>(a);
+  if (weigh)
+    weigh<<<grid, threads, shared, stream>>>(a);
+  else
+    plain_kernel<false><<<grid, THREADS, 0, stream>>>(a);
+  if (a.joint && !(weigh && wide)) out_kernel<<<grid, THREADS, 0, stream>>>(a);
+  const dim3 pool((n + 4 * THREADS - 1) / (4 * THREADS) + 1, heads, items);
+  pool_kernel<<<pool, THREADS, 0, stream>>>(a);
+  return cudaGetLastError();
 }
 
 extern "C" cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *kv,
@@ -5439,10 +5886,43 @@ extern "C" cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *
   using namespace rdkv_cuda_compress;
   if (!resolved(cfg) || !kv || !layers || !layers_ok(layers, n_items) || !status || !workspace)
     return cudaErrorInvalidValue;
-  cudaError_t e = cudaSuccess;
-  for (int i = 0; i < n_items && !e; ++i)
-    e = measure_item(cfg, kv + i, layers + i, status, workspace, bytes, stream);
-  return e;
+  const uint32_t n = layers[0].n_tokens, heads = static_cast<uint32_t>(cfg->n_kv_heads);
+  measure_memory s;
+  layout_measure(cfg, n_items, n, workspace, &s);
+  if (bytes < s.m.bytes) return cudaErrorInvalidValue;
+  if (cfg->profile == RDKV_PAPER || n == 0) return cudaSuccess;
+  bool wide = true;
+  for (int i = 0; i < n_items; ++i) {
+    if (!tensor_ok(kv[i].k) || !tensor_ok(kv[i].v) || kv[i].k.dtype != kv[0].k.dtype ||
+        kv[i].v.dtype != kv[0].v.dtype)
+      return cudaErrorInvalidValue;
+    wide = wide && wide_rows(kv[i].v, cfg->v_dim, 16);
+  }
+  measure_args &a = s.a;
+  a.status = s.r.status = status;
+  /* the tokens that K is measured over: 4 bits of 16, about */
+  const double keep = cfg->budget_bytes == 0 ? cfg->keep
+                                             : static_cast<double>(cfg->budget_bytes) /
+                                                   static_cast<double>(fp16_bytes(cfg, n));
+  const double part = keep * 4;
+  a.want = part >= 1 ? n : static_cast<uint32_t>(part * static_cast<double>(n));
+  if (a.want < TILE) a.want = TILE;
+  const uint32_t items = static_cast<uint32_t>(n_items);
+  for (int first = 0, of = 0; first < n_items; first += of) {
+    const item_list list = items_of(kv, layers, nullptr, n_items, first, &of);
+    const dim3 chunks(a.chunks, heads, static_cast<uint32_t>(of));
+    measure_begin_kernel<<<chunks, THREADS, 0, stream>>>(a, list, first);
+  }
+  /* four times the blocks that fit 132 multiprocessors at once */
+  const uint32_t most = heads * items < 8 * 132 ? 8 * 132 / (heads * items) : 1;
+  const dim3 rows(blocks_of(n, THREADS / 2, most), heads, items);
+  v_error_kernel_of(kv->v.dtype, cfg->v_dim, wide)<<<rows, THREADS, 0, stream>>>(a);
+  const dim3 drop(blocks_of(n, 8 * THREADS, 64), heads, items);
+  drop_kernel<<<drop, THREADS, 0, stream>>>(a);
+  launch_range(s.r, kv->k.dtype, false, n_items, stream);
+  s.r.done += heads * items * s.r.groups;
+  launch_range(s.r, kv->k.dtype, true, n_items, stream);
+  return cudaGetLastError();
 }
 
 extern "C" cudaError_t rdkv_cuda_allocate(const rdkv_config *cfg, const rdkv_layer *layers,
@@ -5548,25 +6028,28 @@ extern "C" cudaError_t rdkv_cuda_pack(const rdkv_config *cfg, const rdkv_kv *kv,
   for (int i = 0; i < 3; ++i) h.eps_k[i] = cfg->eps_k[i], h.eps_v[i] = cfg->eps_v[i];
   h.keep = cfg->keep, h.max_error = cfg->max_error, h.token_budget = cfg->token_budget;
   h.budget_bytes = cfg->budget_bytes;
-  cudaError_t e = cudaMemsetAsync(a.list.odd, 0, a.n_heads * sizeof(uint32_t), stream);
+  const size_t zero = static_cast<size_t>(reinterpret_cast<uint8_t *>(s.r.parts) -
+                                          reinterpret_cast<uint8_t *>(a.list.odd));
+  const cudaError_t e = cudaMemsetAsync(a.list.odd, 0, zero, stream);
   if (e) return e;
+  s.r.status = status;
+  for (int first = 0, of = 0; first < n_layers; first += of) {
+    const item_list list = items_of(kv, layers, nullptr, n_layers, first, &of);
+    items_kernel<<<1, 32, 0, stream>>>(s.items + first, list, of);
+  }
   for (int i = 0; i < n_layers;
        ++i) { /* nothing is written before all of the input is known good */
     const pack_args l = pack_layer(cfg, a, kv, layers, i);
     list_tokens(l.list, heads, stream);
     head_kernel<<<heads, THREADS, 0, stream>>>(l);
     if (a.joint && n > 0) serial_kernel<<<heads, THREADS, 0, stream>>>(l);
-    find_range(l.channel, heads, stream);
+    launch_range(range_layer(s.r, i), kv[i].k.dtype, false, 1, stream);
   }
   offsets_kernel<<<1, THREADS, 0, stream>>>(a);
   header_kernel<<<blocks_of(a.n_heads + 4, THREADS, 64), THREADS, 0, stream>>>(a);
   for (int i = 0; i < n_layers; ++i) {
     const pack_args l = pack_layer(cfg, a, kv, layers, i);
     if (n_layers > 1) list_tokens(l.list, heads, stream); /* the order has room for one layer */
-    if (a.joint) {
-      const dim3 sums(static_cast<uint32_t>(cfg->k_dim + 31) / 32, heads);
-      chain_kernel_of<false>(l.channel)<<<sums, 32 * (CHAIN_WARPS + 1), 0, stream>>>(l.channel);
-    }
     table_kernel<<<heads, THREADS, 0, stream>>>(l);
     const dim3 tiles(blocks_of(n, TILE, 1024 / heads + 1), heads);
     if (n > 0) tile_kernel_of(l.channel)<<<tiles, THREADS, 0, stream>>>(l);

@@ -43,6 +43,15 @@ static T *device(size_t n) {
   return p;
 }
 
+/* A layer whose arrays lie `shift` bytes further. */
+static rdkv_layer moved(rdkv_layer l, ptrdiff_t shift) {
+  float **const arrays[] = {&l.token,    &l.q_square,     &l.k_square,
+                            &l.mean_out, &l.v_distortion, &l.k_distortion};
+  for (float **p : arrays) *p = reinterpret_cast<float *>(reinterpret_cast<char *>(*p) + shift);
+  l.v_bits += shift, l.k_bits += shift;
+  return l;
+}
+
 template <typename F>
 static double median_us(F run) {
   cudaEvent_t a, b;
@@ -57,6 +66,52 @@ static double median_us(F run) {
   std::sort(t.begin(), t.end());
   CHECK(cudaEventDestroy(a)), CHECK(cudaEventDestroy(b));
   return t[t.size() / 2];
+}
+
+/* Score and measure of many layers in one call, us a layer. */
+static void many_layers(int n_layers, uint32_t n) {
+  rdkv_config c = rdkv_config();
+  c.n_q_heads = 32, c.n_kv_heads = 8, c.k_dim = 128, c.window = 32, c.n_layers = n_layers;
+  if (rdkv_resolve(&c, &c) != RDKV_OK) exit(2);
+  const size_t items = static_cast<size_t>(n_layers), rows = n * static_cast<size_t>(8 * 128);
+  const size_t q_rows = 32 * 32 * 128, layer_bytes = (rdkv_layer_bytes(&c, n) + 255) / 256 * 256;
+  const size_t work_bytes = rdkv_cuda_layer_workspace(&c, n_layers, n);
+  __half *k = device<__half>(items * rows), *v = device<__half>(items * rows);
+  __half *q = device<__half>(items * q_rows);
+  char *mem = device<char>(items * layer_bytes), *work = device<char>(work_bytes);
+  uint32_t *status = device<uint32_t>(1);
+  float *lse = device<float>(32 * 32);
+  const std::vector<float> guess(32 * 32, logf(static_cast<float>(n)) + 2.5f);
+  CHECK(cudaMemcpy(lse, guess.data(), guess.size() * 4, cudaMemcpyHostToDevice));
+  CHECK(cudaMemset(status, 0, 4));
+  fill<<<1024, 256>>>(k, items * rows, 128, 1, 1), fill<<<1024, 256>>>(v, items * rows, 128, 1, 2);
+  fill<<<64, 256>>>(q, items * q_rows, 128, 2, 3);
+  std::vector<rdkv_kv> kv(items);
+  std::vector<rdkv_layer> layers(items);
+  const std::vector<const float *> lse_of(items, lse);
+  void *host = aligned_alloc(64, layer_bytes);
+  for (size_t i = 0; i < items; ++i) {
+    rdkv_layer h;
+    kv[i].k = rdkv_dense(k + i * rows, RDKV_F16, 8, 128);
+    kv[i].v = rdkv_dense(v + i * rows, RDKV_F16, 8, 128);
+    kv[i].q = rdkv_dense(q + i * q_rows, RDKV_F16, 32, 128);
+    if (rdkv_layer_init(&c, n, host, layer_bytes, &h) != RDKV_OK) exit(2);
+    layers[i] = moved(h, mem + i * layer_bytes - static_cast<char *>(host));
+  }
+  double us[3];
+  for (int given = 0; given < 2; ++given)
+    us[given] = median_us([&] {
+      CHECK(rdkv_cuda_score(&c, kv.data(), given ? lse_of.data() : nullptr, 32, layers.data(),
+                            n_layers, status, work, work_bytes, 0));
+    });
+  us[2] = median_us([&] {
+    CHECK(rdkv_cuda_measure(&c, kv.data(), layers.data(), n_layers, status, work, work_bytes, 0));
+  });
+  printf("joint   %7u %6d %9.1f %9.1f %9.1f   %d layers in one call\n", n, 32, us[0] / n_layers,
+         us[1] / n_layers, us[2] / n_layers, n_layers);
+  void *all[] = {k, v, q, mem, work, status, lse};
+  for (void *p : all) CHECK(cudaFree(p));
+  free(host);
 }
 
 int main(int argc, char **argv) {
@@ -88,13 +143,7 @@ int main(int argc, char **argv) {
         char *mem = device<char>(layer_bytes);
         rdkv_layer h, l;
         if (rdkv_layer_init(&c, n, host, layer_bytes, &h) != RDKV_OK) return 2;
-        const ptrdiff_t shift = mem - static_cast<char *>(host);
-#define SHIFT(field, type) \
-  l.field = reinterpret_cast<type *>(reinterpret_cast<char *>(h.field) + shift)
-        l = h;
-        SHIFT(token, float), SHIFT(q_square, float), SHIFT(k_square, float), SHIFT(mean_out, float);
-        SHIFT(v_distortion, float), SHIFT(k_distortion, float), SHIFT(v_bits, uint8_t);
-        SHIFT(k_bits, uint8_t);
+        l = moved(h, mem - static_cast<char *>(host));
         CHECK(cudaMemset(mem, 0, layer_bytes));
         const size_t work_bytes =
             std::max(rdkv_cuda_layer_workspace(&c, 1, n), rdkv_cuda_allocate_workspace(&c, 1, n));
@@ -147,5 +196,6 @@ int main(int argc, char **argv) {
         void *all[] = {k, v, q, mem, work, block, lambda, bytes, status, lse};
         for (void *p : all) CHECK(cudaFree(p));
       }
+  if (argc == 1) many_layers(32, 8192), many_layers(4, 131072);
   return 0;
 }

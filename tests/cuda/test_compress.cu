@@ -4,7 +4,7 @@
  */
 #define RDKV_IMPLEMENTATION
 #define RDKV_CUDA_IMPLEMENTATION
-#define RDKV_CUDA_V_DIM 64 /* of attention, which is not tested here */
+#define RDKV_CUDA_V_DIM 0 /* no attention */
 #include "../../rdkv_cuda.cuh"
 
 #include <vector>
