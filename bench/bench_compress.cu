@@ -52,6 +52,24 @@ static rdkv_layer moved(rdkv_layer l, ptrdiff_t shift) {
   return l;
 }
 
+static size_t free_memory() {
+  size_t now, total;
+  CHECK(cudaMemGetInfo(&now, &total));
+  return now;
+}
+
+/* The full cache of 32 layers, in bytes; 0 if it does not fit. */
+static size_t full_cache(size_t layer_bytes) {
+  std::vector<void *> layers;
+  const size_t before = free_memory();
+  void *p;
+  while (layers.size() < 32 && cudaMalloc(&p, layer_bytes) == cudaSuccess) layers.push_back(p);
+  const size_t used = layers.size() < 32 ? 0 : before - free_memory();
+  for (void *layer : layers) CHECK(cudaFree(layer));
+  cudaGetLastError(); /* of the allocation that failed */
+  return used;
+}
+
 template <typename F>
 static double median_us(F run) {
   cudaEvent_t a, b;
@@ -121,10 +139,12 @@ int main(int argc, char **argv) {
              : "%-7s %7s %6s %9s %9s %9s %9s %9s %9s %9s   us a layer\n",
          "profile", "tokens", "window", "score", "with lse", "measure", "allocate", "pack", "total",
          "with lse");
+  size_t peak = 0, dense = 0; /* of 32 layers one after the other; one layer's K and V */
   for (int profile = 0; profile < 2; ++profile)
     for (uint32_t n : lengths)
       for (int window = 32; window <= 64; window *= 2) {
         if (argc > 1 && !csv && static_cast<uint32_t>(atoi(argv[1])) != n) continue;
+        const size_t before = free_memory();
         rdkv_config c = rdkv_config();
         c.n_q_heads = 32, c.n_kv_heads = 8, c.k_dim = 128, c.window = window;
         c.profile = profile ? RDKV_PAPER : RDKV_JOINT;
@@ -193,9 +213,34 @@ int main(int argc, char **argv) {
           printf("        workspace %.1f MB, arrays %.1f MB, block %.2f MB of %.1f\n",
                  work_bytes / 1e6, layer_bytes / 1e6, packed / 1e6, n * row * 4 / 1e6);
         free(host);
+        if (!csv && !profile && n == 131072 && window == 32) {
+          const size_t room = (capacity + 127) / 128 * 128;
+          char *blocks = device<char>(31 * room); /* the last layer's is `block` */
+          for (size_t i = 0; i < 32; ++i) {
+            fill<<<1024, 256>>>(k, n * row, 128, 1, 2 * i),
+                fill<<<1024, 256>>>(v, n * row, 128, 1, 2 * i + 1);
+            CHECK(rdkv_cuda_score(&c, &kv, nullptr, 0, &l, 1, status, work, work_bytes, 0));
+            CHECK(rdkv_cuda_measure(&c, &kv, &l, 1, status, work, work_bytes, 0));
+            CHECK(rdkv_cuda_allocate(&c, &l, 1, lambda, status, work, work_bytes, 0));
+            CHECK(rdkv_cuda_pack(&c, &kv, &l, 1, lambda, static_cast<int>(i), 0,
+                                 i < 31 ? blocks + i * room : block, capacity, bytes, status, work,
+                                 work_bytes, 0));
+          }
+          CHECK(cudaMemcpy(&failed, status, 4, cudaMemcpyDeviceToHost));
+          peak = failed ? 0 : before - free_memory(), dense = n * row * 4;
+          CHECK(cudaFree(blocks));
+        }
         void *all[] = {k, v, q, mem, work, block, lambda, bytes, status, lse};
         for (void *p : all) CHECK(cudaFree(p));
       }
   if (argc == 1) many_layers(32, 8192), many_layers(4, 131072);
+  if (peak > 0) {
+    const size_t full = full_cache(dense);
+    printf(
+        "device memory, 131072 tokens, 32 layers, MB: layer by layer at most %.1f (blocks, one "
+        "layer's K and V %.1f, arrays, workspace), full cache ",
+        peak / 1e6, dense / 1e6);
+    printf(full ? "%.1f\n" : "does not fit\n", full / 1e6);
+  }
   return 0;
 }
