@@ -1133,12 +1133,12 @@ static float rdkv__error(float x, rdkv__affine a) {
   return rdkv__f(d * d);
 }
 
-/* Sums over tokens run over those of 64 positions, then over 16 such sums, then over all of these,
+/* Sums over tokens run over those of 64 positions, then over 8 such sums, then over all of these,
    so that a GPU can work on many at once. n sums at each of the three levels, step floats apart.
    Between token t and the next one (UINT32_MAX: there is none) what is complete goes up a level. */
 static void rdkv__carry(float *sum, size_t step, int n, uint32_t t, uint32_t next) {
   int i, level;
-  for (level = 0; level < 2 && t >> (6 + 4 * level) != next >> (6 + 4 * level); level++)
+  for (level = 0; level < 2 && t >> (6 + 3 * level) != next >> (6 + 3 * level); level++)
     for (i = 0; i < n; i++) {
       float *from = sum + (size_t)level * step + i;
       from[step] += *from, *from = 0;

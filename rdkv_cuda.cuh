@@ -170,13 +170,14 @@ size_t rdkv_cuda_pack_workspace(const rdkv_config *cfg, int n_layers, uint32_t n
    natural log-sum-exp of the scaled logits of the window's rows as the prefill attention leaves it,
    row i of query head h at lse[item][h * lse_stride + i], causal; it saves a pass over K. NULL:
    found here. Dense 16-byte aligned fp16 or bf16 rows of k_dim 64, 96, 128, 192 or 256 (K and Q of
-   one type) go through the tensor cores; all else works, slowly. */
+   one type) go through the tensor cores, and V with them if it has their type and dims; all else
+   works, slowly. */
 cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv, const float *const *lse,
                             ptrdiff_t lse_stride, const rdkv_layer *layers, int n_items,
                             uint32_t *status, void *workspace, size_t workspace_bytes,
                             cudaStream_t stream);
 
-/* rdkv_measure of n_items. */
+/* rdkv_measure of n_items, whose K have one type, and their V. */
 cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv_layer *layers,
                               int n_items, uint32_t *status, void *workspace,
                               size_t workspace_bytes, cudaStream_t stream);
@@ -2551,15 +2552,14 @@ static __global__ void items_kernel(item *to, item_list from, int n) {
 }
 
 /* ---- K over the kept tokens: range, sums, errors. A warp takes 64 channels, two a lane, of
-   stretches of 64 tokens, and a block a span of 16, in the order of sums that rdkv__carry defines.
+   stretches of 64 tokens, and a block spans of 8, in the order of sums that rdkv__carry defines.
  */
 
 enum {
   STRETCH = 64,
-  STRETCHES = 16,
+  STRETCHES = 8, /* of a span: a warp each */
   SPAN = STRETCH * STRETCHES,
-  RANGE_WARPS = 8,
-  RANGE_THREADS = 32 * RANGE_WARPS,
+  RANGE_THREADS = 32 * STRETCHES,
   BY_WIDTH = 0xffffffffu /* as a cut: kept is what has a width */
 };
 
@@ -2567,7 +2567,8 @@ struct range_args {
   const item *items;
   const uint32_t
       *cut;         /* [heads] lowest bin of D(0) that is kept, or BY_WIDTH; NULL: that for all */
-  float *parts;     /* [heads][spans][4][channels]: lowest, highest, sum; or errors */
+  float *parts;     /* [heads][spans][4][channels]: a block's lowest, highest, a span's sum; or
+                       errors at four widths */
   uint32_t *kept;   /* [heads][groups], zeroed */
   uint32_t *done;   /* [heads][groups] blocks that have written their parts, zeroed */
   int *lo, *hi;     /* [heads][MAX_DIM] ordered */
@@ -2586,9 +2587,9 @@ struct raw_pair {
   __device__ __forceinline__ void load(const void *p, ptrdiff_t stride, bool whole, int n) {
     const uint16_t *h = static_cast<const uint16_t *>(p);
     if (whole)
-      x = *static_cast<const uint32_t *>(p);
+      x = __ldg(static_cast<const uint32_t *>(p));
     else
-      x = (n > 0 ? h[0] : 0u) | (n > 1 ? static_cast<uint32_t>(h[stride]) << 16 : 0u);
+      x = (n > 0 ? __ldg(h) : 0u) | (n > 1 ? static_cast<uint32_t>(__ldg(h + stride)) << 16 : 0u);
   }
   __device__ __forceinline__ float2 values() const {
     return DTYPE == RDKV_F16 ? __half22float2(rdkv_cuda__halves(x))
@@ -2600,7 +2601,7 @@ struct raw_pair<RDKV_F32> {
   float x, y;
   __device__ __forceinline__ void load(const void *p, ptrdiff_t stride, bool, int n) {
     const float *f = static_cast<const float *>(p);
-    x = n > 0 ? f[0] : 0, y = n > 1 ? f[stride] : 0;
+    x = n > 0 ? __ldg(f) : 0, y = n > 1 ? __ldg(f + stride) : 0;
   }
   __device__ __forceinline__ float2 values() const { return make_float2(x, y); }
 };
@@ -2646,71 +2647,85 @@ struct extremes<RDKV_F32> {
   __device__ __forceinline__ float2 highest() const { return high; }
 };
 
-/* The kept ones of a stretch: offsets, padded to a multiple of 8 by its first token with weight 0,
-   and D(0) of each where g is not NULL. Returns their number. All of a warp call it. */
-__device__ __forceinline__ uint32_t list_kept(const range_args &a, const item &it, int head,
-                                              uint32_t cut, uint32_t t0, uint8_t *list, float *g) {
-  const uint32_t lane = threadIdx.x & 31;
-  const float *d0 = it.v_distortion + static_cast<size_t>(head) * 5 * a.n;
-  uint32_t n = 0;
+/* What tells which tokens of a stretch are kept, two a lane: D(0), where it is wanted, and width.
+ */
+struct stretch {
+  float d0[2];
+  uint32_t bits[2];
+  __device__ __forceinline__ void load(const range_args &a, const item &it, int head, uint32_t cut,
+                                       uint32_t t0, bool weighted) {
 #pragma unroll
-  for (uint32_t h = 0; h < STRETCH; h += 32) {
-    const uint32_t t = t0 + h + lane;
-    float w = 0;
-    bool in = false;
-    if (t < a.n) {
-      if (g || cut != BY_WIDTH) w = d0[t];
-      in = cut == BY_WIDTH ? it.v_bits[static_cast<size_t>(head) * a.n + t] != 0 : bin_of(w) >= cut;
+    for (uint32_t h = 0; h < 2; ++h) {
+      const uint32_t t = t0 + 32 * h + (threadIdx.x & 31);
+      const size_t i = static_cast<size_t>(head) * a.n + t;
+      d0[h] = 0, bits[h] = 0;
+      if (t < a.n && (weighted || cut != BY_WIDTH))
+        d0[h] = it.v_distortion[i + 4 * static_cast<size_t>(head) * a.n];
+      if (t < a.n && cut == BY_WIDTH) bits[h] = it.v_bits[i];
     }
-    const uint32_t mask = __ballot_sync(FULL, in);
-    const uint32_t at = n + static_cast<uint32_t>(__popc(mask & ((1u << lane) - 1)));
-    if (in) list[at] = static_cast<uint8_t>(h + lane);
-    if (in && g) g[at] = w > 0 ? w : 0;
-    n += static_cast<uint32_t>(__popc(mask));
   }
-  if (lane < 8) list[n + lane] = 0;
-  if (lane < 8 && g) g[n + lane] = 0;
-  __syncwarp();
-  return n;
-}
+  /* Where the rows of the kept ones begin, `step` bytes apart, padded to a multiple of 8 by the
+     first token with weight 0; and their D(0) where g is not NULL. Returns their number. All of a
+     warp call it. */
+  __device__ __forceinline__ uint32_t list(const range_args &a, uint32_t cut, uint32_t t0, int step,
+                                           int *to, float *g) const {
+    const uint32_t lane = threadIdx.x & 31;
+    uint32_t n = 0;
+#pragma unroll
+    for (uint32_t h = 0; h < 2; ++h) {
+      const uint32_t t = 32 * h + lane;
+      const bool in = t0 + t < a.n && (cut == BY_WIDTH ? bits[h] != 0 : bin_of(d0[h]) >= cut);
+      const uint32_t mask = __ballot_sync(FULL, in);
+      const uint32_t at = n + static_cast<uint32_t>(__popc(mask & ((1u << lane) - 1)));
+      if (in) to[at] = static_cast<int>(t) * step;
+      if (in && g) g[at] = d0[h] > 0 ? d0[h] : 0;
+      n += static_cast<uint32_t>(__popc(mask));
+    }
+    if (lane < 8) to[n + lane] = 0;
+    if (lane < 8 && g) g[n + lane] = 0;
+    __syncwarp();
+    return n;
+  }
+};
 
 /* Where a lane's pair of channels lies in the rows of a tensor. */
 template <int DTYPE>
 struct pair_rows {
   const char *base;
   ptrdiff_t stride; /* elements */
-  int step;         /* bytes from token to token */
   bool whole;       /* pairs are one word */
   int n;            /* channels that exist */
   __device__ __forceinline__ pair_rows(const rdkv_tensor &t, uint32_t t0, int head, int d,
                                        int dim) {
-    const ptrdiff_t size = DTYPE == RDKV_F32 ? 4 : 2;
-    stride = t.dim_stride ? t.dim_stride : 1, step = static_cast<int>(t.token_stride * size);
-    base = static_cast<const char *>(row_of(t, t0, head)) + d * stride * size;
+    stride = t.dim_stride ? t.dim_stride : 1;
+    base =
+        static_cast<const char *>(row_of(t, t0, head)) + d * stride * (DTYPE == RDKV_F32 ? 4 : 2);
     n = dim - d;
     whole = DTYPE != RDKV_F32 && stride == 1 && dim % 2 == 0 && t.token_stride % 2 == 0 &&
             t.head_stride % 2 == 0 && reinterpret_cast<uintptr_t>(t.data) % 4 == 0;
   }
-  static __device__ __forceinline__ int offset(uint2 at, int j) {
-    return static_cast<int>(__byte_perm(at.x, at.y, static_cast<uint32_t>(0x4440 + j)) & 255);
-  }
-  /* Eight rows by their offsets, all asked for at once. */
-  __device__ __forceinline__ void load(const uint8_t *list, raw_pair<DTYPE> (&x)[8]) const {
-    const uint2 at = *reinterpret_cast<const uint2 *>(list);
+  /* Eight rows of a list, all asked for at once. */
+  __device__ __forceinline__ void load(const int *list, raw_pair<DTYPE> (&x)[8]) const {
+    const int4 lower = *reinterpret_cast<const int4 *>(list),
+               upper = *reinterpret_cast<const int4 *>(list + 4);
+    const int at[8] = {lower.x, lower.y, lower.z, lower.w, upper.x, upper.y, upper.z, upper.w};
     if (n <= 0) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) x[j].load(base, 0, false, 0);
     } else if (whole) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j)
-        x[j].load(base + static_cast<int64_t>(offset(at, j)) * step, 1, true, 2);
+      for (int j = 0; j < 8; ++j) x[j].load(base + at[j], 1, true, 2);
     } else {
 #pragma unroll
-      for (int j = 0; j < 8; ++j)
-        x[j].load(base + static_cast<int64_t>(offset(at, j)) * step, stride, false, n);
+      for (int j = 0; j < 8; ++j) x[j].load(base + at[j], stride, false, n);
     }
   }
 };
+
+/* Bytes from token to token of rows; tensor_ok sees to it that 64 times that fit. */
+__device__ __forceinline__ int step_of(const rdkv_tensor &t) {
+  return static_cast<int>(t.token_stride) * (t.dtype == RDKV_F32 ? 4 : 2);
+}
 
 /* True in all threads of the block that is the last one to get here. */
 __device__ __forceinline__ bool last_block(uint32_t *done, uint32_t blocks) {
@@ -2751,86 +2766,98 @@ __device__ __forceinline__ float add_parts(const float *column, uint32_t spans, 
   return sum;
 }
 
-/* DTYPE is K's. */
+/* DTYPE is K's. A block takes every so manieth span of a head's 64 channels. */
 template <int DTYPE>
-__global__ void __launch_bounds__(RANGE_THREADS) range_kernel(range_args a) {
+__global__ void __launch_bounds__(RANGE_THREADS, 4) range_kernel(range_args a) {
   __shared__ float scratch[8192];
-  __shared__ __align__(8) uint8_t lists[RANGE_WARPS][STRETCH + 8];
+  __shared__ __align__(16) int lists[STRETCHES][STRETCH + 8];
   float(*part)[STRETCHES][64] = reinterpret_cast<float(*)[STRETCHES][64]>(scratch);
   const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
   const int head = static_cast<int>(blockIdx.y);
   const uint32_t h = blockIdx.z * static_cast<uint32_t>(a.heads) + blockIdx.y;
-  const uint32_t group = blockIdx.x % a.groups, span = blockIdx.x / a.groups;
+  const uint32_t group = blockIdx.x % a.groups, block = blockIdx.x / a.groups;
+  const uint32_t blocks = gridDim.x / a.groups;
   const int d = static_cast<int>(64 * group) + 2 * lane;
   const item &it = a.items[blockIdx.z];
   const uint32_t cut = a.cut ? a.cut[h] : static_cast<uint32_t>(BY_WIDTH);
+  const size_t row = 64 * static_cast<size_t>(a.groups), step = 4 * row;
+  float *parts = a.parts + static_cast<size_t>(h) * a.spans * step + 64 * group;
+  const uint32_t column = threadIdx.x & 63, kind = threadIdx.x >> 6;
+  int *list = lists[warp];
+  extremes<DTYPE> ends;
   bool bad = false;
-  uint32_t kept = 0;
-  for (int s = warp; s < STRETCHES; s += RANGE_WARPS) {
-    const uint32_t t0 = span * SPAN + static_cast<uint32_t>(s) * STRETCH;
-    const uint8_t *list = lists[warp];
-    const uint32_t n = list_kept(a, it, head, cut, t0, lists[warp], nullptr);
-    extremes<DTYPE> ends;
+  uint32_t kept = 0, buffer = 0;
+  stretch next;
+  ends.clear();
+  next.load(a, it, head, cut, block * SPAN + static_cast<uint32_t>(warp) * STRETCH, false);
+  for (uint32_t span = block; span < a.spans; span += blocks, buffer ^= 1) {
+    const uint32_t t0 = span * SPAN + static_cast<uint32_t>(warp) * STRETCH;
+    const stretch now = next;
+    const uint32_t n = now.list(a, cut, t0, step_of(it.k), list, nullptr);
     float2 sum = make_float2(0, 0);
-    ends.clear();
+    if (span + blocks < a.spans) next.load(a, it, head, cut, t0 + blocks * SPAN, false);
     kept += n;
     if (n > 0) {
       const pair_rows<DTYPE> rows(it.k, t0, head, d, a.k_dim);
-      raw_pair<DTYPE> x[8], next[8];
+      raw_pair<DTYPE> x[8], ahead[8];
       rows.load(list, x);
       for (uint32_t i = 0; i < n; i += 8) {
-        if (i + 8 < n) rows.load(list + i + 8, next);
+        if (i + 8 < n) rows.load(list + i + 8, ahead);
 #pragma unroll
         for (uint32_t j = 0; j < 8; ++j) {
-          if (i + j < n) {
-            const float2 y = x[j].values();
-            ends.take(x[j]);
-            sum.x = __fadd_rn(sum.x, y.x), sum.y = __fadd_rn(sum.y, y.y);
-          }
+          const float2 y = x[j].values();
+          const bool real = i + j < n; /* the first token is no harm to what it pads but sums */
+          if (real) ends.take(x[j]);
+          sum.x = __fadd_rn(sum.x, real ? y.x : 0), sum.y = __fadd_rn(sum.y, real ? y.y : 0);
         }
 #pragma unroll
-        for (int j = 0; j < 8; ++j) x[j] = next[j];
+        for (int j = 0; j < 8; ++j) x[j] = ahead[j];
       }
       if (a.with_v) { /* pack wants to know that V is fit to be packed */
-        const int v_type = it.v.dtype, size = v_type == RDKV_F32 ? 4 : 2;
+        const int v_type = it.v.dtype;
         const ptrdiff_t stride = it.v.dim_stride ? it.v.dim_stride : 1;
-        const char *base = static_cast<const char *>(row_of(it.v, t0, head)) + d * stride * size;
+        const char *base = static_cast<const char *>(row_of(it.v, t0, head)) +
+                           d * stride * (v_type == RDKV_F32 ? 4 : 2);
+        __syncwarp();
+        now.list(a, cut, t0, step_of(it.v), list, nullptr);
 #pragma unroll 8
         for (uint32_t i = 0; i < n; ++i) {
-          const char *p = base + list[i] * it.v.token_stride * size;
+          const char *p = base + list[i];
           if (d < a.v_dim) bad |= !in_range(element(p, v_type, 0));
           if (d + 1 < a.v_dim) bad |= !in_range(element(p, v_type, stride));
         }
       }
     }
-    const float2 low = ends.lowest(), high = ends.highest();
-    bad |= !in_range(low.x) || !in_range(low.y) || !in_range(high.x) || !in_range(high.y);
-    *reinterpret_cast<float2 *>(&part[0][s][2 * lane]) = low;
-    *reinterpret_cast<float2 *>(&part[1][s][2 * lane]) = high;
-    *reinterpret_cast<float2 *>(&part[2][s][2 * lane]) = sum;
-    __syncwarp(); /* the list is read */
+    *reinterpret_cast<float2 *>(&part[buffer][warp][2 * lane]) = sum;
+    __syncthreads();
+    if (threadIdx.x < 64) {
+      float s = 0;
+#pragma unroll
+      for (int w = 0; w < STRETCHES; ++w) s = __fadd_rn(s, part[buffer][w][column]);
+      parts[span * step + 2 * row + column] = s;
+    }
   }
+  const float2 low = ends.lowest(), high = ends.highest();
+  bad |= !in_range(low.x) || !in_range(low.y) || !in_range(high.x) || !in_range(high.y);
   if (bad) fail(a.status, RDKV_ERR_NONFINITE);
-  const size_t row = 64 * static_cast<size_t>(a.groups), step = 4 * row;
-  float *parts = a.parts + static_cast<size_t>(h) * a.spans * step + 64 * group;
-  const uint32_t column = threadIdx.x & 63, kind = threadIdx.x >> 6;
   if (lane == 0 && kept > 0) atomicAdd(&a.kept[h * a.groups + group], kept);
   __syncthreads();
-  if (kind < 3) {
-    float s = kind == 2 ? 0 : part[kind][0][column];
+  *reinterpret_cast<float2 *>(&part[0][warp][2 * lane]) = low;
+  *reinterpret_cast<float2 *>(&part[1][warp][2 * lane]) = high;
+  __syncthreads();
+  if (kind < 2) {
+    float s = part[kind][0][column];
 #pragma unroll
-    for (int w = 0; w < STRETCHES; ++w) {
-      const float y = part[kind][w][column];
-      s = kind == 0 ? fminf(s, y) : kind == 1 ? fmaxf(s, y) : __fadd_rn(s, y);
-    }
-    parts[span * step + kind * row + column] = s;
+    for (int w = 1; w < STRETCHES; ++w)
+      s = kind == 0 ? fminf(s, part[0][w][column]) : fmaxf(s, part[1][w][column]);
+    parts[block * step + kind * row + column] = s;
   }
-  if (!last_block(&a.done[h * a.groups + group], a.spans)) return;
+  if (!last_block(&a.done[h * a.groups + group], blocks)) return;
   float lowest = 3.402823466e38f, highest = -3.402823466e38f;
 #pragma unroll 4
-  for (uint32_t s = kind; s < a.spans; s += RANGE_THREADS / 64) {
-    lowest = fminf(lowest, __ldcg(parts + s * step + column));
-    highest = fmaxf(highest, __ldcg(parts + s * step + row + column));
+  for (uint32_t b = kind; b < blocks; b += RANGE_THREADS / 64) {
+    lowest = fminf(lowest, __ldcg(parts + b * step + column));
+    highest = fmaxf(highest, __ldcg(parts + b * step + row + column));
   }
   const float total = add_parts<64>(parts + 2 * row + column, a.spans, step, scratch);
   __syncthreads();
@@ -2861,16 +2888,24 @@ __global__ void __launch_bounds__(RANGE_THREADS) range_kernel(range_args a) {
 template <int DTYPE>
 __global__ void __launch_bounds__(RANGE_THREADS, 3) k_error_kernel(range_args a) {
   __shared__ float scratch[8192];
-  __shared__ __align__(16) float weights[RANGE_WARPS][STRETCH + 8];
-  __shared__ __align__(8) uint8_t lists[RANGE_WARPS][STRETCH + 8];
-  float(*part)[4][64] = reinterpret_cast<float(*)[4][64]>(scratch);
+  __shared__ __align__(16) float weights[STRETCHES][STRETCH + 8];
+  __shared__ __align__(16) int lists[STRETCHES][STRETCH + 8];
+  float(*part)[STRETCHES][4][64] = reinterpret_cast<float(*)[STRETCHES][4][64]>(scratch);
   const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
   const int head = static_cast<int>(blockIdx.y);
   const uint32_t h = blockIdx.z * static_cast<uint32_t>(a.heads) + blockIdx.y;
-  const uint32_t group = blockIdx.x % a.groups, span = blockIdx.x / a.groups;
+  const uint32_t group = blockIdx.x % a.groups, block = blockIdx.x / a.groups;
+  const uint32_t blocks = gridDim.x / a.groups;
   const int d = static_cast<int>(64 * group) + 2 * lane;
   const item &it = a.items[blockIdx.z];
-  const uint8_t *list = lists[warp];
+  const uint32_t cut = a.cut[h];
+  const size_t row = 64 * static_cast<size_t>(a.groups), step = 4 * row;
+  float *parts = a.parts + static_cast<size_t>(h) * a.spans * step + 64 * group;
+  const uint32_t column = threadIdx.x & 63, width = threadIdx.x >> 6;
+  int *list = lists[warp];
+  uint32_t buffer = 0;
+  stretch next;
+  next.load(a, it, head, cut, block * SPAN + static_cast<uint32_t>(warp) * STRETCH, true);
   affine q[4][2];
   const float *p = a.quantiser + static_cast<size_t>(h) * 12 * MAX_DIM;
 #pragma unroll
@@ -2881,18 +2916,19 @@ __global__ void __launch_bounds__(RANGE_THREADS, 3) k_error_kernel(range_args a)
       q[j][i].scale = p[j * MAX_DIM + c], q[j][i].mid = p[(4 + j) * MAX_DIM + c];
       q[j][i].inv = p[(8 + j) * MAX_DIM + c];
     }
-  for (int s = warp; s < STRETCHES; s += RANGE_WARPS) {
-    const uint32_t t0 = span * SPAN + static_cast<uint32_t>(s) * STRETCH;
-    const uint32_t n = list_kept(a, it, head, a.cut[h], t0, lists[warp], weights[warp]);
+  for (uint32_t span = block; span < a.spans; span += blocks, buffer ^= 1) {
+    const uint32_t t0 = span * SPAN + static_cast<uint32_t>(warp) * STRETCH;
+    const uint32_t n = next.list(a, cut, t0, step_of(it.k), list, weights[warp]);
     float2 e[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) e[j] = make_float2(0, 0);
+    if (span + blocks < a.spans) next.load(a, it, head, cut, t0 + blocks * SPAN, true);
     if (n > 0) {
       const pair_rows<DTYPE> rows(it.k, t0, head, d, a.k_dim);
-      raw_pair<DTYPE> x[8], next[8];
+      raw_pair<DTYPE> x[8], ahead[8];
       rows.load(list, x);
       for (uint32_t i = 0; i < n; i += 8) {
-        if (i + 8 < n) rows.load(list + i + 8, next);
+        if (i + 8 < n) rows.load(list + i + 8, ahead);
 #pragma unroll
         for (uint32_t k0 = 0; k0 < 8; k0 += 4) {
           if (i + k0 >= n) break;
@@ -2912,22 +2948,19 @@ __global__ void __launch_bounds__(RANGE_THREADS, 3) k_error_kernel(range_args a)
           }
         }
 #pragma unroll
-        for (int k = 0; k < 8; ++k) x[k] = next[k];
+        for (int k = 0; k < 8; ++k) x[k] = ahead[k];
       }
     }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) *reinterpret_cast<float2 *>(&part[s][j][2 * lane]) = e[j];
-    __syncwarp(); /* the list is read */
-  }
-  const size_t row = 64 * static_cast<size_t>(a.groups), step = 4 * row;
-  float *parts = a.parts + static_cast<size_t>(h) * a.spans * step + 64 * group;
-  const uint32_t column = threadIdx.x & 63, width = threadIdx.x >> 6 & 3;
-  __syncthreads();
-  float stretches = 0;
+    for (int j = 0; j < 4; ++j)
+      *reinterpret_cast<float2 *>(&part[buffer][warp][j][2 * lane]) = e[j];
+    __syncthreads();
+    float s = 0;
 #pragma unroll
-  for (int s = 0; s < STRETCHES; ++s) stretches = __fadd_rn(stretches, part[s][width][column]);
-  parts[span * step + width * row + column] = stretches;
-  if (!last_block(&a.done[h * a.groups + group], a.spans)) return;
+    for (int w = 0; w < STRETCHES; ++w) s = __fadd_rn(s, part[buffer][w][width][column]);
+    parts[span * step + width * row + column] = s;
+  }
+  if (!last_block(&a.done[h * a.groups + group], blocks)) return;
   const float sum = add_parts<256>(parts + width * row + column, a.spans, step, scratch);
   const int c = static_cast<int>(64 * group + column);
   if (c >= a.k_dim) return;
@@ -3479,7 +3512,7 @@ struct v_row {
     const char *row = static_cast<const char *>(row_of(v, t, head)) + 16 * half;
 #pragma unroll
     for (int b = 0; b < N; ++b)
-      if (16 * b < dim) x[b] = *reinterpret_cast<const uint4 *>(row + 32 * b);
+      if (16 * b < dim) x[b] = __ldg(reinterpret_cast<const uint4 *>(row + 32 * b));
   }
   __device__ __forceinline__ bool ends(int dim, int, float *lo, float *hi) const {
     extremes<DTYPE> e;
@@ -3553,6 +3586,12 @@ __global__ void __launch_bounds__(THREADS, N > 8 ? 1 : 2) v_error_kernel(measure
     const uint32_t want = first + threadIdx.x / 2, t = least(want, a.n - 1);
     v_row<N, DTYPE, WIDE> row;
     row.load(v, t, head, half, vd);
+    if (WIDE) { /* the row after this one on its way to the L2 */
+      const uint32_t ahead = least(t + gridDim.x * THREADS / 2, a.n - 1);
+      const char *next = static_cast<const char *>(row_of(v, ahead, head));
+      for (int i = 128 * half; i < 2 * vd; i += 256)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(next + i));
+    }
     const float w = token[t];
     float lo, hi;
     good &= row.ends(vd, half, &lo, &hi);
@@ -3669,12 +3708,17 @@ static __global__ void __launch_bounds__(THREADS) drop_kernel(measure_args a) {
   if (!last_block(&a.done[h], gridDim.x)) return;
   u64 mine = 0, total;
   const uint32_t top = BINS - 1 - tid * (BINS / THREADS);
-  for (uint32_t i = 0; i < BINS / THREADS; ++i) mine += __ldcg(&all[top - i]);
+  uint32_t bins[BINS / THREADS];
+#pragma unroll
+  for (uint32_t i = 0; i < BINS / THREADS; ++i) bins[i] = __ldcg(&all[top - i]);
+#pragma unroll
+  for (uint32_t i = 0; i < BINS / THREADS; ++i) mine += bins[i];
   u64 sum = block_scan(mine, scratch, &total);
   if (tid == 0) count[0] = 0;
   __syncthreads();
+#pragma unroll
   for (uint32_t i = 0; i < BINS / THREADS; ++i) {
-    const u64 with = sum + __ldcg(&all[top - i]);
+    const u64 with = sum + bins[i];
     if (top - i > 0 && sum < a.want && with >= a.want) count[0] = top - i;
     sum = with;
   }
@@ -3692,7 +3736,7 @@ struct score_args {
   float2 *stats;    /* [heads][splits][columns] largest logit, sum of 2^(logit - it) */
   float *square;    /* [heads][splits][k_dim] */
   float *out;       /* [heads][splits][v_dim] */
-  float *mean;      /* [heads][n] attention before pooling */
+  float *mean;      /* [heads][n] attention before pooling; twice, for passes over many columns */
   uint32_t *done;   /* [heads] */
   uint32_t *status;
   ptrdiff_t lse_stride;
@@ -3721,7 +3765,8 @@ __device__ inline void clear_bytes(uint8_t *p, size_t bytes, size_t thread, size
 
 /* The first launch: older widths cleared, weights of the window's queries (1 on average, as
    rdkv__recency), the queries' squares, and for plain_kernel their fp32 columns i * group + g. A
-   block has 32 channels of a head. */
+   block has 32 channels of a head; the last of each head has none, and the first of these works out
+   the weights. */
 static __global__ void __launch_bounds__(THREADS)
     score_begin_kernel(score_args a, item_list list, int first) {
   __shared__ double sums[THREADS / 32][32];
@@ -3738,7 +3783,8 @@ static __global__ void __launch_bounds__(THREADS)
   clear_bytes(it.k_bits, static_cast<size_t>(a.heads * a.k_dim), thread, n_threads);
   if (thread == 0) a.items[first + z] = it;
   if (blockIdx.x == 0 && tid == 0) a.done[h] = 0;
-  if (block == 0 && first + z == 0) {
+  if (blockIdx.x == gridDim.x - 1) {
+    if (head != 0 || first + z != 0) return;
     for (int i = tid; i < a.window; i += THREADS)
       part[i] = a.joint ? static_cast<float>(1 / sqrt(static_cast<double>(a.window - i))) : 1;
     __syncthreads();
@@ -3753,6 +3799,7 @@ static __global__ void __launch_bounds__(THREADS)
         a.see[i] = part[i] * by, a.see[a.window + 1 + i] = see;
       }
     }
+    return;
   }
   const ptrdiff_t stride = it.q.dim_stride ? it.q.dim_stride : 1;
   float *query = a.query;
@@ -3761,10 +3808,10 @@ static __global__ void __launch_bounds__(THREADS)
              static_cast<size_t>(a.columns);
   double sum = 0;
   bool bad = false;
-  for (int c0 = warp; c0 < a.columns && d < a.k_dim; c0 += THREADS / 32 * 8) {
-    uint32_t raw[8];
+  for (int c0 = warp; c0 < a.columns && d < a.k_dim; c0 += THREADS / 32 * 16) {
+    uint32_t raw[16];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 16; ++i) {
       const int c = c0 + THREADS / 32 * i;
       raw[i] = 0;
       if (c < used)
@@ -3773,7 +3820,7 @@ static __global__ void __launch_bounds__(THREADS)
             it.q.dtype, d * stride);
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 16; ++i) {
       const float x = value_of(raw[i], it.q.dtype);
       bad |= !in_range(x);
       sum += static_cast<double>(x) * static_cast<double>(x);
@@ -3923,293 +3970,399 @@ __global__ void __launch_bounds__(THREADS) plain_kernel(score_args a) {
 }
 
 /* Dense fp16 or bf16 rows, with the tensor cores: queries are A and stay in registers, 16 M columns
-   a warp; 32 tokens of K at a time are B, and come through shared memory by asynchronous copies, V
-   a stage behind, for it needs their weights. A product is a sum over channels in any order, so a
-   lane's 16-byte load of 8 neighbouring channels serves as the fragments of two steps, for K and Q
-   alike: no rearranging. C is k_dim / 32. */
-enum { STAGE = 32, STAGES = 3 };
+   a warp; tokens of K are B, and come through shared memory by asynchronous copies, 64 at a time, V
+   a stage behind, for it needs their weights. Warps divide the columns among them, and where these
+   are few the tokens too; more columns than a block has warps for take another pass. A product is a
+   sum over channels in any order, so a lane's 16-byte load of 8 neighbouring channels serves as the
+   fragments of two steps, for K and Q alike: no rearranging. C is k_dim / 32. */
+enum { STAGE = 64, WARPS = THREADS / 32 };
 
 template <int C>
 struct tensor_shape {
-  enum { M = C <= 4 ? 2 : 1 };
+  enum {
+    M = C <= 4 ? 2 : 1,
+    CHUNKS = 4 * C,         /* of 16 bytes in a row */
+    ROWS = THREADS / CHUNKS /* a thread copies, and looks after, one chunk of every ROWS-th row */
+  };
 };
 
-/* Warps of a block, or 0 where there are too many columns; and its bytes of shared memory. */
-static int tensor_warps(int k_dim, int columns) {
-  const int warps = (columns - 1) / (k_dim <= 128 ? 32 : 16) + 1;
-  return warps <= 4 ? 4 : warps <= 8 ? 8 : warps <= 16 ? 16 : 0;
-}
-static size_t tensor_shared(int k_dim, int v_dim, int warps, bool with_v) {
-  const size_t row = static_cast<size_t>(k_dim + (with_v ? v_dim : 0)) * 2,
-               n = static_cast<size_t>(warps);
-  const size_t ring = STAGES * STAGE * row + 2 * STAGE * 4 * n, sums = 32 * n * 32;
-  return ring > sums ? ring : sums;
+/* Bytes of shared memory: two stages of K, and of V, the warps' parts of two stages' weights, and
+   the threads' sums, which would leave the products too few registers. */
+static size_t tensor_shared(int k_dim, bool with_v) {
+  return 2 * STAGE * static_cast<size_t>(k_dim) * (with_v ? 4 : 2) +
+         2 * STAGE * WARPS * sizeof(float) + (with_v ? 4 : 2) * THREADS * sizeof(float4);
 }
 
 /* 16 bytes to shared memory; zeroes where there is no such row. */
-__device__ __forceinline__ void copy_16(void *to, const void *from, bool real) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(real ? 16 : 0)
+__device__ __forceinline__ void copy_16(uint32_t to, const char *from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_16(uint32_t to, const char *from, bool real) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(real ? 16 : 0)
                : "memory");
 }
 
+/* A thread's chunks of a stage: rows ROWS apart, of which `left` are real from the stage's first
+   row on. step: bytes from row to row. */
+template <int C>
+__device__ __forceinline__ void copy_stage(uint32_t to, const char *from, ptrdiff_t step,
+                                           uint32_t left) {
+  typedef tensor_shape<C> S;
+  enum { APART = S::ROWS * S::CHUNKS * 16, EVEN = STAGE % S::ROWS == 0 };
+  const int row = static_cast<int>(threadIdx.x) / S::CHUNKS;
+  if (THREADS % S::CHUNKS != 0 && row >= S::ROWS) return;
+  if (EVEN && left >= STAGE) {
+#pragma unroll
+    for (int i = 0; i < STAGE / S::ROWS; ++i, from += S::ROWS * step) copy_16(to + i * APART, from);
+  } else {
+#pragma unroll 1
+    for (int i = row; i < STAGE; i += S::ROWS, to += APART) {
+      const bool real = static_cast<uint32_t>(i) < left;
+      copy_16(to, real ? from + (i - row) * step : from - row * step, real);
+    }
+  }
+}
+
+/* A token's weight: the sum of the column warps' parts. */
+__device__ __forceinline__ float weight_of(const float *parts, int token, int column_warps) {
+  const float4 *p = reinterpret_cast<const float4 *>(parts + token * WARPS);
+  float4 x = p[0];
+  float w = (x.x + x.y) + (x.z + x.w);
+#pragma unroll 1
+  for (int i = 4; i < column_warps; i += 4) x = p[1], w += (x.x + x.y) + (x.z + x.w);
+  return w;
+}
+
+/* Logits of 16 tokens, as they lie in a stage, by a warp's columns: y[p][m][i] is that of token 8 p
+   + 2 t + i mod 2 and column 16 m + g + 8 (i / 2). Four chains of products interleave. */
+template <int C, bool BF16>
+__device__ __forceinline__ void products(float (&y)[2][tensor_shape<C>::M][4],
+                                         const uint4 (&q)[tensor_shape<C>::M][2][C],
+                                         const uint4 *even, const uint4 *uneven) {
+  enum { M = tensor_shape<C>::M };
+#pragma unroll
+  for (int p = 0; p < 2; ++p)
+#pragma unroll
+    for (int m = 0; m < M; ++m) y[p][m][0] = y[p][m][1] = y[p][m][2] = y[p][m][3] = 0;
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const uint4 *from = (c & 1 ? uneven : even) + 4 * c;
+    const uint4 b[2] = {from[0], from[8 * tensor_shape<C>::CHUNKS]};
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int p = 0; p < 2; ++p)
+        rdkv_cuda__mma<BF16>(y[p][m], q[m][0][c].x, q[m][1][c].x, q[m][0][c].y, q[m][1][c].y,
+                             b[p].x, b[p].y);
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int p = 0; p < 2; ++p)
+        rdkv_cuda__mma<BF16>(y[p][m], q[m][0][c].z, q[m][1][c].z, q[m][0][c].w, q[m][1][c].w,
+                             b[p].z, b[p].w);
+  }
+}
+
+/* Takes away logits that do not count: tokens from `end` on, and those after a query's own. token
+   and column: those of y[0][0][0]. */
+template <int M>
+__device__ __forceinline__ void hide(const score_args &a, float (&y)[2][M][4], uint32_t token,
+                                     int column, uint32_t end, uint32_t seen) {
+#pragma unroll
+  for (int p = 0; p < 2; ++p)
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t t = token + static_cast<uint32_t>(8 * p + (i & 1));
+        if (t >= end || (t > seen && static_cast<uint32_t>(column + 16 * m + 8 * (i >> 1)) <
+                                         (t - seen) * static_cast<uint32_t>(a.group)))
+          y[p][m][i] = -3e38f;
+      }
+}
+
+/* Sums over the columns of 2^(logit - reference): of token 8 (g mod 2) + 2 t + g / 2 mod 2. */
+template <int M>
+__device__ __forceinline__ float over_columns(const float (&y)[2][M][4],
+                                              const float2 (&reference)[M], float scale) {
+  float w[4] = {0, 0, 0, 0}; /* over the lane's rows, of tokens 8 p + 2 t + e at 2 p + e */
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int p = 0; p < 2; ++p)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        w[2 * p + (i & 1)] +=
+            exp2_fast(y[p][m][i] * scale - (i >> 1 ? reference[m].y : reference[m].x));
+  /* over the 8 lanes g, halving what each has */
+  const bool b0 = threadIdx.x & 4, b1 = threadIdx.x & 8;
+  float keep = b0 ? w[2] : w[0], give = b0 ? w[0] : w[2];
+  w[0] = keep + __shfl_xor_sync(FULL, give, 4);
+  keep = b0 ? w[3] : w[1], give = b0 ? w[1] : w[3];
+  w[1] = keep + __shfl_xor_sync(FULL, give, 4);
+  keep = b1 ? w[1] : w[0], give = b1 ? w[0] : w[1];
+  keep += __shfl_xor_sync(FULL, give, 8);
+  return keep + __shfl_xor_sync(FULL, keep, 16);
+}
+
+/* Adds 2^(logit - top) over the tokens to a lane's sums of its rows; top moves when a sum has grown
+   out of bounds, which the first one does. */
+template <int M>
+__device__ __forceinline__ void over_tokens(const float (&y)[2][M][4], float2 (&top)[M],
+                                            float2 (&sum)[M], float scale) {
+  const auto add = [&](int m, float2 from) {
+#pragma unroll
+    for (int p = 0; p < 2; ++p) {
+      from.x += exp2_fast(y[p][m][0] * scale - top[m].x) + exp2_fast(y[p][m][1] * scale - top[m].x);
+      from.y += exp2_fast(y[p][m][2] * scale - top[m].y) + exp2_fast(y[p][m][3] * scale - top[m].y);
+    }
+    return from;
+  };
+  float2 s[M];
+  float most = 0;
+#pragma unroll
+  for (int m = 0; m < M; ++m) s[m] = add(m, sum[m]), most = fmaxf(most, fmaxf(s[m].x, s[m].y));
+  if (most > 1e18f) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      const float2 old = top[m];
+#pragma unroll
+      for (int p = 0; p < 2; ++p) {
+        top[m].x = fmaxf(top[m].x, fmaxf(y[p][m][0], y[p][m][1]) * scale);
+        top[m].y = fmaxf(top[m].y, fmaxf(y[p][m][2], y[p][m][3]) * scale);
+      }
+      s[m] = add(m, make_float2(sum[m].x * exp2_fast(old.x - top[m].x),
+                                sum[m].y * exp2_fast(old.y - top[m].y)));
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < M; ++m) sum[m] = s[m];
+}
+
+/* to[0..7] += a chunk's values, or, SQUARE, their squares, weighted. */
+template <int DTYPE, bool SQUARE>
+__device__ __forceinline__ void add_chunk(float (&to)[8], const uint4 &x, float weight,
+                                          extremes<DTYPE> *ends) {
+  const uint32_t word[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const float2 y = extremes<DTYPE>::values(word[k]);
+    if (DTYPE == RDKV_BF16) ends->take(word[k]);
+    to[2 * k] += (SQUARE ? y.x : weight) * y.x, to[2 * k + 1] += (SQUARE ? y.y : weight) * y.y;
+  }
+}
+
 /* STATS finds the columns' maxima and sums, of which each lane has its own for its rows and tokens
-   until the end; the maximum that a sum is relative to moves when the sum has grown out of bounds,
-   which the first one does. Else the weights of the tokens, and with them the sum of V. */
+   until the end. Else the weights of the tokens, and with them the sum of V. */
 template <int C, bool BF16, bool STATS>
-#ifdef B_LB3
-#define B_LB 128, 3
-#else
-#define B_LB 512
-#endif
-__global__ void __launch_bounds__(B_LB) tensor_kernel(score_args a) {
-  enum { M = tensor_shape<C>::M, CHUNKS = 4 * C, DTYPE = BF16 ? RDKV_BF16 : RDKV_F16 };
+__global__ void __launch_bounds__(THREADS, 2) tensor_kernel(score_args a) {
+  typedef tensor_shape<C> S;
+  enum { M = S::M, CHUNKS = S::CHUNKS, ROWS = S::ROWS, DTYPE = BF16 ? RDKV_BF16 : RDKV_F16 };
   extern __shared__ uint4 rdkv_cuda_compress_memory[];
   const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
   const int h = static_cast<int>(blockIdx.z) * a.heads + head;
   const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
-  const int n_threads = static_cast<int>(blockDim.x), n_warps = n_threads >> 5;
   const item &it = a.items[blockIdx.z];
   const bool with_v = !STATS && a.fused;
-  uint4 *k_ring = rdkv_cuda_compress_memory;        /* [STAGES][STAGE][CHUNKS], swizzled */
-  uint4 *v_ring = k_ring + STAGES * STAGE * CHUNKS; /* [STAGES][STAGE][v_dim / 8] */
-  const int v_chunks = a.v_dim / 8;
-  float *partial = reinterpret_cast<float *>(v_ring + (with_v ? STAGES * STAGE * v_chunks : 0));
-  /* partial: [2][STAGE][n_warps] a warp's part of a token's weight */
+  /* [2][STAGE][CHUNKS] of K, swizzled; the same of V, not swizzled; [2][STAGE][WARPS] column warps'
+     parts of the tokens' weights; [2 or 4][THREADS] sums of squares and of V */
+  const uint4 *k_ring = rdkv_cuda_compress_memory, *v_ring = k_ring + 2 * STAGE * CHUNKS;
+  float *partial =
+      reinterpret_cast<float *>(rdkv_cuda_compress_memory + (with_v ? 4 : 2) * STAGE * CHUNKS);
+  float4 *my_sums = reinterpret_cast<float4 *>(partial + 2 * STAGE * WARPS) + tid;
   const uint32_t first = blockIdx.x * a.split, end = least(first + a.split, a.n);
   const uint32_t seen = a.n - static_cast<uint32_t>(a.window);
   const int n_stages = static_cast<int>((end - first + STAGE - 1) / STAGE);
-  /* a thread copies, and looks after, one chunk of every few rows */
-  const int k_rows = n_threads / CHUNKS, k_row = tid / CHUNKS, k_chunk = tid % CHUNKS;
-  const int v_rows = n_threads / v_chunks, v_row = tid / v_chunks, v_chunk = tid % v_chunks;
-  const char *k_from = static_cast<const char *>(row_of(it.k, first, head)) + 16 * k_chunk;
-  const char *v_from =
-      with_v ? static_cast<const char *>(row_of(it.v, first, head)) + 16 * v_chunk : nullptr;
+  const int needed = (a.columns - 1) / (16 * M) + 1; /* column warps */
+  const int column_warps = needed > 4 ? 8 : needed > 2 ? 4 : needed;
+  const int passes = (needed - 1) / WARPS + 1, token_warp = warp / column_warps;
+  const int token_warps = WARPS / column_warps, column_warp = warp % column_warps;
+  const int my_row = tid / CHUNKS, my_chunk = tid % CHUNKS;
+  /* neighbouring rows' chunks in different halves of the banks, for the fragments' loads */
+  const int my_k = my_row * CHUNKS + (C & 1 ? my_chunk : my_chunk ^ (my_row & 1) << 2);
+  const int my_v = my_row * CHUNKS + my_chunk, odd = C & 1 ? 0 : 4 * (g & 1);
+  const uint32_t k_to = static_cast<uint32_t>(__cvta_generic_to_shared(k_ring + my_k)),
+                 v_to = static_cast<uint32_t>(__cvta_generic_to_shared(v_ring + my_v));
+  const bool has_rows = THREADS % CHUNKS == 0 || my_row < ROWS;
   const ptrdiff_t k_step = it.k.token_stride * 2, v_step = it.v.token_stride * 2;
-  const auto k_at = [&](int stage, int row, int chunk) {
-    return k_ring + (stage % STAGES * STAGE + row) * CHUNKS +
-           (C & 1 ? chunk : chunk ^ (row & 1) << 2);
-  };
-  const auto v_at = [&](int stage, int row) {
-    return v_ring + (stage % STAGES * STAGE + row) * v_chunks + v_chunk;
-  };
-  const auto copy = [&](int k_stage, int v_stage) {
-    if (k_row < k_rows && k_stage < n_stages)
-      for (int row = k_row; row < STAGE; row += k_rows) {
-        const uint32_t i = static_cast<uint32_t>(STAGE * k_stage + row);
-        const bool real = first + i < end;
-        copy_16(k_at(k_stage, row, k_chunk),
-                k_from + (real ? static_cast<ptrdiff_t>(i) * k_step : 0), real);
-      }
-    if (with_v && v_row < v_rows && v_stage >= 0 && v_stage < n_stages)
-      for (int row = v_row; row < STAGE; row += v_rows) {
-        const uint32_t i = static_cast<uint32_t>(STAGE * v_stage + row);
-        const bool real = first + i < end;
-        copy_16(v_at(v_stage, row), v_from + (real ? static_cast<ptrdiff_t>(i) * v_step : 0), real);
-      }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-  };
-  copy(0, -1), copy(1, 0);
-  /* queries; row g and g + 8 of each 16 columns */
-  uint4 q[M][2][C];
-  float2 top[M], sum[M]; /* of rows g and g + 8; else top is their reference */
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-    float r[2];
-#pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const int column = 16 * (M * warp + m) + 8 * u + g;
-      const bool real = column < a.group * a.window;
-      const uint16_t *row = static_cast<const uint16_t *>(
-          row_of(it.q, real ? static_cast<uint32_t>(column / a.group) : 0,
-                 head * a.group + (real ? column % a.group : 0)));
-#pragma unroll
-      for (int c = 0; c < C; ++c) {
-        q[m][u][c] = *reinterpret_cast<const uint4 *>(row + 32 * c + 8 * t);
-        if (!real) q[m][u][c] = make_uint4(0, 0, 0, 0);
-      }
-      r[u] = STATS  ? -1e30f
-             : real ? reference_of(a, it, head, h, column)
-                    : __int_as_float(0x7f800000);
-    }
-    top[m] = make_float2(r[0], r[1]), sum[m] = make_float2(0, 0);
-  }
-  float square[8], out[8];
   extremes<DTYPE> ends;
   ends.clear();
+  for (int i = 0; i < (STATS ? 0 : with_v ? 4 : 2); ++i)
+    my_sums[i * THREADS] = make_float4(0, 0, 0, 0);
+  for (int pass = 0; pass < passes; ++pass) {
+    const bool last_pass = pass == passes - 1;
+    const int column0 = 16 * M * (WARPS * pass + column_warp);
+    const bool computes = column0 < a.columns;
+    const char *k_from =
+        static_cast<const char *>(row_of(it.k, first + static_cast<uint32_t>(my_row), head)) +
+        16 * my_chunk;
+    const char *v_from = k_from;
+    if (with_v)
+      v_from =
+          static_cast<const char *>(row_of(it.v, first + static_cast<uint32_t>(my_row), head)) +
+          16 * my_chunk;
+    uint32_t k_left = a.n - first, v_left = k_left; /* tokens not yet asked for */
+    const auto copy = [&](int k_slot, bool k, int v_slot, bool v) {
+      if (k) {
+        copy_stage<C>(k_to + static_cast<uint32_t>(k_slot * STAGE * CHUNKS * 16), k_from, k_step,
+                      k_left);
+        k_from += STAGE * k_step, k_left -= least(k_left, STAGE);
+      }
+      if (v) {
+        copy_stage<C>(v_to + static_cast<uint32_t>(v_slot * STAGE * CHUNKS * 16), v_from, v_step,
+                      v_left);
+        v_from += STAGE * v_step, v_left -= least(v_left, STAGE);
+      }
+      asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    __syncthreads(); /* all are done with the pass before */
+    for (int i = tid; i < 2 * STAGE * WARPS; i += THREADS) partial[i] = 0;
+    copy(0, true, 0, false);
+    /* queries; rows g and g + 8 of each 16 columns */
+    uint4 q[M][2][C];
+    float2 top[M], sum[M]; /* of these rows; else top is their reference */
 #pragma unroll
-  for (int i = 0; i < 8; ++i) square[i] = out[i] = 0;
-  for (int stage = 0; stage < n_stages + (with_v ? 1 : 0); ++stage) {
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-    __syncthreads(); /* this stage is there, and all are done with the one before */
-    copy(stage + 2, stage + 1);
-    const uint32_t t0 = first + static_cast<uint32_t>(STAGE * stage);
-    if (stage < n_stages) {
-      const bool edge = t0 + STAGE > seen || t0 + STAGE > end;
-      float w[8]; /* sums over rows, of tokens 8 n + 2 t + e at 2 n + e */
+    for (int m = 0; m < M; ++m) {
+      float r[2];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) w[i] = 0;
-#pragma unroll
-      for (int n = 0; n < 4; n += 2) { /* 16 tokens, so that four chains of products interleave */
-        float y[2][M][4];
-#pragma unroll
-        for (int p = 0; p < 2; ++p)
-#pragma unroll
-          for (int m = 0; m < M; ++m) y[p][m][0] = y[p][m][1] = y[p][m][2] = y[p][m][3] = 0;
+      for (int u = 0; u < 2; ++u) {
+        const int column = column0 + 16 * m + 8 * u + g;
+        const bool real = column < a.group * a.window;
+        const int i = real ? column / a.group : 0, j = real ? column - i * a.group : 0;
+        const uint16_t *row = static_cast<const uint16_t *>(
+            row_of(it.q, static_cast<uint32_t>(i), head * a.group + j));
 #pragma unroll
         for (int c = 0; c < C; ++c) {
-          const uint4 b[2] = {*k_at(stage, 8 * n + g, 4 * c + t),
-                              *k_at(stage, 8 * n + 8 + g, 4 * c + t)};
-#pragma unroll
-          for (int m = 0; m < M; ++m)
-#pragma unroll
-            for (int p = 0; p < 2; ++p)
-              rdkv_cuda__mma<BF16>(y[p][m], q[m][0][c].x, q[m][1][c].x, q[m][0][c].y, q[m][1][c].y,
-                                   b[p].x, b[p].y);
-#pragma unroll
-          for (int m = 0; m < M; ++m)
-#pragma unroll
-            for (int p = 0; p < 2; ++p)
-              rdkv_cuda__mma<BF16>(y[p][m], q[m][0][c].z, q[m][1][c].z, q[m][0][c].w, q[m][1][c].w,
-                                   b[p].z, b[p].w);
+          q[m][u][c] = *reinterpret_cast<const uint4 *>(row + 32 * c + 8 * t);
+          if (!real) q[m][u][c] = make_uint4(0, 0, 0, 0);
         }
+        r[u] = STATS  ? -1e30f
+               : real ? reference_of(a, it, head, h, column)
+                      : __int_as_float(0x7f800000);
+      }
+      top[m] = make_float2(r[0], r[1]), sum[m] = make_float2(0, 0);
+    }
+    for (int stage = 0; stage < n_stages + (STATS ? 0 : 1); ++stage) {
+      const int slot = stage & 1;
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+      __syncthreads(); /* this stage is there, and all are done with the one before */
+      copy(slot ^ 1, stage + 1 < n_stages, slot, with_v && last_pass && stage < n_stages);
+      const uint32_t t0 = first + static_cast<uint32_t>(STAGE * stage);
+      const uint4 *k_stage = k_ring + slot * STAGE * CHUNKS;
+      if (computes && stage < n_stages) {
+        const bool edge = t0 + STAGE > seen || t0 + STAGE > end;
+        const uint4 *even = k_stage + g * CHUNKS + t + odd, *uneven = even - 2 * odd;
+        float *parts = partial + slot * STAGE * WARPS + column_warp +
+                       (8 * (g & 1) + 2 * t + (g >> 1 & 1)) * WARPS;
+        const auto take = [&](float(&y)[2][M][4], int n) {
+          if (STATS) {
+            over_tokens<M>(y, top, sum, a.scale);
+          } else {
+            const float w = over_columns<M>(y, top, a.scale);
+            if (g < 4) parts[n * WARPS] = w;
+          }
+        };
+        int n = 16 * token_warp;
+        const int apart = 16 * token_warps;
+        float y[2][M][4];
         if (edge) {
-#pragma unroll
-          for (int p = 0; p < 2; ++p)
-#pragma unroll
-            for (int m = 0; m < M; ++m)
-#pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                const uint32_t at = t0 + static_cast<uint32_t>(8 * (n + p) + 2 * t + (i & 1));
-                const int column = 16 * (M * warp + m) + 8 * (i >> 1) + g;
-                if (at >= end || (at > seen && static_cast<uint32_t>(column) <
-                                                   (at - seen) * static_cast<uint32_t>(a.group)))
-                  y[p][m][i] = -3e38f;
-              }
-        }
-        if (!STATS) {
-#pragma unroll
-          for (int p = 0; p < 2; ++p)
-#pragma unroll
-            for (int m = 0; m < M; ++m)
-#pragma unroll
-              for (int i = 0; i < 4; ++i)
-                w[2 * (n + p) + (i & 1)] +=
-                    exp2_fast(y[p][m][i] * a.scale - (i >> 1 ? top[m].y : top[m].x));
-        } else {
-          bool move = false;
-          float2 s[M];
-#pragma unroll
-          for (int m = 0; m < M; ++m) {
-            s[m] = sum[m];
-#pragma unroll
-            for (int p = 0; p < 2; ++p) {
-              s[m].x += exp2_fast(y[p][m][0] * a.scale - top[m].x) +
-                        exp2_fast(y[p][m][1] * a.scale - top[m].x);
-              s[m].y += exp2_fast(y[p][m][2] * a.scale - top[m].y) +
-                        exp2_fast(y[p][m][3] * a.scale - top[m].y);
-            }
-            move |= !(fmaxf(s[m].x, s[m].y) < 1e18f);
+          for (; n < STAGE; n += apart) {
+            products<C, BF16>(y, q, even + n * CHUNKS, uneven + n * CHUNKS);
+            hide<M>(a, y, t0 + static_cast<uint32_t>(n + 2 * t), column0 + g, end, seen);
+            take(y, n);
           }
-          if (move) {
+        } else if (n < STAGE) { /* the next products are on their way while these are taken */
+          products<C, BF16>(y, q, even + n * CHUNKS, uneven + n * CHUNKS);
+          for (; n + apart < STAGE; n += apart) {
+            float z[2][M][4];
+            products<C, BF16>(z, q, even + (n + apart) * CHUNKS, uneven + (n + apart) * CHUNKS);
+            take(y, n);
 #pragma unroll
-            for (int m = 0; m < M; ++m) {
-              const float2 old = top[m];
-              s[m] = make_float2(0, 0);
+            for (int p = 0; p < 2; ++p)
 #pragma unroll
-              for (int p = 0; p < 2; ++p) {
-                top[m].x = fmaxf(top[m].x, fmaxf(y[p][m][0], y[p][m][1]) * a.scale);
-                top[m].y = fmaxf(top[m].y, fmaxf(y[p][m][2], y[p][m][3]) * a.scale);
-              }
+              for (int m = 0; m < M; ++m)
 #pragma unroll
-              for (int p = 0; p < 2; ++p) {
-                s[m].x += exp2_fast(y[p][m][0] * a.scale - top[m].x) +
-                          exp2_fast(y[p][m][1] * a.scale - top[m].x);
-                s[m].y += exp2_fast(y[p][m][2] * a.scale - top[m].y) +
-                          exp2_fast(y[p][m][3] * a.scale - top[m].y);
-              }
-              s[m].x += sum[m].x * exp2_fast(old.x - top[m].x);
-              s[m].y += sum[m].y * exp2_fast(old.y - top[m].y);
-            }
+                for (int i = 0; i < 4; ++i) y[p][m][i] = z[p][m][i];
           }
-#pragma unroll
-          for (int m = 0; m < M; ++m) sum[m] = s[m];
+          take(y, n);
         }
       }
-      if (!STATS) {
-        /* over the 8 lanes g, halving what each has: lane's token in the end 16 g0 + 8 g1 + 2 t +
-         * g2 */
+      const auto load_sums = [&](float(&to)[8], int at) {
+        const float4 x = my_sums[at * THREADS], y = my_sums[(at + 1) * THREADS];
+        to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+        to[4] = y.x, to[5] = y.y, to[6] = y.z, to[7] = y.w;
+      };
+      const auto store_sums = [&](const float(&from)[8], int at) {
+        my_sums[at * THREADS] = make_float4(from[0], from[1], from[2], from[3]);
+        my_sums[(at + 1) * THREADS] = make_float4(from[4], from[5], from[6], from[7]);
+      };
+      if (!STATS && last_pass && has_rows && stage < n_stages) {
+        float square[8];
+        load_sums(square, 0);
 #pragma unroll
-        for (int i = 0, step = 4, d = 4; i < 3; ++i, step >>= 1, d <<= 1) {
-          const bool upper = (lane & d) != 0;
-#pragma unroll
-          for (int k = 0; k < step; ++k) {
-            const float keep = upper ? w[k + step] : w[k], give = upper ? w[k] : w[k + step];
-            w[k] = keep + __shfl_xor_sync(FULL, give, d);
-          }
-        }
-        const int token = 16 * (g & 1) + 8 * (g >> 1 & 1) + 2 * t + (g >> 2);
-        partial[((stage & 1) * STAGE + token) * n_warps + warp] = w[0];
-        if (k_row < k_rows)
-          for (int row = k_row; row < STAGE; row += k_rows) {
-            const uint4 x = *k_at(stage, row, k_chunk);
-            const uint32_t word[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float2 y = extremes<DTYPE>::values(word[i]);
-              if (BF16) ends.take(word[i]);
-              square[2 * i] += y.x * y.x, square[2 * i + 1] += y.y * y.y;
-            }
-          }
+        for (int i = 0; i < STAGE; i += ROWS)
+          if (STAGE % ROWS == 0 || my_row + i < STAGE)
+            add_chunk<DTYPE, true>(square, k_stage[my_k + i * CHUNKS], 1, &ends);
+        store_sums(square, 0);
       }
-    }
-    if (with_v && stage > 0 && v_row < v_rows) {
-      for (int row = v_row; row < STAGE; row += v_rows) {
-        const float *p = partial + (((stage + 1) & 1) * STAGE + row) * n_warps;
-        float weight = 0;
-        for (int i = 0; i < n_warps; i += 4) {
-          const float4 x = *reinterpret_cast<const float4 *>(p + i);
-          weight += (x.x + x.y) + (x.z + x.w);
-        }
-        const uint32_t at = t0 - STAGE + static_cast<uint32_t>(row);
-        if (v_chunk == 0 && at < end) a.mean[static_cast<size_t>(h) * a.n + at] = weight;
-        const uint4 x = *v_at(stage - 1, row);
-        const uint32_t word[4] = {x.x, x.y, x.z, x.w};
+      if (!STATS && stage > 0) { /* weights of the stage before, and its V */
+        const float *of = partial + ((stage + 1) & 1) * STAGE * WARPS;
+        const uint32_t left = end - (t0 - STAGE); /* tokens from that stage on */
+        /* one pass reads what the one before wrote, and the last one writes the first array */
+        const size_t apart = static_cast<size_t>(gridDim.z) * static_cast<size_t>(a.heads) * a.n;
+        const bool to_first = (passes - pass) & 1;
+        float *mean = a.mean + static_cast<size_t>(h) * a.n + (t0 - STAGE);
+        const float *old = mean + (to_first ? apart : 0);
+        if (threadIdx.x < least(left, STAGE))
+          mean[tid + static_cast<ptrdiff_t>(to_first ? 0 : apart)] =
+              weight_of(of, tid, column_warps) + (pass > 0 ? old[tid] : 0);
+        if (with_v && last_pass && has_rows) {
+          const uint4 *v_stage = v_ring + (slot ^ 1) * STAGE * CHUNKS + my_v;
+          float out[8];
+          load_sums(out, 2);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 y = extremes<DTYPE>::values(word[i]);
-          if (BF16) ends.take(word[i]);
-          out[2 * i] += weight * y.x, out[2 * i + 1] += weight * y.y;
+          for (int i = 0; i < STAGE; i += ROWS)
+            if (STAGE % ROWS == 0 || my_row + i < STAGE) {
+              float w = weight_of(of, my_row + i, column_warps);
+              if (pass > 0 && static_cast<uint32_t>(my_row + i) < left) w += old[my_row + i];
+              add_chunk<DTYPE, false>(out, v_stage[i * CHUNKS], w, &ends);
+            }
+          store_sums(out, 2);
         }
       }
     }
-    if (!STATS && !with_v) { /* nobody else writes the weights then */
+    if (STATS) {
+      /* the lanes t, and the warps that share the columns, add up what they have */
+      float2 *all = reinterpret_cast<float2 *>(rdkv_cuda_compress_memory);
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
       __syncthreads();
-      const uint32_t at = t0 + threadIdx.x;
-      if (threadIdx.x < STAGE && at < end) {
-        float weight = 0;
-        for (int i = 0; i < n_warps; ++i)
-          weight += partial[((stage & 1) * STAGE + tid) * n_warps + i];
-        a.mean[static_cast<size_t>(h) * a.n + at] = weight;
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          const float x = u ? top[m].y : top[m].x;
+          float s = u ? sum[m].y : sum[m].x, most = x;
+          for (int d = 1; d < 4; d <<= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, d));
+          s *= exp2_fast(x - most);
+          for (int d = 1; d < 4; d <<= 1) s += __shfl_xor_sync(FULL, s, d);
+          if (t == 0) all[warp * 16 * M + 16 * m + 8 * u + g] = make_float2(most, s);
+        }
+      __syncthreads();
+      const int column = 16 * M * WARPS * pass + tid;
+      if (tid < 16 * M * column_warps && column < a.columns) {
+        float2 x = all[tid];
+        for (int w = 1; w < token_warps; ++w) {
+          const float2 y = all[w * column_warps * 16 * M + tid];
+          const float most = fmaxf(x.x, y.x);
+          x = make_float2(most, x.y * exp2_fast(x.x - most) + y.y * exp2_fast(y.x - most));
+        }
+        const size_t part = static_cast<size_t>(h) * static_cast<size_t>(a.splits) + blockIdx.x;
+        a.stats[part * static_cast<size_t>(a.columns) + static_cast<size_t>(column)] = x;
       }
     }
   }
-  const size_t part = static_cast<size_t>(h) * static_cast<size_t>(a.splits) + blockIdx.x;
   if (STATS) {
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-      for (int u = 0; u < 2; ++u) { /* the 4 lanes that have the row */
-        float x = u ? top[m].y : top[m].x, s = u ? sum[m].y : sum[m].x, most = x;
-        for (int d = 1; d < 4; d <<= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, d));
-        s *= exp2_fast(x - most);
-        for (int d = 1; d < 4; d <<= 1) s += __shfl_xor_sync(FULL, s, d);
-        const int column = 16 * (M * warp + m) + 8 * u + g;
-        if (t == 0 && column < a.columns)
-          a.stats[part * static_cast<size_t>(a.columns) + static_cast<size_t>(column)] =
-              make_float2(most, most > -1e29f ? s : 0);
-      }
     if (last_block(&a.done[h], gridDim.x)) find_references(a, h);
   } else {
     bool good = true;
@@ -4218,32 +4371,29 @@ __global__ void __launch_bounds__(B_LB) tensor_kernel(score_args a) {
       good = in_range(low.x) && in_range(low.y) && in_range(high.x) && in_range(high.y);
     } else { /* what is no half makes sums that are no numbers, even with weight 0 */
       float all = 0;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) all += (out[i] + square[i]) * 0;
+      for (int i = 0; i < (with_v ? 4 : 2); ++i) {
+        const float4 x = my_sums[i * THREADS];
+        all += (x.x + x.y) * 0 + (x.z + x.w) * 0;
+      }
       good = all == 0;
     }
     if (!good) fail(a.status, RDKV_ERR_NONFINITE);
-    float *sums = reinterpret_cast<float *>(rdkv_cuda_compress_memory);
+    const size_t part = static_cast<size_t>(h) * static_cast<size_t>(a.splits) + blockIdx.x;
+    float *sums = reinterpret_cast<float *>(rdkv_cuda_compress_memory); /* [ROWS][32 C] */
     asm volatile("cp.async.wait_group 0;" ::: "memory");
-    __syncthreads();
-    if (k_row < k_rows)
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sums[k_row * a.k_dim + 8 * k_chunk + i] = square[i];
-    __syncthreads();
-    for (int d = tid; d < a.k_dim; d += n_threads) {
+    for (int v = 0; v < 2; ++v) {
+      __syncthreads();
+      if (has_rows && (!v || with_v))
+        for (int i = 0; i < 2; ++i)
+          *reinterpret_cast<float4 *>(&sums[my_row * 32 * C + 8 * my_chunk + 4 * i]) =
+              my_sums[(2 * v + i) * THREADS];
+      __syncthreads();
       float s = 0;
-      for (int r = 0; r < k_rows; ++r) s += sums[r * a.k_dim + d];
-      a.square[part * static_cast<size_t>(a.k_dim) + static_cast<size_t>(d)] = s;
-    }
-    __syncthreads();
-    if (with_v && v_row < v_rows)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sums[v_row * a.v_dim + 8 * v_chunk + i] = out[i];
-    __syncthreads();
-    for (int d = tid; with_v && d < a.v_dim; d += n_threads) {
-      float s = 0;
-      for (int r = 0; r < v_rows; ++r) s += sums[r * a.v_dim + d];
-      a.out[part * static_cast<size_t>(a.v_dim) + static_cast<size_t>(d)] = s;
+      if (tid < 32 * C && (!v || with_v)) {
+        for (int r = 0; r < ROWS; ++r) s += sums[r * 32 * C + tid];
+        (v ? a.out : a.square)[part * (32 * C) + static_cast<size_t>(tid)] = s;
+      }
     }
   }
 }
@@ -4287,12 +4437,19 @@ static __global__ void __launch_bounds__(THREADS) pool_kernel(score_args a) {
     const size_t part = static_cast<size_t>(h) * static_cast<size_t>(a.splits);
     const size_t kd = static_cast<size_t>(a.k_dim), vd = static_cast<size_t>(a.v_dim);
     const bool has_k = tid < a.k_dim, has_v = a.joint && tid < a.v_dim;
+    const float *k_from = a.square + part * kd + (has_k ? tid : 0),
+                *v_from = a.out + part * vd + (has_v ? tid : 0);
     double k = 0, v = 0;
-#pragma unroll 16
-    for (int i = 0; i < a.splits; ++i) {
-      const size_t at = part + static_cast<size_t>(i), d = static_cast<size_t>(tid);
-      if (has_k) k += static_cast<double>(a.square[at * kd + d]);
-      if (has_v) v += static_cast<double>(a.out[at * vd + d]);
+    for (int first = 0; first < a.splits; first += 16) {
+      float x[16], y[16];
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const size_t at = static_cast<size_t>(first + i < a.splits ? first + i : first);
+        x[i] = k_from[at * kd], y[i] = a.joint ? v_from[at * vd] : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < 16; ++i)
+        if (first + i < a.splits) k += static_cast<double>(x[i]), v += static_cast<double>(y[i]);
     }
     if (has_k) it.k_square[head * a.k_dim + tid] = static_cast<float>(k / static_cast<double>(a.n));
     if (has_v)
@@ -5477,8 +5634,8 @@ static bool resolved(const rdkv_config *c) {
          c->v_dim > 0 && c->v_dim <= MAX_DIM && c->window > 0 && c->n_q_heads % c->n_kv_heads == 0;
 }
 static bool tensor_ok(const rdkv_tensor &t) {
-  return t.data && static_cast<unsigned>(t.dtype) <= RDKV_BF16 && t.token_stride < 1 << 28 &&
-         t.token_stride > -(1 << 28) &&
+  return t.data && static_cast<unsigned>(t.dtype) <= RDKV_BF16 && t.token_stride < 1 << 23 &&
+         t.token_stride > -(1 << 23) &&
          reinterpret_cast<uintptr_t>(t.data) % (t.dtype == RDKV_F32 ? 4 : 2) == 0;
 }
 static bool layer_ok(const rdkv_layer *l) {
@@ -5541,7 +5698,11 @@ static void launch_range(const range_args &r, rdkv_dtype dtype, bool errors, int
   const range_kernel_type error = dtype == RDKV_F16    ? k_error_kernel<RDKV_F16>
                                   : dtype == RDKV_BF16 ? k_error_kernel<RDKV_BF16>
                                                        : k_error_kernel<RDKV_F32>;
-  const dim3 grid(r.spans * r.groups, static_cast<uint32_t>(r.heads),
+  /* as many blocks as 132 multiprocessors take at once, or one for each head and group */
+  const uint32_t places = (errors ? 3 : 4) * 132;
+  const uint32_t rows = static_cast<uint32_t>(n_items * r.heads) * r.groups;
+  const uint32_t each = rows < places ? places / rows : 1;
+  const dim3 grid(least(each, r.spans) * r.groups, static_cast<uint32_t>(r.heads),
                   static_cast<uint32_t>(n_items));
   if (r.n > 0) (errors ? error : range)<<<grid, RANGE_THREADS, 0, stream>>>(r);
 }
@@ -5593,13 +5754,11 @@ static void layout_score(const rdkv_config *cfg, int n_items, uint32_t n, void *
   a->k_dim = cfg->k_dim, a->v_dim = cfg->v_dim, a->pool = cfg->pool;
   a->joint = cfg->profile == RDKV_JOINT;
   a->scale = cfg->softmax_scale * 1.44269504088896341f;
-  /* a block for each place that 132 multiprocessors have for one, or as many times that as leaves
-     it 2048 tokens */
-  const int warps = tensor_warps(a->k_dim, a->columns);
-  const uint64_t places = 132 * 16 / static_cast<uint64_t>(warps ? warps : 4);
-  const uint64_t each = static_cast<uint64_t>(n) * heads / places + 1;
-  const uint64_t split = each / (each / 2048 + 1) / STAGE * STAGE + STAGE;
-  a->split = static_cast<uint32_t>(split < 64 ? 64 : split);
+  /* a block for each of the two places that a multiprocessor has for one, or as many times that as
+     leaves it 4096 tokens */
+  const uint64_t each = static_cast<uint64_t>(n) * heads / (2 * 132) + 1;
+  const uint64_t split = each / (each / 4096 + 1) / STAGE * STAGE + STAGE;
+  a->split = static_cast<uint32_t>(split);
   a->splits = static_cast<int>(blocks_of(n, a->split, 0x7fffffff));
   const uint64_t splits = static_cast<uint64_t>(a->splits),
                  columns = static_cast<uint64_t>(a->columns);
@@ -5611,7 +5770,7 @@ static void layout_score(const rdkv_config *cfg, int n_items, uint32_t n, void *
   s->m.take(&a->stats, heads * splits * columns);
   s->m.take(&a->square, heads * splits * static_cast<uint64_t>(a->k_dim));
   s->m.take(&a->out, heads * splits * static_cast<uint64_t>(a->v_dim));
-  s->m.take(&a->mean, heads * n + 1);
+  s->m.take(&a->mean, (a->columns > 16 * WARPS ? 2 : 1) * heads * n + 1);
 }
 
 /* 16-byte loads of whole rows are possible. */
@@ -5631,6 +5790,7 @@ static score_kernel tensor_kernel_for(bool bf16, bool stats) {
 /* NULL where the tensor cores do not serve. */
 static score_kernel tensor_kernel_of(const score_args &a, bool bf16, bool stats, size_t *shared) {
   score_kernel k = nullptr;
+  (void)bf16; /* of which a build for another dim has no use */
 #define RDKV_CUDA__CASE(dim)                      \
   case dim:                                       \
     k = tensor_kernel_for<dim / 32>(bf16, stats); \
@@ -5649,8 +5809,7 @@ static score_kernel tensor_kernel_of(const score_args &a, bool bf16, bool stats,
 #endif
   }
 #undef RDKV_CUDA__CASE
-  *shared = tensor_shared(a.k_dim, a.v_dim, tensor_warps(a.k_dim, a.columns), !stats && a.fused);
-  if (tensor_warps(a.k_dim, a.columns) == 0) k = nullptr;
+  *shared = tensor_shared(a.k_dim, !stats && a.fused);
   if (k && *shared > 48 * 1024 &&
       cudaFuncSetAttribute(reinterpret_cast<const void *>(k),
                            cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -5854,27 +6013,26 @@ extern "C" cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv
   if (n == 0) return cudaSuccess;
   const bool bf16 = kv[0].k.dtype == RDKV_BF16;
   size_t stats_shared = 0, shared = 0;
-  a.fused = a.joint && wide;
+  a.fused = a.joint && wide && a.v_dim == a.k_dim;
   const score_kernel stats = tensor ? tensor_kernel_of(a, bf16, true, &stats_shared) : nullptr;
   const score_kernel weigh = tensor ? tensor_kernel_of(a, bf16, false, &shared) : nullptr;
   a.status = status, a.lse_stride = lse_stride, a.given = lse != nullptr;
   a.plain = !weigh || (!lse && !stats);
   for (int first = 0, of = 0; first < n_items; first += of) {
     const item_list list = items_of(kv, layers, lse, n_items, first, &of);
-    const dim3 grid(static_cast<uint32_t>(a.k_dim + 31) / 32, heads, static_cast<uint32_t>(of));
+    const dim3 grid(static_cast<uint32_t>(a.k_dim + 31) / 32 + 1, heads, static_cast<uint32_t>(of));
     score_begin_kernel<<<grid, THREADS, 0, stream>>>(a, list, first);
   }
   const dim3 grid(static_cast<uint32_t>(a.splits), heads, items);
-  const int threads = 32 * tensor_warps(a.k_dim, a.columns);
   if (!lse && stats)
-    stats<<<grid, threads, stats_shared, stream>>>(a);
+    stats<<<grid, THREADS, stats_shared, stream>>>(a);
   else if (!lse)
     plain_kernel<true><<<grid, THREADS, 0, stream>>>(a);
   if (weigh)
-    weigh<<<grid, threads, shared, stream>>>(a);
+    weigh<<<grid, THREADS, shared, stream>>>(a);
   else
     plain_kernel<false><<<grid, THREADS, 0, stream>>>(a);
-  if (a.joint && !(weigh && wide)) out_kernel<<<grid, THREADS, 0, stream>>>(a);
+  if (a.joint && !(weigh && a.fused)) out_kernel<<<grid, THREADS, 0, stream>>>(a);
   const dim3 pool((n + 4 * THREADS - 1) / (4 * THREADS) + 1, heads, items);
   pool_kernel<<<pool, THREADS, 0, stream>>>(a);
   return cudaGetLastError();
@@ -5913,11 +6071,13 @@ extern "C" cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *
     const dim3 chunks(a.chunks, heads, static_cast<uint32_t>(of));
     measure_begin_kernel<<<chunks, THREADS, 0, stream>>>(a, list, first);
   }
-  /* four times the blocks that fit 132 multiprocessors at once */
-  const uint32_t most = heads * items < 8 * 132 ? 8 * 132 / (heads * items) : 1;
+  /* the blocks that 132 multiprocessors take at once; of many heads four times as many, for they do
+     not divide evenly */
+  const uint32_t places = (heads * items > 32 ? 8 : 2) * 132;
+  const uint32_t most = heads * items < places ? places / (heads * items) : 1;
   const dim3 rows(blocks_of(n, THREADS / 2, most), heads, items);
   v_error_kernel_of(kv->v.dtype, cfg->v_dim, wide)<<<rows, THREADS, 0, stream>>>(a);
-  const dim3 drop(blocks_of(n, 8 * THREADS, 64), heads, items);
+  const dim3 drop(blocks_of(n, 4 * THREADS, 64), heads, items);
   drop_kernel<<<drop, THREADS, 0, stream>>>(a);
   launch_range(s.r, kv->k.dtype, false, n_items, stream);
   s.r.done += heads * items * s.r.groups;

@@ -327,7 +327,8 @@ static float *window_lse(const problem *p) {
 
 static void test_score() {
   static const int shape[][4] = {{8, 2, 128, 128}, {4, 4, 64, 80},  {2, 1, 40, 24},
-                                 {4, 1, 256, 256}, {12, 2, 96, 96}, {2, 1, 192, 64}};
+                                 {4, 1, 256, 256}, {12, 2, 96, 96}, {2, 1, 192, 64},
+                                 {20, 1, 64, 64}};
   static const uint32_t length[] = {0, 1, 31, 33, 300, 1500};
   uint64_t seed = 1;
   double worst = 0;
