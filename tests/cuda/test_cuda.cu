@@ -279,6 +279,7 @@ static void run_case(const shape &s, uint64_t seed) {
   CHECK(cudaMemset(workspace, 0xff, rdkv_cuda_workspace_bytes(&cfg)));
   cudaStream_t stream;
   CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  CHECK(cudaDeviceSynchronize()); /* that stream does not wait for the copies and memsets above */
   CHECK(rdkv_cuda_plan(&cfg, d_sequences, d_lengths, plan, stream));
   CHECK(cudaStreamSynchronize(stream));
 
