@@ -24,14 +24,13 @@
    CONTENTS (search for the tag)
        >>cuda-types  >>cuda-host       the API, callable from C
        >>cuda-blocks                   device functions for kernels of your own
-       >>cuda-plan  >>cuda-attend  >>cuda-launch       the code
+       >>cuda-plan  >>cuda-attend  >>cuda-latency  >>cuda-launch       the code
 
    HOW IT WORKS. Codes go from the packed tile into fp16 tensor-core fragments by AND alone: a code
    left inside the mantissa of a half with exponent 0 is a subnormal number worth code * 4^k *
    2^-24. Scales are never applied to codes: K's go into the query, V's into the probabilities. One
    launch attends to segments and tail, appends the new token, and combines the parts of heads that
-   were split over blocks, through global memory or within a cluster, in a fixed order: the result
-   is bitwise the same at every replay.
+   were split over blocks, in a fixed order: the result is bitwise the same at every replay.
 
    GUARANTEES
      no allocation, no synchronisation, no default stream, no device query after rdkv_cuda_resolve;
@@ -88,11 +87,12 @@ typedef struct rdkv_cuda_config {
   float softmax_scale;   /* 0 = 1/sqrt(k_dim) */
   int32_t overlap;       /* 1: programmatic dependent launch. Then segments and plan must have been
                             written before the kernel in front of attend in the stream began */
+  int32_t latency;       /* 1: the kernel made for few heads, each of at least two blocks (sm_90);
+                            -1: the other one; 0 = chosen */
   int32_t n_warps;       /* of a block; 0 = chosen */
   int32_t blocks_per_sm; /* 0 = chosen */
+  int32_t teams;         /* of these blocks in one thread block of the launch; 0 = chosen */
   int32_t n_blocks;      /* of the grid; 0 = chosen: blocks_per_sm times the multiprocessors */
-  int32_t cluster;       /* blocks of a thread-block cluster, which may add up a head among
-                            themselves: a power of 2 up to 16; 0 = chosen, 1 = none */
 } rdkv_cuda_config;
 
 /* What one layer's attention reads and writes, all in device memory. */
@@ -125,9 +125,9 @@ cudaError_t rdkv_cuda_upload(const rdkv_segment *segment, void *device, cudaStre
 void rdkv_cuda_tail(const rdkv_cuda_config *cfg, void *data, uint32_t capacity,
                     rdkv_cuda_sequence *sequence);
 
-/* Divides the work of every layer into byte-balanced parts, one a block. One small launch. A plan
-   is right for any tail length, and balanced for those that it was made with: make it anew when
-   segments change, and when tails have grown much.
+/* Divides the work of every layer into parts that take about equally long, one a block. One small
+   launch. A plan is right for any tail length, and balanced for those that it was made with: make
+   it anew when segments change, and when tails have grown much.
    sequences [batch], tail_tokens [batch], plan [rdkv_cuda_plan_bytes] 128-byte aligned: on the
    device. */
 cudaError_t rdkv_cuda_plan(const rdkv_cuda_config *cfg, const rdkv_cuda_sequence *sequences,
@@ -483,6 +483,7 @@ __device__ __forceinline__ void rdkv_cuda_query(const rdkv_cuda_head *head, bool
     /* codes of an odd pair are worth 4 (2 bits) or 16 (4 bits) times as much: undone here */
     const float part = !head || c >= n4 ? 1.0f : c < n2 ? 0.25f : 0.0625f;
     const float middle = c < n2 ? 2.0f : c < n4 ? 8.0f : 128.0f;
+    const float odd_middle = c < n2 ? 8.0f : 128.0f; /* middle / part */
     uint32_t high[2], low[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
@@ -498,7 +499,7 @@ __device__ __forceinline__ void rdkv_cuda_query(const rdkv_cuda_head *head, bool
         const float2 f = __half22float2(h);
         const __half2 l = __floats2half2_rn(y0 - f.x, y1 - f.y);
         const float2 f2 = __half22float2(l);
-        centred += (f.x + f.y + (f2.x + f2.y)) * (k ? middle / part : middle);
+        centred += (f.x + f.y + (f2.x + f2.y)) * (k ? odd_middle : middle);
         high[k] = rdkv_cuda__bits(h), low[k] = rdkv_cuda__bits(l);
       }
     }
@@ -623,10 +624,9 @@ __device__ __forceinline__ void rdkv_cuda__key_blocks(float (&x)[T][2][4],
   query += N * 256;
 }
 
-template <int BITS, bool PAIRED, int T>
+template <int BITS, bool PAIRED, int N, int T>
 __device__ __forceinline__ void rdkv_cuda__keys(float (&x)[T][2][4], const uint8_t *(&block)[T],
                                                 const uint8_t *&query, uint32_t rest, uint32_t n) {
-  constexpr int N = T == 1 ? 4 : 2; /* as many as registers allow */
 #pragma unroll 1
   for (; n >= N; n -= N) rdkv_cuda__key_blocks<BITS, N, PAIRED>(x, block, query, rest);
   if (N > 2 && n & 2) rdkv_cuda__key_blocks<BITS, 2, PAIRED>(x, block, query, rest);
@@ -679,8 +679,9 @@ __device__ __forceinline__ rdkv_cuda__lift<PAIRED> rdkv_cuda__lift_of(int run) {
   return l;
 }
 
-/* rdkv_cuda_tile for T tiles of a run, with acc in the run's units already and its lift. */
-template <bool PAIRED, int T, int D>
+/* rdkv_cuda_tile for T tiles of a run, with acc in the run's units already and its lift. K: blocks
+   of 16 channels at a time, here as many as registers allow. */
+template <bool PAIRED, int K = 0, int T, int D>
 __device__ __forceinline__ void rdkv_cuda__tiles(rdkv_cuda_acc<D> &a, const uint8_t *(&tile)[T],
                                                  uint32_t widths, int run, uint32_t tokens,
                                                  const uint8_t *fragments, uint32_t rest,
@@ -688,13 +689,14 @@ __device__ __forceinline__ void rdkv_cuda__tiles(rdkv_cuda_acc<D> &a, const uint
                                                  const rdkv_cuda__lift<PAIRED> &lift) {
   const uint32_t lane = threadIdx.x & 31, g = lane >> 2, upper = lane & 2;
   constexpr int N = PAIRED ? 4 : 8; /* logits that a lane has of a tile */
+  constexpr int KEYS = K ? K : T == 1 ? 4 : 2;
   float y[T][2][4] = {}, x[N * T], e[N * T], p[N * T];
-  rdkv_cuda__keys<2, PAIRED>(y, tile, fragments, rest, widths & 255);
+  rdkv_cuda__keys<2, PAIRED, KEYS>(y, tile, fragments, rest, widths & 255);
 #pragma unroll
   for (int t = 0; t < T; ++t)
     for (int c = 0; c < 4; ++c) y[t][1][c] *= 0.0625f; /* 4^2 of the second half of 2-bit codes */
-  rdkv_cuda__keys<4, PAIRED>(y, tile, fragments, rest, widths >> 8 & 255);
-  rdkv_cuda__keys<8, PAIRED>(y, tile, fragments, rest, widths >> 16);
+  rdkv_cuda__keys<4, PAIRED, KEYS>(y, tile, fragments, rest, widths >> 8 & 255);
+  rdkv_cuda__keys<8, PAIRED, KEYS>(y, tile, fragments, rest, widths >> 16);
   /* A lane's tokens: 16 i + g and 16 i + g + 8, for i = 0 and 1; paired, lanes t and t + 2 hold a
      product and its rest: they exchange halves, then the lower one has i = 0, the upper one i = 1.
    */
@@ -897,11 +899,10 @@ __device__ __forceinline__ void rdkv_cuda_finish(rdkv_cuda_acc<D> &a) {
    form a group, which has one softmax state; the last share of a group also takes the group's part
    of the tail. */
 enum {
-  RDKV_CUDA__ACTIVE = 1,   /* 0: a block without work */
-  RDKV_CUDA__LAST = 2,     /* ends a group */
-  RDKV_CUDA__MORE = 4,     /* the block has another share, pieces[next] */
-  RDKV_CUDA__TAIL_END = 8, /* the group's part of the tail reaches to its end */
-  RDKV_CUDA__CLUSTER = 16  /* the head's blocks are a cluster */
+  RDKV_CUDA__ACTIVE = 1,  /* 0: a block without work */
+  RDKV_CUDA__LAST = 2,    /* ends a group */
+  RDKV_CUDA__MORE = 4,    /* the block has another share, pieces[next] */
+  RDKV_CUDA__TAIL_END = 8 /* the group's part of the tail reaches to its end */
 };
 
 typedef struct rdkv_cuda__piece {
@@ -918,8 +919,10 @@ typedef struct rdkv_cuda__piece {
   uint32_t reserved;
 } rdkv_cuda__piece; /* 128 bytes, read 16 at a time */
 
+#define RDKV_CUDA__COUNTERS 16 /* of a head: one a warp of the latency kernel */
+
 /* One layer's plan: pieces [n_blocks] the first of each block, then [heads * max_segments] others;
-   weights [heads]; counters [heads]. */
+   weights [heads]; counters [heads][RDKV_CUDA__COUNTERS]. */
 typedef struct rdkv_cuda__layout {
   uint32_t heads, passes, group; /* heads of the batch, with passes */
   size_t weights, counters, bytes;
@@ -935,7 +938,8 @@ static rdkv_cuda__layout rdkv_cuda__layout_of(const rdkv_cuda_config *c) {
                         static_cast<size_t>(l.heads) * static_cast<size_t>(c->max_segments);
   l.weights = pieces * sizeof(rdkv_cuda__piece);
   l.counters = l.weights + l.heads * sizeof(uint64_t);
-  l.bytes = (l.counters + l.heads * sizeof(uint32_t) + 127) & ~static_cast<size_t>(127);
+  l.bytes = (l.counters + l.heads * RDKV_CUDA__COUNTERS * sizeof(uint32_t) + 127) &
+            ~static_cast<size_t>(127);
   return l;
 }
 
@@ -944,9 +948,24 @@ typedef struct rdkv_cuda__plan_args {
   const uint32_t *tail_tokens;
   uint8_t *plan;
   size_t layer_bytes, counters, weights;
-  uint32_t heads, passes, n_kv_heads, group, n_blocks, max_segments, cluster;
-  int first_layer, k_dim, v_dim;
+  uint32_t heads, passes, n_kv_heads, group, n_blocks, max_segments;
+  int first_layer, k_dim, v_dim, latency;
 } rdkv_cuda__plan_args;
+
+/* What the first tiles of a head cost: their bytes, but no less than reading 14 bytes a dim of a
+   tile takes: that long it takes to compute, on an H200. */
+static __device__ uint64_t rdkv_cuda__cost(const rdkv_cuda__plan_args &p,
+                                           const rdkv_cuda_head &head, uint32_t tiles) {
+  const uint32_t least = static_cast<uint32_t>(14 * (p.k_dim + p.v_dim));
+  uint64_t cost = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t n = min(tiles, (head.n_tokens[i] + 31) / 32);
+    const uint32_t bytes =
+        rdkv_cuda_key_bytes(head) + 128u + (static_cast<uint32_t>(p.v_dim * 8) << i);
+    cost += static_cast<uint64_t>(n) * max(bytes, least), tiles -= n;
+  }
+  return cost;
+}
 
 /* Weight of a segment in 128 bytes, at least 1; 0 and an empty *head where the block lacks the
  * layer. */
@@ -955,24 +974,16 @@ static __device__ uint64_t rdkv_cuda__weight(const rdkv_cuda__plan_args &p,
                                              int layer, uint32_t kv_head, rdkv_cuda_head *head) {
   *head = rdkv_cuda_head();
   if (!rdkv_cuda_head_of(s.segments[segment], layer, static_cast<int>(kv_head), head)) return 0;
-  int run;
-  uint32_t tokens;
-  uint64_t offset;
-  rdkv_cuda_tile_at(*head, p.v_dim, rdkv_cuda_tiles(*head), &run, &tokens, &offset);
-  return offset / 128 + 1;
+  return rdkv_cuda__cost(p, *head, rdkv_cuda_tiles(*head)) / 128 + 1;
 }
 
-/* The first tile that starts at or after byte. */
+/* The first tile that costs of those in front of it reach. */
 static __device__ uint32_t rdkv_cuda__tile_after(const rdkv_cuda__plan_args &p,
-                                                 const rdkv_cuda_head &head, uint64_t byte) {
+                                                 const rdkv_cuda_head &head, uint64_t cost) {
   uint32_t low = 0, high = rdkv_cuda_tiles(head);
   while (low < high) {
     const uint32_t middle = (low + high) / 2;
-    int run;
-    uint32_t tokens;
-    uint64_t offset;
-    rdkv_cuda_tile_at(head, p.v_dim, middle, &run, &tokens, &offset);
-    if (offset >= byte)
+    if (rdkv_cuda__cost(p, head, middle) >= cost)
       high = middle;
     else
       low = middle + 1;
@@ -1015,8 +1026,7 @@ static __device__ uint64_t rdkv_cuda__max(uint64_t x) {
 
 /* One block a layer. The heads' weights are laid end to end and cut into n_blocks equal shares.
    Where there are few heads, each is stretched to a whole number of shares, so that no block serves
-   two: to a cluster's, unless heads differ too much; where there are many alike, each block gets
-   whole ones. */
+   two; where there are many alike, each block gets whole ones. */
 static __global__ void __launch_bounds__(RDKV_CUDA__PLAN_THREADS)
     rdkv_cuda__plan_kernel(const rdkv_cuda__plan_args p) {
   uint8_t *plan = p.plan + blockIdx.x * p.layer_bytes;
@@ -1040,33 +1050,32 @@ static __global__ void __launch_bounds__(RDKV_CUDA__PLAN_THREADS)
                       static_cast<uint32_t>(p.k_dim + p.v_dim) / 64;
       for (uint32_t i = 0; i < min(s.n_segments, p.max_segments); ++i)
         w += rdkv_cuda__weight(p, s, i, layer, kv_head, &head);
-      weights[h] = w, counters[h] = 0;
+      weights[h] = w;
+      for (uint32_t i = 0; i < RDKV_CUDA__COUNTERS; ++i) counters[RDKV_CUDA__COUNTERS * h + i] = 0;
     }
     total += rdkv_cuda__scan(w, &before);
     largest = max(largest, rdkv_cuda__max(w));
   }
-  const bool stretch = p.n_blocks >= 4 * p.heads;
-  /* parts that do not form a cluster come together through global memory: that takes about as long
-     as reading 300 * 128 bytes */
-  const bool clusters = p.cluster > 1 && p.n_blocks == p.heads * p.cluster &&
-                        largest / p.cluster <= total / p.n_blocks + 300;
+  const bool stretch = p.latency || p.n_blocks >= 4 * p.heads;
   quota = stretch ? (total + p.n_blocks - p.heads - 1) / (p.n_blocks - p.heads)
                   : (total + p.n_blocks - 1) / p.n_blocks;
   /* heads that are nearly alike: whole heads for a block, where that costs at most 6 % */
   const uint64_t whole = largest * ((p.heads + p.n_blocks - 1) / p.n_blocks);
   const bool alike = !stretch && whole * 16 <= quota * 17;
   if (alike) quota = whole;
+  if (p.latency) { /* as many blocks for each head, if that is no worse */
+    const uint32_t parts = p.n_blocks / p.heads;
+    quota = min(quota, (largest + parts - 1) / parts);
+  }
   quota = max(quota, static_cast<uint64_t>(64)); /* below 8 KB a block's overhead is all there is */
-  if (clusters) quota = (largest + p.cluster - 1) / p.cluster;
 
   uint64_t start = 0;
   for (uint32_t base = 0; base < p.heads; base += blockDim.x) {
     const uint32_t h = base + threadIdx.x;
     const uint64_t w = h < p.heads ? weights[h] : 0;
-    const uint64_t width = clusters && w ? quota * p.cluster
-                           : stretch     ? (w + quota - 1) / quota * quota
-                           : alike && w  ? quota / ((p.heads + p.n_blocks - 1) / p.n_blocks)
-                                         : w;
+    const uint64_t width = stretch      ? (w + quota - 1) / quota * quota
+                           : alike && w ? quota / ((p.heads + p.n_blocks - 1) / p.n_blocks)
+                                        : w;
     const uint64_t sum = rdkv_cuda__scan(width, &before);
     if (h < p.heads) {
       const uint64_t h0 = start + before, h1 = h0 + width, b0 = h0 / quota, b1 = (h1 - 1) / quota;
@@ -1101,16 +1110,15 @@ static __global__ void __launch_bounds__(RDKV_CUDA__PLAN_THREADS)
         for (uint64_t b = s0 / quota; b * quota < s1; ++b) {
           const uint64_t x0 = max(s0, b * quota), x1 = min(s1, (b + 1) * quota);
           const uint64_t g0 = max(h0, b * quota), g1 = min(h1, (b + 1) * quota);
-          const uint64_t bytes = weight ? (weight - 1) * 128 : 0;
-          x.tile_begin = rdkv_cuda__tile_after(p, x.head, bytes * (x0 - s0) / (s1 - s0));
+          const uint64_t cost = weight ? (weight - 1) * 128 : 0;
+          x.tile_begin = rdkv_cuda__tile_after(p, x.head, cost * (x0 - s0) / (s1 - s0));
           x.tile_end = x1 == s1 ? rdkv_cuda_tiles(x.head)
-                                : rdkv_cuda__tile_after(p, x.head, bytes * (x1 - s0) / (s1 - s0));
+                                : rdkv_cuda__tile_after(p, x.head, cost * (x1 - s0) / (s1 - s0));
           x.tail_begin = static_cast<uint32_t>(((g0 - h0) << 32) / width);
           x.tail_end = static_cast<uint32_t>(((g1 - h0) << 32) / width);
           x.part = static_cast<uint32_t>(b - b0);
           x.slot = b == b0 ? x.first_slot : static_cast<uint32_t>(2 * b);
           x.flags = RDKV_CUDA__ACTIVE;
-          if (clusters) x.flags |= RDKV_CUDA__CLUSTER;
           if (x1 == g1) x.flags |= RDKV_CUDA__LAST;
           if (g1 == h1) x.flags |= RDKV_CUDA__TAIL_END;
           if (x1 < (b + 1) * quota && (x1 < h1 || h + 1 < p.heads)) x.flags |= RDKV_CUDA__MORE;
@@ -1135,6 +1143,7 @@ typedef struct rdkv_cuda__args {
   int k_dim, dtype, tail_bf16;
   uint32_t ring_bytes, key_fragments, tail_fragments; /* of shared memory */
   uint32_t table_bytes, row_bytes, source_bytes; /* a table, a row of q, one and columns of those */
+  uint32_t n_blocks, block_bytes;
   int overlap;
   float factor_log2;
 } rdkv_cuda__args;
@@ -1148,10 +1157,9 @@ typedef struct rdkv_cuda__args {
 #define RDKV_CUDA__HASTE 2     /* filled before the query has come: more would stand in its way */
 
 typedef struct rdkv_cuda__shared {
-  float2 key_factor[8], tail_factor[8];
-  float top[8], sum[8]; /* the block's max and sum of each column */
-  uint64_t barrier;     /* of the copies of what queries are made of */
-  uint32_t last, reserved[13];
+  float2 factor[8], tail_factor[8]; /* the latter where both queries are made at once */
+  uint64_t barrier;                 /* of the copies of what queries are made of */
+  uint32_t last, reserved[29];
   rdkv_cuda__piece piece[2]; /* this one and the next */
 } rdkv_cuda__shared;         /* 512 bytes */
 
@@ -1191,6 +1199,11 @@ typedef struct rdkv_cuda__feed {
   uint32_t begin;             /* the run's first tile and its address */
   uint64_t base;
 } rdkv_cuda__feed;
+
+/* A barrier of the threads that are called a block here: one of blockDim.y teams. */
+__device__ __forceinline__ void rdkv_cuda__sync() {
+  asm volatile("barrier.sync.aligned %0, %1;" ::"r"(threadIdx.y), "r"(blockDim.x) : "memory");
+}
 
 /* A value that is the same in all lanes, so that the compiler knows: branches and addresses made of
    it cost less. */
@@ -1463,20 +1476,24 @@ __device__ __forceinline__ void rdkv_cuda__copy(uint8_t *to, const uint8_t *from
 #endif
 }
 
-__device__ __forceinline__ void rdkv_cuda__copy_table(const rdkv_cuda__args &p,
-                                                      const rdkv_cuda__piece &x, uint8_t *to,
-                                                      uint64_t *barrier) {
+/* From then on the piece's head has its table there. */
+__device__ __forceinline__ void rdkv_cuda__copy_table(const rdkv_cuda__args &p, rdkv_cuda__piece &x,
+                                                      uint8_t *to, uint64_t *barrier) {
   const uint32_t bytes = rdkv_cuda__table_bytes(x);
+  const uint8_t *from = x.head.table;
+  __syncwarp();
+  if ((threadIdx.x & 31) == 0) {
+    x.head.table = to;
 #if __CUDA_ARCH__ >= 900
-  const uint32_t all = bytes + x.columns * p.row_bytes;
-  if ((threadIdx.x & 31) == 0)
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
                      rdkv_cuda__shared_address(barrier)),
-                 "r"(all)
+                 "r"(bytes + x.columns * p.row_bytes)
                  : "memory");
-  __syncwarp();
 #endif
-  rdkv_cuda__copy(to, x.head.table, bytes, barrier);
+  }
+  __syncwarp();
+  (void)p;
+  rdkv_cuda__copy(to, from, bytes, barrier);
 }
 
 __device__ __forceinline__ void rdkv_cuda__copy_rows(const rdkv_cuda__args &p,
@@ -1517,7 +1534,7 @@ __device__ __forceinline__ void rdkv_cuda__combine(const rdkv_cuda__args &p,
     const float *part = p.partials + static_cast<size_t>(k ? even + 2 * k : x.first_slot) * stride;
     maxima[i] = __ldcg(part + n_values + c), sums[i] = __ldcg(part + n_values + columns + c);
   }
-  __syncthreads();
+  rdkv_cuda__sync();
   for (uint32_t i = threadIdx.x; i < n_heads; i += blockDim.x) {
     float top = -INFINITY;
 #pragma unroll 8
@@ -1526,7 +1543,7 @@ __device__ __forceinline__ void rdkv_cuda__combine(const rdkv_cuda__args &p,
     sums[i] *= weight[i];
     if (i < columns) tops[i] = top;
   }
-  __syncthreads();
+  rdkv_cuda__sync();
   for (uint32_t base = 0; base < n4; base += blockDim.x) {
     const uint32_t at = base + o, c = 4 * at & (columns - 1);
     float4 value = make_float4(0, 0, 0, 0), sum = value;
@@ -1548,7 +1565,7 @@ __device__ __forceinline__ void rdkv_cuda__combine(const rdkv_cuda__args &p,
     }
     if (share > 1) { /* then n4 < blockDim.x, and this is the only round */
       if (h > 0 && h < share) both[(h - 1) * n4 + o] = value;
-      __syncthreads();
+      rdkv_cuda__sync();
       if (h == 0)
         for (uint32_t k = 1; k < share; ++k)
           rdkv_cuda__fma4(value, make_float4(1, 1, 1, 1), both[(k - 1) * n4 + o]);
@@ -1563,128 +1580,24 @@ __device__ __forceinline__ void rdkv_cuda__combine(const rdkv_cuda__args &p,
   }
 }
 
-#if __CUDA_ARCH__ >= 900
-/* Of the same variable in the cluster's block rank. */
-__device__ __forceinline__ uint32_t rdkv_cuda__remote(const void *p, uint32_t rank) {
-  uint32_t y;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(y)
-      : "r"(rdkv_cuda__shared_address(p)), "r"(rank));
-  return y;
-}
-
-__device__ __forceinline__ float rdkv_cuda__remote_float(const float *p, uint32_t rank) {
-  float y;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];"
-               : "=f"(y)
-               : "r"(rdkv_cuda__remote(p, rank))
-               : "memory");
-  return y;
-}
-
-__device__ __forceinline__ float4 rdkv_cuda__remote_float4(const float *p, uint32_t rank) {
-  float4 y;
-  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-               : "=f"(y.x), "=f"(y.y), "=f"(y.z), "=f"(y.w)
-               : "r"(rdkv_cuda__remote(p, rank))
-               : "memory");
-  return y;
-}
-
-/* The blocks of a cluster add up what each has left in values [v_dim][columns], sh->top and
-   sh->sum: each writes its part of the dims. One warp works; all threads call. weight: room for 18
-   times the columns. */
-template <uint32_t v_dim, uint32_t columns>
-__device__ __forceinline__ void rdkv_cuda__combine_cluster(const rdkv_cuda__args &p,
-                                                           const rdkv_cuda__piece &x,
-                                                           const rdkv_cuda__shared *sh,
-                                                           const float *values, float *weight) {
-  constexpr uint32_t n4 = v_dim * columns / 4; /* a lane takes four columns of a dim */
-  const uint32_t n = x.n_parts, share = (n4 + n - 1) / n, lane = threadIdx.x & 31;
-  const uint32_t width = share <= 4 ? 4 : share <= 8 ? 8 : share <= 16 ? 16 : 32;
-  const uint32_t group = lane / width, groups = 32 / width; /* lanes that share the blocks */
-  const uint32_t end = min(n4, (x.part + 1) * share);
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n\t"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
-  if (threadIdx.x < 32) {
-#pragma unroll 1
-    for (uint32_t first = x.part * share; first < end; first += width) {
-      const uint32_t at = first + lane % width, o = min(at, end - 1), c = 4 * o & (columns - 1);
-      float4 v[4]; /* the first values travel while the weights are made */
-#pragma unroll
-      for (uint32_t j = 0; j < 4; ++j)
-        if (group + j * groups < n)
-          v[j] = rdkv_cuda__remote_float4(values + 4 * o, group + j * groups);
-      float t[columns / 2], s[columns / 2]; /* of block and column 32 j + lane */
-#pragma unroll
-      for (uint32_t j = 0; j < columns / 2; ++j) {
-        const uint32_t i = 32 * j + lane, k = i / columns;
-        t[j] = k < n ? rdkv_cuda__remote_float(sh->top + i % columns, k) : -INFINITY;
-        s[j] = k < n ? rdkv_cuda__remote_float(sh->sum + i % columns, k) : 0.0f;
-      }
-      float top = -INFINITY, sum = 0;
-#pragma unroll
-      for (uint32_t j = 0; j < columns / 2; ++j) top = fmaxf(top, t[j]);
-      for (uint32_t d = columns; d < 32; d <<= 1)
-        top = fmaxf(top, __shfl_xor_sync(RDKV_CUDA__FULL, top, d));
-#pragma unroll
-      for (uint32_t j = 0; j < columns / 2; ++j) {
-        const float e = t[j] == top ? 1.0f : rdkv_cuda__exp2(t[j] - top);
-        weight[32 * j + lane] = e, sum += e * s[j];
-      }
-      for (uint32_t d = columns; d < 32; d <<= 1) sum += __shfl_xor_sync(RDKV_CUDA__FULL, sum, d);
-      if (lane < columns) weight[16 * columns + lane] = top, weight[17 * columns + lane] = sum;
-      __syncwarp();
-      float4 value = make_float4(0, 0, 0, 0);
-#pragma unroll
-      for (uint32_t j = 0; j < 4; ++j) {
-        const uint32_t k = group + j * groups;
-        if (k < n)
-          rdkv_cuda__fma4(value, *reinterpret_cast<const float4 *>(weight + k * columns + c), v[j]);
-      }
-#pragma unroll 4
-      for (uint32_t k = group + 4 * groups; k < n; k += groups)
-        rdkv_cuda__fma4(value, *reinterpret_cast<const float4 *>(weight + k * columns + c),
-                        rdkv_cuda__remote_float4(values + 4 * o, k));
-      for (uint32_t d = width; d < 32; d <<= 1) {
-        value.x += __shfl_xor_sync(RDKV_CUDA__FULL, value.x, d);
-        value.y += __shfl_xor_sync(RDKV_CUDA__FULL, value.y, d);
-        value.z += __shfl_xor_sync(RDKV_CUDA__FULL, value.z, d);
-        value.w += __shfl_xor_sync(RDKV_CUDA__FULL, value.w, d);
-      }
-      if (group == 0 && at < end)
-        rdkv_cuda__write(p, x, c, 4 * at / columns, v_dim,
-                         *reinterpret_cast<const float4 *>(weight + 16 * columns + c),
-                         *reinterpret_cast<const float4 *>(weight + 17 * columns + c), value);
-      __syncwarp();
-    }
-  }
-  /* nobody leaves while its values may still be read */
-  __syncwarp();
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n\t"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
-}
-#endif
-
 /* A block takes its pieces one after the other. Within a piece each warp works alone on its own
-   tiles; the block meets before, to prepare the query, and after a group, to add up. */
+   tiles; the block meets before, to prepare the query, and after a group, to add up. A block is a
+   team of warps: several may share a thread block, and with it a multiprocessor's memory. */
 template <int D, bool PAIRED>
 static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
     rdkv_cuda__attend_kernel(const __grid_constant__ rdkv_cuda__args p) {
   extern __shared__ __align__(128) uint8_t memory[];
-  uint8_t *key_fragments = memory, *tail_fragments = memory + p.key_fragments;
-  uint8_t *const source = tail_fragments + p.tail_fragments;
+  const uint32_t team = rdkv_cuda__uniform(threadIdx.y), block = blockIdx.x * blockDim.y + team;
+  if (block >= p.n_blocks) return;
+  uint8_t *const fragments = memory + team * p.block_bytes; /* of the query, packed or plain */
+  uint8_t *const source = fragments + p.key_fragments;
   rdkv_cuda__shared *const sh = reinterpret_cast<rdkv_cuda__shared *>(source + p.source_bytes);
   const uint32_t warp = rdkv_cuda__uniform(threadIdx.x >> 5);
   const uint32_t lane = threadIdx.x & 31, n_warps = blockDim.x >> 5;
   rdkv_cuda__warp *const warps = reinterpret_cast<rdkv_cuda__warp *>(sh + 1);
   uint8_t *const rings = reinterpret_cast<uint8_t *>(warps + n_warps);
 
-  if (warp == 0) rdkv_cuda__fetch(&sh->piece[0], p.pieces + blockIdx.x);
+  if (warp == 0) rdkv_cuda__fetch(&sh->piece[0], p.pieces + block);
   rdkv_cuda__ring ring;
   ring.base = rdkv_cuda__shared_address(rings + warp * p.ring_bytes);
   ring.barrier = rdkv_cuda__shared_address(warps[warp].barrier);
@@ -1700,54 +1613,66 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
-  __syncthreads();
+  rdkv_cuda__sync();
   if (!(sh->piece[0].flags & RDKV_CUDA__ACTIVE)) return;
 
   /* PAIRED: groups of up to 4, where the rests of the query are columns 4-7 */
   constexpr uint32_t columns = PAIRED ? 4 : 8;
   const uint32_t k_dim = static_cast<uint32_t>(p.k_dim);
-  const uint32_t key_rest = PAIRED ? 128u : p.key_fragments / 2;
-  const uint32_t tail_rest = PAIRED ? 128u : p.tail_fragments / 2;
+  const uint32_t rest = PAIRED ? 128u : p.key_fragments / 2;
   rdkv_cuda_acc<D> a;
   rdkv_cuda_clear(a);
   for (uint32_t turn = 0;; ++turn) {
-    const rdkv_cuda__piece &x = sh->piece[turn & 1];
+    rdkv_cuda__piece &x = sh->piece[turn & 1];
     rdkv_cuda__feed f;
     const uint32_t tile_begin = rdkv_cuda__uniform(x.tile_begin) + warp;
     rdkv_cuda__feed_tiles(x, tile_begin, f);
     bool tiles = false; /* this warp has some */
     const bool keys = x.tile_begin < x.tile_end;
     if (turn == 0 && warp == 0) rdkv_cuda__copy_table(p, x, source, &sh->barrier);
+    uint32_t tail_tokens = 0;
     /* tiles first, if the query has to be waited for; else last: they keep memory busy */
     const bool early = turn == 0 && p.overlap;
 #pragma unroll 1
     for (int step = 0; step < 2; ++step) {
       if ((step == 0) == early) {
-        tiles = rdkv_cuda__next_run(x, 16 * D, n_warps, ring, f,
-                                    early ? RDKV_CUDA__SLOTS : RDKV_CUDA__HASTE);
-      } else if (turn == 0) {
+        tiles = rdkv_cuda__next_run(x, 16 * D, n_warps, ring, f, RDKV_CUDA__HASTE);
+      } else {
+        if (turn == 0) {
 #if __CUDA_ARCH__ >= 900
-        asm volatile("griddepcontrol.wait;" ::: "memory");
-        asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+          asm volatile("griddepcontrol.wait;" ::: "memory");
+          asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
-        if (warp == 0) rdkv_cuda__copy_rows(p, x, source, &sh->barrier);
+          if (warp == 0) rdkv_cuda__copy_rows(p, x, source, &sh->barrier);
+        }
+        /* past the first-level cache, which may hold an older value */
+        if (x.flags & RDKV_CUDA__LAST) tail_tokens = __ldcg(p.io.tail_tokens + x.sequence);
       }
     }
-    uint32_t tail_tokens = 0;
-    if (x.flags & RDKV_CUDA__LAST) tail_tokens = p.io.tail_tokens[x.sequence];
-    /* the query, a column a warp: first for packed K, while the tail's length travels, then for the
-     * tail */
     bool tail = false;
 #if __CUDA_ARCH__ >= 900
     if (warp < columns) rdkv_cuda__wait(rdkv_cuda__shared_address(&sh->barrier), turn & 1);
 #else
-    if (turn == 0) __syncthreads();
+    if (turn == 0) rdkv_cuda__sync();
 #endif
-    rdkv_cuda_head head = x.head;
-    head.table = source;
-#pragma unroll
+    const uint32_t mine = 2 * (lane & 3) & (columns - 1);
+    /* first packed K, while the tail's length travels, then the tail: each needs a query of its own
+     */
+#pragma unroll 1
     for (int plain = 0; plain < 2; ++plain) {
-      if (plain && x.flags & RDKV_CUDA__LAST) {
+      if (plain) {
+        if (!tail) break;
+        rdkv_cuda__sync(); /* all have done with the fragments */
+      }
+      /* a column a warp */
+      if (plain || keys)
+#pragma unroll 1
+        for (uint32_t c = warp; c < columns; c += n_warps) {
+          const uint8_t *row = c < x.columns ? source + p.table_bytes + c * p.row_bytes : nullptr;
+          rdkv_cuda_query(plain ? nullptr : &x.head, plain && p.tail_bf16, row, p.dtype, p.k_dim,
+                          p.factor_log2, c, fragments, fragments + rest, &sh->factor[c]);
+        }
+      if (!plain && x.flags & RDKV_CUDA__LAST) {
         rdkv_cuda__rows rows;
         rows.tokens = min(tail_tokens, x.capacity);
         const uint32_t row_new = p.io.k_new ? rows.tokens++ : UINT32_MAX;
@@ -1767,29 +1692,27 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         if (!tiles) rdkv_cuda__fill_rows(w, x, k_dim, 16 * D, n_warps, ring, rows);
         if (lane == 0) w.rows = rows;
       }
-      if (!(plain ? tail : keys)) continue;
-      uint8_t *to = plain ? tail_fragments : key_fragments;
-#pragma unroll 1
-      for (uint32_t c = warp; c < columns; c += n_warps) {
-        const uint8_t *row = c < x.columns ? source + p.table_bytes + c * p.row_bytes : nullptr;
-        rdkv_cuda_query(plain ? nullptr : &head, plain && p.tail_bf16, row, p.dtype, p.k_dim,
-                        p.factor_log2, c, to, to + (plain ? tail_rest : key_rest),
-                        plain ? &sh->tail_factor[c] : &sh->key_factor[c]);
+      rdkv_cuda__sync();
+      if (plain == tail && x.flags & RDKV_CUDA__MORE && warp == n_warps - 1) {
+        rdkv_cuda__piece &next = sh->piece[(turn + 1) & 1]; /* what the next query is made of */
+        rdkv_cuda__fetch(&next, p.pieces + x.next);
+        rdkv_cuda__copy_table(p, next, source, &sh->barrier);
+        rdkv_cuda__copy_rows(p, next, source, &sh->barrier);
       }
-    }
-    __syncthreads();
-    if (tiles && !early && f.slots > RDKV_CUDA__HASTE)
-      rdkv_cuda__fill(ring, f, n_warps, RDKV_CUDA__HASTE, f.slots - RDKV_CUDA__HASTE);
-    if (x.flags & RDKV_CUDA__MORE && warp == n_warps - 1) { /* what the next query is made of */
-      rdkv_cuda__piece &next = sh->piece[(turn + 1) & 1];
-      rdkv_cuda__fetch(&next, p.pieces + x.next);
-      rdkv_cuda__copy_table(p, next, source, &sh->barrier);
-      rdkv_cuda__copy_rows(p, next, source, &sh->barrier);
-    }
-
-    const uint32_t mine = 2 * (lane & 3) & (columns - 1);
-    if (keys) {
-      const float2 *factor = sh->key_factor + mine;
+      const float2 *factor = sh->factor + mine;
+      if (plain) {
+        const float2 own_factor[2] = {factor[0], factor[1]};
+        if (p.tail_bf16)
+          rdkv_cuda__tail_loop<PAIRED, true>(a, warps[warp], x, k_dim, n_warps, ring, fragments,
+                                             rest, own_factor);
+        else
+          rdkv_cuda__tail_loop<PAIRED, false>(a, warps[warp], x, k_dim, n_warps, ring, fragments,
+                                              rest, own_factor);
+        break;
+      }
+      if (!keys) continue;
+      if (tiles && f.slots > RDKV_CUDA__HASTE)
+        rdkv_cuda__fill(ring, f, n_warps, RDKV_CUDA__HASTE, f.slots - RDKV_CUDA__HASTE);
       const uint32_t widths = rdkv_cuda__uniform(rdkv_cuda_key_widths(x.head));
       const uint8_t *own = rings + warp * p.ring_bytes;
       while (tiles) {
@@ -1806,16 +1729,16 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
           if (PAIRED && f.slots >= 4 && f.tile + n_warps < full) {
             rdkv_cuda__take(ring, second);
             const uint8_t *at[2] = {own + slot * f.bytes, own + second * f.bytes};
-            rdkv_cuda__tiles<PAIRED>(a, at, widths, static_cast<int>(f.run), 32, key_fragments,
-                                     key_rest, factor, lift);
+            rdkv_cuda__tiles<PAIRED>(a, at, widths, static_cast<int>(f.run), 32, fragments, rest,
+                                     factor, lift);
             __syncwarp();
             rdkv_cuda__fill(ring, f, n_warps, slot, 2);
             slot = second + 1 == f.slots ? 0 : second + 1, f.tile += 2 * n_warps;
           } else {
             const uint8_t *at[1] = {own + slot * f.bytes};
             rdkv_cuda__tiles<PAIRED>(a, at, widths, static_cast<int>(f.run),
-                                     f.tile < full ? 32 : run_tokens % 32, key_fragments, key_rest,
-                                     factor, lift);
+                                     f.tile < full ? 32 : run_tokens % 32, fragments, rest, factor,
+                                     lift);
             __syncwarp();
             rdkv_cuda__fill(ring, f, n_warps, slot, 1);
             slot = second, f.tile += n_warps;
@@ -1823,15 +1746,6 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         }
         tiles = rdkv_cuda__next_run(x, 16 * D, n_warps, ring, f, RDKV_CUDA__SLOTS);
       }
-    }
-    if (tail) {
-      const float2 factor[2] = {sh->tail_factor[mine], sh->tail_factor[mine + 1]};
-      if (p.tail_bf16)
-        rdkv_cuda__tail_loop<PAIRED, true>(a, warps[warp], x, k_dim, n_warps, ring, tail_fragments,
-                                           tail_rest, factor);
-      else
-        rdkv_cuda__tail_loop<PAIRED, false>(a, warps[warp], x, k_dim, n_warps, ring, tail_fragments,
-                                            tail_rest, factor);
     }
 
     if (x.flags & RDKV_CUDA__LAST) {
@@ -1861,9 +1775,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
             make_float2(a.mid[0] - a.centre[0] * unit, a.mid[1] - a.centre[1] * unit);
         w.unit = unit;
       }
-      __syncthreads();
-      /* a cluster's blocks leave their sums where warp 0 left its: read by the same thread */
-      const bool cluster = x.flags & RDKV_CUDA__CLUSTER;
+      rdkv_cuda__sync();
       float *partial = p.partials + static_cast<size_t>(x.slot) * (n_values + 2 * columns);
       for (uint32_t o = threadIdx.x; o < n_values / 4; o += blockDim.x) {
         const uint32_t c = 4 * o & (columns - 1), d = 4 * o / columns;
@@ -1887,13 +1799,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
           e.x *= warps[w].unit, e.y *= warps[w].unit, e.z *= warps[w].unit, e.w *= warps[w].unit;
           rdkv_cuda__fma4(value, e, reinterpret_cast<const float4 *>(rings + w * p.ring_bytes)[o]);
         }
-        if (cluster) {
-          reinterpret_cast<float4 *>(rings)[o] = value;
-          if (d == 0) {
-            *reinterpret_cast<float4 *>(sh->top + c) = top;
-            *reinterpret_cast<float4 *>(sh->sum + c) = sum;
-          }
-        } else if (x.n_parts == 1) {
+        if (x.n_parts == 1) {
           rdkv_cuda__write(p, x, c, d, 16 * D, top, sum, value);
         } else {
           reinterpret_cast<float4 *>(partial)[o] = value;
@@ -1903,13 +1809,8 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
           }
         }
       }
-#if __CUDA_ARCH__ >= 900
-      if (cluster)
-        rdkv_cuda__combine_cluster<16 * D, columns>(p, x, sh, reinterpret_cast<float *>(rings),
-                                                    reinterpret_cast<float *>(key_fragments));
-#endif
-      if (x.n_parts > 1 && !cluster) {
-        __syncthreads();
+      if (x.n_parts > 1) {
+        rdkv_cuda__sync();
         if (threadIdx.x == 0) {
           /* releases this block's part (the barrier above has ordered it before), acquires the
              others'; wraps to 0, ready for the next launch */
@@ -1917,11 +1818,12 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
           uint32_t before;
           asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
                        : "=r"(before)
-                       : "l"(__cvta_generic_to_global(p.counters + head)), "r"(x.n_parts - 1)
+                       : "l"(__cvta_generic_to_global(p.counters + RDKV_CUDA__COUNTERS * head)),
+                         "r"(x.n_parts - 1)
                        : "memory");
           sh->last = before == x.n_parts - 1;
         }
-        __syncthreads();
+        rdkv_cuda__sync();
         if (sh->last) rdkv_cuda__combine<16 * D, columns>(p, x, reinterpret_cast<float *>(rings));
       }
       rdkv_cuda_clear(a);
@@ -1931,8 +1833,410 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
     asm volatile("fence.proxy.async.shared::cta;" ::
                      : "memory"); /* plain writes to rings, then copies */
 #endif
-    __syncthreads();
+    rdkv_cuda__sync();
   }
+}
+
+/* ---- >>cuda-latency : one layer, where there is little to do ---------------------------------
+
+   A few tiles a warp take less time than everything around them: so all is asked for as soon as the
+   piece is there, a block has one head, and blocks come together a warp at a time. */
+
+/* A warp's tiles: every n_warps-th of a piece, whatever their widths. Lane j looks after slot j. */
+typedef struct rdkv_cuda__slots {
+  uint32_t next;      /* tile that goes to the slot next */
+  uint32_t what;      /* of the one that is in it: V run, tokens << 8 */
+  uint32_t stride, n; /* bytes from one slot to the next, and how many there are */
+} rdkv_cuda__slots;
+
+/* Has tiles copied to the slots in mask, while there are any; at first divides the ring. */
+template <bool FIRST>
+__device__ __forceinline__ void rdkv_cuda__fill_slots(const rdkv_cuda__ring &r,
+                                                      const rdkv_cuda_head &head, int v_dim,
+                                                      uint32_t tile_end, uint32_t n_warps,
+                                                      uint32_t mask, rdkv_cuda__slots &s) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t lane = threadIdx.x & 31;
+  const uint32_t tile = FIRST && lane == 31 ? tile_end - 1 : min(s.next, tile_end - 1);
+  int run;
+  uint32_t tokens;
+  uint64_t offset;
+  rdkv_cuda_tile_at(head, v_dim, tile, &run, &tokens, &offset);
+  const uint32_t bytes =
+      rdkv_cuda_key_bytes(head) + 128u + (static_cast<uint32_t>(v_dim * 8) << run);
+  if (FIRST) { /* widths ascend: the last tile is the largest */
+    s.stride = __shfl_sync(RDKV_CUDA__FULL, bytes, 31);
+    s.n = static_cast<uint32_t>(__popc(__ballot_sync(
+        RDKV_CUDA__FULL, lane < RDKV_CUDA__SLOTS && (lane + 1) * s.stride <= r.size)));
+  }
+  const bool mine = mask >> lane & 1 && lane < s.n && s.next < tile_end;
+  asm volatile(
+      "{\n\t.reg .pred mine;\n\t"
+      "setp.ne.u32 mine, %5, 0;\n\t"
+      "@mine mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n\t"
+      "@mine cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;\n\t}" ::"r"(r.base + lane * s.stride),
+      "l"(__cvta_generic_to_global(head.tiles + offset)), "r"(bytes), "r"(r.barrier + 8u * lane),
+      "l"(r.policy), "r"(static_cast<uint32_t>(mine))
+      : "memory");
+  if (mine) s.what = static_cast<uint32_t>(run) | tokens << 8, s.next += s.n * n_warps;
+#endif
+}
+
+/* Value i of a row of any type, 4-byte aligned. */
+__device__ __forceinline__ float rdkv_cuda__value(const uint8_t *row, uint32_t i, int dtype) {
+  const uint32_t half = dtype != RDKV_F32;
+  const uint32_t word = reinterpret_cast<const uint32_t *>(row)[i >> half];
+  const uint32_t high = half && !(i & 1) ? word << 16 : word & (0xffff0000u | (half - 1));
+  const float f = __half2float(__ushort_as_half(static_cast<uint16_t>(high >> 16)));
+  return dtype == RDKV_F16 ? f : __uint_as_float(high);
+}
+
+/* rdkv_cuda_query by several warps, each every parts-th 64 entries of the table, without a word
+   between them: the largest product is not looked for, only bounded by the largest factors. That
+   bound may be 2^10 too high without a loss, as high and low half both have 11 bits. q: a row in
+   shared memory, as the table, or NULL. The constant is the sum of constants [column][part]. */
+__device__ __forceinline__ void rdkv_cuda__query_part(const rdkv_cuda_head &head, const uint8_t *q,
+                                                      int dtype, uint32_t k_dim, float factor_log2,
+                                                      uint32_t column, uint32_t part,
+                                                      uint32_t parts, uint8_t *fragments,
+                                                      uint32_t rest, float *factor,
+                                                      float *constants) {
+  const uint32_t lane = threadIdx.x & 31;
+  const uint32_t n2 = 16u * head.n_blocks[0], n4 = n2 + 16u * head.n_blocks[1];
+  const uint32_t n = n4 + 16u * head.n_blocks[2], all = n + head.n_dropped;
+  const uint32_t *scales = reinterpret_cast<const uint32_t *>(head.table), *mids = scales + n / 2;
+  const uint16_t *channels = reinterpret_cast<const uint16_t *>(head.table + 2 * (n + all));
+  uint32_t high_q = 0, high_s = 0; /* two halves, not negative: ordered as integers */
+  if (q) {
+#pragma unroll 1
+    for (uint32_t i = lane; i < k_dim / (dtype == RDKV_F32 ? 1 : 2); i += 32) {
+      const uint32_t x = reinterpret_cast<const uint32_t *>(q)[i];
+      high_q = dtype == RDKV_F32 ? max(high_q, x & 0x7fffffffu) : __vmaxu2(high_q, x & 0x7fff7fffu);
+    }
+  }
+  if (dtype != RDKV_F32) {
+    high_q = max(high_q & 0xffffu, high_q >> 16);
+    high_q = dtype == RDKV_BF16
+                 ? high_q << 16
+                 : __float_as_uint(__half2float(__ushort_as_half(static_cast<uint16_t>(high_q))));
+  }
+#pragma unroll 1
+  for (uint32_t i = lane; i < n / 2; i += 32) high_s = __vmaxu2(high_s, scales[i]);
+  high_s = __reduce_max_sync(RDKV_CUDA__FULL, max(high_s & 0xffffu, high_s >> 16));
+  high_q = __reduce_max_sync(RDKV_CUDA__FULL, high_q);
+  const uint32_t largest = __float_as_uint(
+      __uint_as_float(high_q) * __half2float(__ushort_as_half(static_cast<uint16_t>(high_s))));
+  const uint32_t exponent = max(41u, min(241u, largest >> 23)); /* to [2^14, 2^15) */
+  const float up = __uint_as_float((268u - exponent) << 23);
+  const float down = __uint_as_float((exponent - 14u) << 23);
+  float constant = 0, centred = 0;
+#pragma unroll 1
+  for (uint32_t i = 64 * part + 2 * lane; i < all; i += 64 * parts) {
+    const bool two = i + 1 < all;
+    const uint32_t from = channels[i / 2];
+    const float2 mid = __half22float2(rdkv_cuda__halves(mids[i / 2]));
+    const float q0 = q ? rdkv_cuda__value(q, from & 255, dtype) : 0.0f;
+    const float q1 = q && two ? rdkv_cuda__value(q, from >> 8, dtype) : 0.0f;
+    constant += q0 * mid.x + q1 * (two ? mid.y : 0.0f);
+    if (i < n) {
+      const float2 scale = __half22float2(rdkv_cuda__halves(scales[i / 2]));
+      /* codes of an odd pair are worth 4 (2 bits) or 16 (4 bits) times as much: undone here */
+      const bool odd = i & 2;
+      const float part_of = !odd || i >= n4 ? up : up * (i < n2 ? 0.25f : 0.0625f);
+      const float middle = i >= n4 ? 128.0f : i >= n2 ? (odd ? 128.0f : 8.0f) : odd ? 8.0f : 2.0f;
+      const float y0 = q0 * scale.x * part_of, y1 = q1 * scale.y * part_of;
+      const __half2 high = __floats2half2_rn(y0, y1);
+      const float2 f = __half22float2(high);
+      const __half2 low = __floats2half2_rn(y0 - f.x, y1 - f.y);
+      const float2 f2 = __half22float2(low);
+      centred += (f.x + f.y + (f2.x + f2.y)) * middle;
+      uint8_t *to = fragments + 256 * (i >> 4) + 32 * column + 2 * (i & 15);
+      *reinterpret_cast<uint32_t *>(to) = rdkv_cuda__bits(high);
+      *reinterpret_cast<uint32_t *>(to + rest) = rdkv_cuda__bits(low);
+    }
+  }
+  constant -= centred * down;
+#pragma unroll
+  for (int d = 16; d; d >>= 1) constant += __shfl_xor_sync(RDKV_CUDA__FULL, constant, d);
+  if (part == 0 && lane >= parts && lane < 4) constants[4 * column + lane] = 0;
+  if (lane == 0) {
+    constants[4 * column + part] = constant * factor_log2;
+    *factor = RDKV_CUDA__CODE_UNIT * down * factor_log2;
+  }
+}
+
+/* All threads of the block copy; a wait for it and a barrier must follow. */
+__device__ __forceinline__ void rdkv_cuda__copy_async(uint8_t *to, const void *from,
+                                                      uint32_t bytes) {
+  for (uint32_t i = 16 * threadIdx.x; i < bytes; i += 16 * blockDim.x)
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(rdkv_cuda__shared_address(to) + i),
+        "l"(__cvta_generic_to_global(static_cast<const uint8_t *>(from) + i))
+        : "memory");
+}
+
+template <int D, bool PAIRED>
+static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
+    rdkv_cuda__latency_kernel(const __grid_constant__ rdkv_cuda__args p) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) uint8_t memory[];
+  constexpr uint32_t columns = PAIRED ? 4 : 8, v_dim = 16 * D, n_values = v_dim * columns;
+  const uint32_t warp = rdkv_cuda__uniform(threadIdx.x >> 5);
+  const uint32_t lane = threadIdx.x & 31, n_warps = blockDim.x >> 5;
+  uint8_t *const key_fragments = memory, *const tail_fragments = memory + p.key_fragments;
+  uint8_t *const source = tail_fragments + p.tail_fragments;
+  uint8_t *const rows = source + p.table_bytes; /* of q */
+  rdkv_cuda__shared *const sh = reinterpret_cast<rdkv_cuda__shared *>(source + p.source_bytes);
+  rdkv_cuda__warp *const warps = reinterpret_cast<rdkv_cuda__warp *>(sh + 1);
+  uint8_t *const rings = reinterpret_cast<uint8_t *>(warps + n_warps);
+  uint8_t *const own = rings + warp * p.ring_bytes;
+
+  const rdkv_cuda__piece *piece = p.pieces + blockIdx.x;
+  rdkv_cuda__piece x = *piece; /* under way while the barriers are made */
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  rdkv_cuda__ring ring;
+  ring.base = rdkv_cuda__shared_address(own);
+  ring.barrier = rdkv_cuda__shared_address(warps[warp].barrier);
+  ring.size = p.ring_bytes, ring.parity = ring.pending = 0;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(ring.policy));
+  if (lane < RDKV_CUDA__SLOTS)
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(ring.barrier + 8u * lane)
+                 : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  __syncwarp();
+  rdkv_cuda_acc<D> a;
+  rdkv_cuda_clear(a);
+#pragma unroll
+  for (int i = 0; i < D; ++i) /* now, not after the piece has come */
+    asm volatile("" : "+f"(a.acc[i][0]), "+f"(a.acc[i][1]), "+f"(a.acc[i][2]), "+f"(a.acc[i][3]));
+  if (!(rdkv_cuda__uniform(x.flags) & RDKV_CUDA__ACTIVE)) return;
+  const uint32_t key_rest = PAIRED ? 128u : p.key_fragments / 2;
+  const uint32_t tail_rest = PAIRED ? 128u : p.tail_fragments / 2;
+  float *const constants = reinterpret_cast<float *>(sh->piece); /* [columns][4 parts] of queries */
+  const uint32_t parts = max(1u, min(4u, n_warps / columns));
+  const uint32_t k_dim = static_cast<uint32_t>(p.k_dim), mine = 2 * (lane & 3) & (columns - 1);
+  const uint8_t *const q =
+      static_cast<const uint8_t *>(p.io.q) + static_cast<size_t>(x.first_query) * p.row_bytes;
+  uint32_t q_bytes = x.columns * p.row_bytes; /* still to be asked for */
+  for (;;) {
+    const uint32_t tile_begin = rdkv_cuda__uniform(x.tile_begin);
+    const uint32_t tile_end = rdkv_cuda__uniform(x.tile_end);
+    const uint32_t flags = rdkv_cuda__uniform(x.flags);
+    const bool keys = tile_begin < tile_end;
+    rdkv_cuda_head head = x.head;
+    rdkv_cuda__slots s;
+    s.next = tile_begin + warp + lane * n_warps, s.what = s.n = s.stride = 0;
+    if (keys) {
+      const uint32_t n = 16u * (head.n_blocks[0] + head.n_blocks[1] + head.n_blocks[2]);
+      rdkv_cuda__copy_async(source, head.table, 5 * n + 3 * head.n_dropped);
+    }
+    /* tiles first, if the query has to be waited for; else last: they would stand in its way. The
+       tail's length past the first-level cache, which may hold an older value. */
+    uint32_t tail_tokens = 0;
+    if (!p.overlap) {
+      rdkv_cuda__copy_async(rows, q, q_bytes);
+      if (flags & RDKV_CUDA__LAST) tail_tokens = __ldcg(p.io.tail_tokens + x.sequence);
+    }
+    if (keys) rdkv_cuda__fill_slots<true>(ring, head, v_dim, tile_end, n_warps, RDKV_CUDA__FULL, s);
+    if (p.overlap) {
+      asm volatile("griddepcontrol.wait;" ::: "memory");
+      rdkv_cuda__copy_async(rows, q, q_bytes);
+      if (flags & RDKV_CUDA__LAST) tail_tokens = __ldcg(p.io.tail_tokens + x.sequence);
+    }
+    if (threadIdx.x == 0 && q_bytes) sh->piece[1] = x; /* for the end */
+    q_bytes = 0;
+    const uint32_t widths = rdkv_cuda__uniform(rdkv_cuda_key_widths(head));
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+    head.table = source;
+    if (keys)
+#pragma unroll 1
+      for (uint32_t i = warp; i < columns * parts; i += n_warps) {
+        const uint32_t c = i & (columns - 1);
+        rdkv_cuda__query_part(head, c < x.columns ? rows + c * p.row_bytes : nullptr, p.dtype,
+                              k_dim, p.factor_log2, c, i / columns, parts, key_fragments, key_rest,
+                              &sh->factor[c].x, constants);
+      }
+    bool tail = false;
+    rdkv_cuda__warp &w = warps[warp];
+    if (flags & RDKV_CUDA__LAST) {
+      const uint32_t stored = min(tail_tokens, x.capacity);
+      const uint32_t tokens = stored + (p.io.k_new != nullptr), n = (tokens + 15) / 16;
+      const uint32_t chunk = __umulhi(n, x.tail_begin);
+      const uint32_t end = flags & RDKV_CUDA__TAIL_END ? n : __umulhi(n, x.tail_end);
+      tail = chunk < end;
+      if (tail) {
+        if (lane == 0) { /* the last warps have the fewest tiles */
+          const size_t at = static_cast<size_t>(x.sequence) * p.n_kv_heads + x.kv_head / p.passes;
+          w.k_new = static_cast<const uint8_t *>(p.io.k_new) + 2 * at * k_dim;
+          w.v_new = static_cast<const uint8_t *>(p.io.v_new) + 2 * at * v_dim;
+          w.row_new = p.io.k_new ? stored : UINT32_MAX;
+          w.chunk = w.rows.chunk = chunk + n_warps - 1 - warp, w.rows.chunk_end = end;
+          w.rows.tokens = tokens, w.rows.value = w.rows.put = w.rows.pending = 0;
+        }
+        __syncwarp();
+#pragma unroll 1
+        for (uint32_t c = warp; c < columns; c += n_warps)
+          rdkv_cuda_query(nullptr, p.tail_bf16, c < x.columns ? rows + c * p.row_bytes : nullptr,
+                          p.dtype, p.k_dim, p.factor_log2, c, tail_fragments,
+                          tail_fragments + tail_rest, &sh->tail_factor[c]);
+      }
+    }
+    __syncthreads();
+
+    uint32_t slot = 0;
+    float2 key_factor[2] = {};
+    if (keys)
+#pragma unroll
+      for (uint32_t k = 0; k < 2; ++k) {
+        key_factor[k].x = sh->factor[mine + k].x;
+        const float4 y = *reinterpret_cast<const float4 *>(constants + 4 * (mine + k));
+        key_factor[k].y = y.x + y.y + (y.z + y.w);
+      }
+#pragma unroll 1
+    for (uint32_t tile = tile_begin + warp; tile < tile_end; tile += n_warps) {
+      const uint32_t what = __shfl_sync(RDKV_CUDA__FULL, s.what, static_cast<int>(slot));
+      const int run = static_cast<int>(what & 255);
+      rdkv_cuda__take(ring, slot);
+      rdkv_cuda__units(a, run == 3);
+      const uint8_t *one[1] = {own + slot * s.stride};
+      rdkv_cuda__tiles<PAIRED, 2>(a, one, widths, run, what >> 8, key_fragments, key_rest,
+                                  key_factor,
+                                  rdkv_cuda__lift_of<PAIRED>(run)); /* 2: less code to fetch */
+      __syncwarp();
+      if (tile + s.n * n_warps < tile_end)
+        rdkv_cuda__fill_slots<false>(ring, head, v_dim, tile_end, n_warps, 1u << slot, s);
+      slot = slot + 1 == s.n ? 0 : slot + 1;
+    }
+    if (tail) {
+      const float2 factor[2] = {sh->tail_factor[mine], sh->tail_factor[mine + 1]};
+      if (p.tail_bf16)
+        rdkv_cuda__tail_loop<PAIRED, true>(a, w, *piece, k_dim, n_warps, ring, tail_fragments,
+                                           tail_rest, factor);
+      else
+        rdkv_cuda__tail_loop<PAIRED, false>(a, w, *piece, k_dim, n_warps, ring, tail_fragments,
+                                            tail_rest, factor);
+    }
+    if (!(flags & RDKV_CUDA__MORE)) break;
+    piece = p.pieces + piece->next, x = *piece;
+    __syncthreads(); /* all have done with the query */
+  }
+
+  /* each warp leaves its sums [dim][column] in its ring */
+  const uint32_t g = lane >> 2;
+  const float unit = (a.plain ? 1.0f : RDKV_CUDA__CODE_UNIT) / RDKV_CUDA_LIFT;
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    for (uint32_t d = columns / 2; d < 32; d <<= 1) {
+      a.sum[k] += __shfl_xor_sync(RDKV_CUDA__FULL, a.sum[k], d);
+      a.mid[k] += __shfl_xor_sync(RDKV_CUDA__FULL, a.mid[k], d);
+    }
+    a.mid[k] -= a.centre[k] * unit;
+  }
+  if (2 * (lane & 3) < columns) {
+    float2 *to = reinterpret_cast<float2 *>(own) + (g * columns + mine) / 2;
+#pragma unroll
+    for (uint32_t i = 0; i < 2 * D; ++i)
+      to[4 * i * columns] = make_float2(a.acc[i / 2][2 * (i & 1)] * unit + a.mid[0],
+                                        a.acc[i / 2][2 * (i & 1) + 1] * unit + a.mid[1]);
+    if (g == 0) {
+      *reinterpret_cast<float2 *>(&warps[warp].max[mine]) = make_float2(a.max[0], a.max[1]);
+      *reinterpret_cast<float2 *>(&warps[warp].sum[mine]) = make_float2(a.sum[0], a.sum[1]);
+    }
+  }
+  __syncthreads();
+  /* From here on a warp works for itself, on every n_warps-th 32 values: it adds up the warps'
+     sums, leaves the block's in memory, and if it is the last one of the head's to have done so,
+     adds up those. Every warp makes the parts' weights for itself. */
+  if (32 * warp >= n_values) return;
+  const rdkv_cuda__piece &y = sh->piece[1];
+  const uint32_t c = lane & (columns - 1), n = y.n_parts;
+  constexpr uint32_t stride = n_values + 2 * columns * RDKV_CUDA__COUNTERS;
+  float *const part = p.partials + static_cast<size_t>(blockIdx.x) * stride;
+  float *const weight = reinterpret_cast<float *>(own) + n_values;
+  float top = -INFINITY, sum = 0;
+#pragma unroll 1
+  for (uint32_t k = lane / columns; k < n_warps; k += 32 / columns)
+    top = fmaxf(top, warps[k].max[c]);
+  for (uint32_t d = columns; d < 32; d <<= 1)
+    top = fmaxf(top, __shfl_xor_sync(RDKV_CUDA__FULL, top, d));
+#pragma unroll 1
+  for (uint32_t k = lane / columns; k < n_warps; k += 32 / columns) {
+    const float t = warps[k].max[c], e = t == top ? 1.0f : rdkv_cuda__exp2(t - top);
+    weight[k * columns + c] = e, sum += e * warps[k].sum[c];
+  }
+  for (uint32_t d = columns; d < 32; d <<= 1) sum += __shfl_xor_sync(RDKV_CUDA__FULL, sum, d);
+  __syncwarp();
+  if (n > 1 && lane < columns)
+    reinterpret_cast<float2 *>(part + n_values)[warp * columns + lane] = make_float2(top, sum);
+  bool done = n == 1;
+#pragma unroll 1
+  for (int step = 0; step < 2; ++step) {
+#pragma unroll 1
+    for (uint32_t o = threadIdx.x; o < n_values; o += blockDim.x) {
+      float value = 0;
+      if (step == 0) {
+        const float *from = reinterpret_cast<const float *>(rings) + o;
+#pragma unroll 8
+        for (uint32_t k = 0; k < n_warps; ++k, from += p.ring_bytes / 4)
+          value += weight[k * columns + c] * from[0];
+        if (n > 1) part[o] = value;
+      } else {
+        const float *from = part - static_cast<size_t>(y.part) * stride;
+        top = -INFINITY, sum = 0;
+#pragma unroll 1
+        for (uint32_t first = 0; first < n; first += 16) {
+          float v[16];
+          float2 t[16];
+#pragma unroll
+          for (uint32_t k = 0; k < 16; ++k) {
+            v[k] = 0, t[k] = make_float2(-INFINITY, 0);
+            if (first + k < n) {
+              const float *at = from + static_cast<size_t>(first + k) * stride;
+              v[k] = __ldcg(at + o);
+              t[k] = __ldcg(reinterpret_cast<const float2 *>(at + n_values) + warp * columns + c);
+            }
+          }
+          float high = top;
+#pragma unroll
+          for (uint32_t k = 0; k < 16; ++k) high = fmaxf(high, t[k].x);
+          const float f = top == high ? 1.0f : rdkv_cuda__exp2(top - high);
+          value *= f, sum *= f, top = high;
+#pragma unroll
+          for (uint32_t k = 0; k < 16; ++k) {
+            const float e = t[k].x == top ? 1.0f : rdkv_cuda__exp2(t[k].x - top);
+            value += e * v[k], sum += e * t[k].y;
+          }
+        }
+      }
+      if (done && c < y.columns) {
+        const uint32_t d = o / columns, row = y.first_query + c;
+        rdkv_cuda__store(p.io.out, static_cast<size_t>(row) * v_dim + d, p.dtype,
+                         sum > 0 ? __fdividef(value, sum) : 0.0f);
+        if (d == 0 && p.io.lse)
+          p.io.lse[row] = sum > 0 ? (top + log2f(sum)) * 0.69314718f : -INFINITY;
+      }
+    }
+    if (done) break;
+    /* releases this warp's values, acquires the others'; wraps to 0, ready for the next launch */
+    uint32_t before = 0;
+    __syncwarp();
+    if (lane == 0)
+      asm volatile(
+          "atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+          : "=r"(before)
+          : "l"(__cvta_generic_to_global(
+                p.counters +
+                RDKV_CUDA__COUNTERS * (y.sequence * p.n_kv_heads * p.passes + y.kv_head) + warp)),
+            "r"(n - 1)
+          : "memory");
+    done = rdkv_cuda__uniform(before) == n - 1;
+    if (!done) return;
+  }
+#else
+  (void)p;
+#endif
 }
 
 /* ---- >>cuda-launch : the host's side --------------------------------------------------------- */
@@ -1944,13 +2248,17 @@ static __global__ void rdkv_cuda__advance_kernel(uint32_t *tail_tokens, int batc
 
 typedef void (*rdkv_cuda__kernel)(rdkv_cuda__args);
 
-static rdkv_cuda__kernel rdkv_cuda__kernel_for(int v_dim, bool paired) {
+static rdkv_cuda__kernel rdkv_cuda__kernel_for(const rdkv_cuda_config *c) {
+  const bool paired = c->n_q_heads <= 4 * c->n_kv_heads;
   (void)paired; /* of which a build without attention has no use */
-#define RDKV_CUDA__CASE(dim)                                 \
-  case dim:                                                  \
-    return paired ? rdkv_cuda__attend_kernel<dim / 16, true> \
+#define RDKV_CUDA__CASE(dim)                                      \
+  case dim:                                                       \
+    if (c->latency > 0)                                           \
+      return paired ? rdkv_cuda__latency_kernel<dim / 16, true>   \
+                    : rdkv_cuda__latency_kernel<dim / 16, false>; \
+    return paired ? rdkv_cuda__attend_kernel<dim / 16, true>      \
                   : rdkv_cuda__attend_kernel<dim / 16, false>;
-  switch (v_dim) {
+  switch (c->v_dim) {
 #ifdef RDKV_CUDA_V_DIM
 #if RDKV_CUDA_V_DIM > 0
     RDKV_CUDA__CASE(RDKV_CUDA_V_DIM)
@@ -2001,42 +2309,32 @@ static uint32_t rdkv_cuda__source_bytes(const rdkv_cuda_config *c) {
 
 static uint32_t rdkv_cuda__shared_bytes(const rdkv_cuda_config *c) {
   return rdkv_cuda__source_bytes(c) + rdkv_cuda__fragments(c, c->k_dim / 16 + 2) +
-         rdkv_cuda__fragments(c, c->k_dim / 16) + static_cast<uint32_t>(sizeof(rdkv_cuda__shared)) +
+         (c->latency > 0 ? rdkv_cuda__fragments(c, c->k_dim / 16) : 0) +
+         static_cast<uint32_t>(sizeof(rdkv_cuda__shared)) +
          static_cast<uint32_t>(c->n_warps) *
              (static_cast<uint32_t>(sizeof(rdkv_cuda__warp)) + rdkv_cuda__ring_bytes(c));
 }
 
-static void rdkv_cuda__cluster_attribute(const rdkv_cuda_config *c, cudaLaunchConfig_t *launch) {
-  cudaLaunchAttribute *a = launch->attrs + launch->numAttrs++;
-  a->id = cudaLaunchAttributeClusterDimension;
-  a->val.clusterDim.x = static_cast<uint32_t>(c->cluster);
-  a->val.clusterDim.y = a->val.clusterDim.z = 1;
-}
-
-/* The largest cluster with which a head each fits on the device at once; 1 if none does. */
-static cudaError_t rdkv_cuda__largest_cluster(rdkv_cuda_config *c, rdkv_cuda__kernel kernel,
-                                              int n_blocks, uint32_t bytes) {
-  const int heads = static_cast<int>(rdkv_cuda__layout_of(c).heads);
-  for (c->cluster = 16; c->cluster > 1; c->cluster /= 2) {
-    if (heads * c->cluster > n_blocks) continue;
-    cudaLaunchConfig_t launch = cudaLaunchConfig_t();
-    cudaLaunchAttribute attribute;
-    launch.gridDim = dim3(static_cast<uint32_t>(heads * c->cluster));
-    launch.blockDim = dim3(32u * static_cast<uint32_t>(c->n_warps));
-    launch.dynamicSmemBytes = bytes, launch.attrs = &attribute;
-    rdkv_cuda__cluster_attribute(c, &launch);
-    int fit = 0;
-    const cudaError_t e =
-        cudaOccupancyMaxActiveClusters(&fit, reinterpret_cast<const void *>(kernel), &launch);
+/* The latency kernel's geometry and latency = 1, if there are blocks for at least two parts of each
+   head; else latency = -1. */
+static cudaError_t rdkv_cuda__resolve_latency(rdkv_cuda_config *c, int sms, int shared) {
+  rdkv_cuda_config t = *c;
+  t.latency = 1, t.teams = 1, c->latency = -1;
+  const void *f = reinterpret_cast<const void *>(rdkv_cuda__kernel_for(&t));
+  cudaError_t e = cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (e) return e;
+  int blocks = 0;
+  for (t.n_warps = c->n_warps ? c->n_warps : c->v_dim <= 128 ? 16 : 8;; --t.n_warps) {
+    const uint32_t bytes = rdkv_cuda__shared_bytes(&t);
+    if (bytes <= static_cast<uint32_t>(shared))
+      e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, f, 32 * t.n_warps, bytes);
     if (e) return e;
-    if (fit >= heads) break;
+    if (blocks || c->n_warps || t.n_warps == 1) break;
   }
+  if (t.blocks_per_sm == 0) t.blocks_per_sm = blocks;
+  if (t.n_blocks == 0) t.n_blocks = t.blocks_per_sm * sms;
+  if (blocks && static_cast<uint32_t>(t.n_blocks) >= 2 * rdkv_cuda__layout_of(&t).heads) *c = t;
   return cudaSuccess;
-}
-
-static size_t rdkv_cuda__partial_floats(const rdkv_cuda_config *c) {
-  const size_t columns = c->n_q_heads / c->n_kv_heads <= 4 ? 4 : 8;
-  return columns * (static_cast<size_t>(c->v_dim) + 2);
 }
 
 extern "C" cudaError_t rdkv_cuda_resolve(const rdkv_cuda_config *in, rdkv_cuda_config *out) {
@@ -2051,10 +2349,12 @@ extern "C" cudaError_t rdkv_cuda_resolve(const rdkv_cuda_config *in, rdkv_cuda_c
       c.k_dim > 256 || c.k_dim % 16 != 0 || c.max_segments < 1 || c.max_segments > 65536 ||
       c.dtype < RDKV_F32 || c.dtype > RDKV_BF16 ||
       (c.tail_dtype != RDKV_F16 && c.tail_dtype != RDKV_BF16) || !(c.softmax_scale >= 0) ||
-      c.cluster < 0 || c.cluster > 16 || (c.cluster & (c.cluster - 1)) != 0 || c.n_warps < 0 ||
-      c.n_warps > (c.v_dim <= 128 ? 16 : 8) || c.blocks_per_sm < 0 || c.n_blocks < 0)
+      c.latency < -1 || c.latency > 1 || c.n_warps < 0 || c.n_warps > (c.v_dim <= 128 ? 16 : 8) ||
+      c.teams < 0 || c.teams > 16 || c.n_warps * c.teams > (c.v_dim <= 128 ? 16 : 8) ||
+      c.blocks_per_sm < 0 || c.n_blocks < 0)
     return cudaErrorInvalidValue;
-  const rdkv_cuda__kernel kernel = rdkv_cuda__kernel_for(c.v_dim, c.n_q_heads <= 4 * c.n_kv_heads);
+  c.latency = -1;
+  const rdkv_cuda__kernel kernel = rdkv_cuda__kernel_for(&c);
   if (!kernel) return cudaErrorInvalidValue;
   if (c.softmax_scale == 0) c.softmax_scale = 1.0f / sqrtf(static_cast<float>(c.k_dim));
   int device, sms, major, shared;
@@ -2065,6 +2365,11 @@ extern "C" cudaError_t rdkv_cuda_resolve(const rdkv_cuda_config *in, rdkv_cuda_c
   if (e) return e;
   if (major < 8) return cudaErrorInvalidValue;
   if (major < 9) c.overlap = 0;
+  if (major >= 9 && in->latency >= 0 && in->teams <= 1)
+    e = rdkv_cuda__resolve_latency(&c, sms, shared);
+  if (!e && in->latency > 0 && c.latency < 0) e = cudaErrorInvalidValue;
+  if (!e && c.latency > 0) *out = c;
+  if (e || c.latency > 0) return e;
   e = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
                            cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (e) return e;
@@ -2072,40 +2377,43 @@ extern "C" cudaError_t rdkv_cuda_resolve(const rdkv_cuda_config *in, rdkv_cuda_c
      with the next: as many warps as fit in blocks that cover for each other */
   const bool few = c.batch * c.n_kv_heads < sms / 4;
   const int most = c.v_dim <= 128 && c.k_dim <= 128 ? (few && !c.overlap ? 16 : 8) : 4;
-  const int first = c.n_warps ? c.n_warps : most, last = c.n_warps || first != 8 ? first : 6;
+  if (c.teams == 0) {
+    /* many heads: half the warps for each, so that what a head takes beside its tiles counts half
+     */
+    rdkv_cuda_config t = c;
+    t.n_warps = t.teams = 4;
+    const bool half = c.v_dim <= 128 && !c.n_warps && !c.blocks_per_sm && !c.n_blocks &&
+                      rdkv_cuda__layout_of(&c).heads >= 2u * static_cast<uint32_t>(sms) &&
+                      4 * rdkv_cuda__shared_bytes(&t) <= static_cast<uint32_t>(shared);
+    c.teams = half ? 4 : 1, c.n_warps = half ? 4 : c.n_warps;
+  }
+  const int room = (c.v_dim <= 128 ? 16 : 8) / c.teams; /* the thread block's warps */
+  const int first = c.n_warps     ? c.n_warps
+                    : most < room ? most
+                                  : room,
+            last = c.n_warps || first != 8 ? first : 6;
   int blocks = 0;
   for (int n = first; n >= last; --n) {
     rdkv_cuda_config t = c;
     int fit = 0;
     t.n_warps = n;
-    if (rdkv_cuda__shared_bytes(&t) <= static_cast<uint32_t>(shared))
+    const uint32_t all = rdkv_cuda__shared_bytes(&t) * static_cast<uint32_t>(c.teams);
+    if (all <= static_cast<uint32_t>(shared))
       e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-          &fit, reinterpret_cast<const void *>(kernel), 32 * n, rdkv_cuda__shared_bytes(&t));
+          &fit, reinterpret_cast<const void *>(kernel), 32 * n * c.teams, all);
     if (e) return e;
+    fit *= c.teams;
     if (fit * n > blocks * c.n_warps || n == first) blocks = fit, c.n_warps = n;
   }
   while (blocks == 0 && c.n_warps > 1 && in->n_warps == 0) {
     c.n_warps /= 2;
-    if (rdkv_cuda__shared_bytes(&c) <= static_cast<uint32_t>(shared)) blocks = 1;
+    if (rdkv_cuda__shared_bytes(&c) * static_cast<uint32_t>(c.teams) <=
+        static_cast<uint32_t>(shared))
+      blocks = c.teams;
   }
   if (blocks == 0) return cudaErrorInvalidValue;
-  const uint32_t bytes = rdkv_cuda__shared_bytes(&c);
   if (c.blocks_per_sm == 0) c.blocks_per_sm = few ? 1 : blocks;
-  /* clusters are short of multiprocessors, which an overlapped launch makes up for */
-  if (c.cluster == 0 && (!c.overlap || c.n_blocks ||
-                         rdkv_cuda__layout_of(&c).heads * 8u > static_cast<uint32_t>(blocks * sms)))
-    c.cluster = 1;
-  if (major >= 9 && c.cluster != 1) {
-    e = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
-                             cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (!e && c.cluster == 0) e = rdkv_cuda__largest_cluster(&c, kernel, sms, bytes);
-    if (e) return e;
-  }
-  if (c.n_blocks == 0)
-    c.n_blocks = c.cluster > 1 ? static_cast<int>(rdkv_cuda__layout_of(&c).heads) * c.cluster
-                               : c.blocks_per_sm * sms;
-  if (c.n_blocks < 1 || c.n_blocks % c.cluster != 0 || (c.cluster > 1 && major < 9))
-    return cudaErrorInvalidValue;
+  if (c.n_blocks == 0) c.n_blocks = c.blocks_per_sm * sms;
   *out = c;
   return cudaSuccess;
 }
@@ -2115,7 +2423,9 @@ extern "C" size_t rdkv_cuda_plan_bytes(const rdkv_cuda_config *cfg) {
 }
 
 extern "C" size_t rdkv_cuda_workspace_bytes(const rdkv_cuda_config *cfg) {
-  return 2 * static_cast<size_t>(cfg->n_blocks) * rdkv_cuda__partial_floats(cfg) * sizeof(float);
+  const size_t columns = cfg->n_q_heads / cfg->n_kv_heads <= 4 ? 4 : 8;
+  const size_t values = columns * static_cast<size_t>(cfg->v_dim);
+  return 2 * static_cast<size_t>(cfg->n_blocks) * (values + 2 * columns) * sizeof(float);
 }
 
 extern "C" cudaError_t rdkv_cuda_upload(const rdkv_segment *segment, void *device,
@@ -2149,8 +2459,9 @@ extern "C" cudaError_t rdkv_cuda_plan(const rdkv_cuda_config *cfg,
   p.heads = l.heads, p.passes = l.passes, p.n_kv_heads = static_cast<uint32_t>(cfg->n_kv_heads);
   p.n_blocks = static_cast<uint32_t>(cfg->n_blocks);
   p.max_segments = static_cast<uint32_t>(cfg->max_segments);
-  p.cluster = static_cast<uint32_t>(cfg->cluster), p.group = l.group;
+  p.group = l.group;
   p.first_layer = cfg->first_layer, p.k_dim = cfg->k_dim, p.v_dim = cfg->v_dim;
+  p.latency = cfg->latency > 0;
   rdkv_cuda__plan_kernel<<<static_cast<uint32_t>(cfg->n_layers), RDKV_CUDA__PLAN_THREADS, 0,
                            stream>>>(p);
   return cudaGetLastError();
@@ -2177,22 +2488,22 @@ extern "C" cudaError_t rdkv_cuda_attend(const rdkv_cuda_config *cfg, const void 
   p.key_fragments = rdkv_cuda__fragments(cfg, cfg->k_dim / 16 + 2);
   p.tail_fragments = rdkv_cuda__fragments(cfg, cfg->k_dim / 16);
   p.table_bytes = rdkv_cuda__table_room(cfg), p.row_bytes = rdkv_cuda__row_bytes(cfg);
-  p.source_bytes = rdkv_cuda__source_bytes(cfg), p.overlap = cfg->overlap;
+  p.source_bytes = rdkv_cuda__source_bytes(cfg), p.overlap = cfg->overlap != 0;
+  p.n_blocks = static_cast<uint32_t>(cfg->n_blocks), p.block_bytes = rdkv_cuda__shared_bytes(cfg);
   p.factor_log2 = cfg->softmax_scale * 1.44269504f;
   cudaLaunchConfig_t launch = cudaLaunchConfig_t();
-  cudaLaunchAttribute attributes[2];
-  launch.attrs = attributes;
-  launch.gridDim = dim3(static_cast<uint32_t>(cfg->n_blocks));
-  launch.blockDim = dim3(32u * static_cast<uint32_t>(cfg->n_warps));
-  launch.dynamicSmemBytes = rdkv_cuda__shared_bytes(cfg), launch.stream = stream;
+  cudaLaunchAttribute attribute;
+  launch.attrs = &attribute;
+  const uint32_t teams = static_cast<uint32_t>(cfg->teams);
+  launch.gridDim = dim3((p.n_blocks + teams - 1) / teams);
+  launch.blockDim = dim3(32u * static_cast<uint32_t>(cfg->n_warps), teams);
+  launch.dynamicSmemBytes = p.block_bytes * teams, launch.stream = stream;
   if (cfg->overlap) {
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
     launch.numAttrs = 1;
   }
-  if (cfg->cluster > 1) rdkv_cuda__cluster_attribute(cfg, &launch);
-  return cudaLaunchKernelEx(
-      &launch, rdkv_cuda__kernel_for(cfg->v_dim, cfg->n_q_heads <= 4 * cfg->n_kv_heads), p);
+  return cudaLaunchKernelEx(&launch, rdkv_cuda__kernel_for(cfg), p);
 }
 
 extern "C" cudaError_t rdkv_cuda_advance(uint32_t *tail_tokens, int batch, cudaStream_t stream) {

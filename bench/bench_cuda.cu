@@ -1,6 +1,7 @@
 /* Speed of rdkv_cuda.cuh: microseconds a layer, bytes moved, and what part of the read ceiling that
    is. nvcc -O3 -std=c++17 -arch=native bench/bench_cuda.cu -o bench_cuda && ./bench_cuda [--csv]
-   [--warps n] [--blocks_per_sm n] [--cluster n] [--replays n] [part of a row's name ...]
+   [--warps n] [--blocks_per_sm n] [--teams n] [--latency n] [--replays n] [part of a row's name
+   ...]
    Shape: Llama 3.1 8B (32 query heads, 8 kv heads, dims 128), 128K tokens. A captured graph runs
    over layers whose caches lie apart in memory, far more than the L2 holds; time is the median of
    the replays over the number of layers. Codes are random; the widths are those that the paper's
@@ -24,7 +25,8 @@ static void check(cudaError_t e, int line) {
 #define CHECK(call) check(call, __LINE__)
 
 static bool csv = false;
-static int replays = 200, force_warps = 0, force_blocks = 0, force_cluster = 0;
+static int replays = 200, force_warps = 0, force_blocks = 0;
+static int force_latency = 0, force_teams = 0;
 static std::vector<const char *> filters; /* rows to run: those that contain one of these */
 
 static __global__ void empty_kernel() {}
@@ -137,7 +139,7 @@ static void run(const scenario &s) {
   cfg.n_layers = s.layers, cfg.batch = s.batch, cfg.n_q_heads = q_heads, cfg.n_kv_heads = kv_heads;
   cfg.k_dim = dim, cfg.dtype = RDKV_F16, cfg.tail_dtype = RDKV_F16, cfg.max_segments = s.layers;
   cfg.overlap = s.overlap, cfg.n_warps = force_warps, cfg.blocks_per_sm = force_blocks;
-  cfg.cluster = force_cluster;
+  cfg.latency = force_latency, cfg.teams = force_teams;
   CHECK(rdkv_cuda_resolve(&cfg, &cfg));
   const bool packed =
       s.counts.tokens[0] + s.counts.tokens[1] + s.counts.tokens[2] + s.counts.tokens[3];
@@ -209,9 +211,9 @@ static void run(const scenario &s) {
     CHECK(rdkv_cuda_attend(&cfg, plan, i, &io, workspace, stream));
   });
   printf(csv ? "\"%s\",%d,%d,%d,%.6g,%.3f,%.3f,%.1f\n"
-             : "%-42s %3d blocks of %2d warps, clusters of %2d %8.2f MB %9.2f us  %6.2f TB/s  "
+             : "%-42s %3d blocks of %2d warps, %d at a time %8.2f MB %9.2f us  %6.2f TB/s  "
                "%5.1f %%\n",
-         label, cfg.n_blocks, cfg.n_warps, cfg.cluster, bytes * 1e-6, t * 1e6, bytes / t * 1e-12,
+         label, cfg.n_blocks, cfg.n_warps, cfg.teams, bytes * 1e-6, t * 1e6, bytes / t * 1e-12,
          ceiling > 0 ? 100 * bytes / t / ceiling : 0.0);
   fflush(stdout);
   cudaFree(blocks), cudaFree(tails), cudaFree(segments), cudaFree(d_sequences), cudaFree(d_lengths);
@@ -226,8 +228,10 @@ int main(int argc, char **argv) {
       replays = atoi(argv[++i]);
     else if (!strcmp(argv[i], "--warps") && i + 1 < argc)
       force_warps = atoi(argv[++i]);
-    else if (!strcmp(argv[i], "--cluster") && i + 1 < argc)
-      force_cluster = atoi(argv[++i]);
+    else if (!strcmp(argv[i], "--latency") && i + 1 < argc)
+      force_latency = atoi(argv[++i]);
+    else if (!strcmp(argv[i], "--teams") && i + 1 < argc)
+      force_teams = atoi(argv[++i]);
     else if (!strcmp(argv[i], "--blocks_per_sm") && i + 1 < argc)
       force_blocks = atoi(argv[++i]);
     else
@@ -238,7 +242,7 @@ int main(int argc, char **argv) {
   int driver;
   CHECK(cudaDriverGetVersion(&driver));
   if (csv)
-    printf("name,blocks,warps,cluster,MB,us,TB/s,percent of ceiling\n");
+    printf("name,blocks,warps,teams,MB,us,TB/s,percent of ceiling\n");
   else
     printf("%s, %d SMs, driver for CUDA %d.%d\n", prop.name, prop.multiProcessorCount,
            driver / 1000, driver % 1000 / 10);

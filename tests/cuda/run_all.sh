@@ -61,7 +61,7 @@ fi
 if has profile; then # what bounds the kernel: counters of one launch in the middle of a graph
   for row in "budget 1024, batch 1," "budget 1024, batch 64" "2-bit mix"; do
     echo "== $row"
-    ncu --clock-control none --set full --import-source no -k regex:attend -s 8 -c 1 \
+    ncu --clock-control none --set full --import-source no -k "regex:attend|latency" -s 8 -c 1 \
       "$bin/bench_cuda" --replays 1 "$row" 2>&1 |
       grep -E "Duration|DRAM Through|Ipc Active|Issue Slots Busy|Registers Per|Spilling" |
       grep -vE "OPT|INF"

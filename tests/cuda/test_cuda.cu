@@ -1,5 +1,6 @@
-/* Tests of rdkv_cuda.cuh on a GPU. Exit code 0: all passed. With "small" as argument: few and small
-   cases, for compute-sanitizer.
+/* Tests of rdkv_cuda.cuh on a GPU. Exit code 0: all passed. Arguments: "small" for few and small
+   cases, for compute-sanitizer; others are parts of the names of the cases to run
+   ("long", "small D128 G3", "graph").
    nvcc -O2 -std=c++17 -arch=native tests/cuda/test_cuda.cu -o test_cuda && ./test_cuda */
 #define RDKV_IMPLEMENTATION
 #define RDKV_CUDA_IMPLEMENTATION
@@ -11,7 +12,8 @@
 #include "random_block.h"
 
 static int failures = 0;
-static bool small_run = false;
+static bool small_run = false, has_latency = false;
+static std::vector<const char *> filters; /* cases to run: those whose name contains one of these */
 
 static void check(cudaError_t e, int line) {
   if (e == cudaSuccess) return;
@@ -138,6 +140,7 @@ struct shape {
   int special; /* 1: one key dominates; 2: all V rows equal; 3: q = 0; 4: dense rows token-major */
   int overlap;
   int n_warps, blocks_per_sm, n_blocks;
+  int latency; /* the kernel made for latency */
 };
 
 static uint16_t pack16(double x, rdkv_dtype t) {
@@ -171,7 +174,16 @@ static head_counts random_counts(random_source &rng, const shape &s, int kind) {
   return c;
 }
 
+static bool wanted(const char *name) {
+  for (const char *f : filters)
+    if (strstr(name, f)) return true;
+  return filters.empty();
+}
+
 static void run_case(const shape &s, uint64_t seed) {
+  char label[80];
+  snprintf(label, sizeof label, "%s D%d G%d", s.name, s.v_dim, s.group);
+  if (!wanted(label)) return;
   random_source rng = {seed};
   const int layers = 2, q_heads = s.kv_heads * s.group;
   rdkv_cuda_config cfg;
@@ -180,10 +192,17 @@ static void run_case(const shape &s, uint64_t seed) {
   cfg.n_kv_heads = s.kv_heads, cfg.k_dim = s.k_dim, cfg.v_dim = s.v_dim;
   cfg.dtype = s.dtype, cfg.tail_dtype = s.tail_dtype, cfg.overlap = s.overlap;
   cfg.n_warps = s.n_warps, cfg.blocks_per_sm = s.blocks_per_sm, cfg.n_blocks = s.n_blocks;
-  cfg.max_segments = s.segments * 2 + 1;
-  /* heads come together in clusters of every size, or through global memory */
-  if (s.n_blocks == 0) cfg.cluster = 1 << seed % 5;
+  cfg.max_segments = s.segments * 2 + 1, cfg.latency = s.latency ? 1 : -1;
+  if (!s.latency) cfg.teams = s.n_warps > 4 ? 1 : 1 + static_cast<int>(seed % 4);
+  if (s.n_blocks == 0 && s.latency) { /* from 2 to 18 parts a head, and some blocks more */
+    const int heads = s.batch * s.kv_heads * ((s.group + 7) / 8);
+    cfg.n_blocks = heads * (2 + 4 * static_cast<int>(seed % 5)) + static_cast<int>(seed % 3);
+  }
   CHECK(rdkv_cuda_resolve(&cfg, &cfg));
+  if (has_latency && (cfg.latency == 1) != (s.latency == 1)) {
+    printf("%s: not the kernel asked for   FAIL\n", s.name), ++failures;
+    return;
+  }
 
   /* packed segments: of both layers in one block, or one block a layer */
   const int per = s.layers_per_block, blocks = s.segments * (layers / per);
@@ -297,6 +316,7 @@ static void run_case(const shape &s, uint64_t seed) {
       CHECK(cudaMemset(d_out, 0xff, no * 4));
       CHECK(cudaMemset(d_lse, 0xff, lse.size() * 4));
       CHECK(cudaDeviceSynchronize());
+      io.lse = round ? d_lse : nullptr;
       CHECK(rdkv_cuda_attend(&cfg, plan, l, &io, workspace, stream));
       CHECK(cudaStreamSynchronize(stream));
       CHECK(cudaMemcpy(again.data(), d_out, no * width, cudaMemcpyDeviceToHost));
@@ -382,10 +402,11 @@ static void run_case(const shape &s, uint64_t seed) {
   double bound = s.dtype == RDKV_BF16 || s.tail_dtype == RDKV_BF16 ? 3e-3 : 1e-3, bound_lse = 1e-3;
   const bool ok = worst <= bound && worst_lse <= bound_lse && same && appended;
   if (!ok || !small_run)
-    printf("%-26s B%-3d H%d G%-2d D%d/%d seg %d tail %-5u w%d n%d c%d: error %.2e lse %.1e%s%s%s\n",
-           s.name, s.batch, s.kv_heads, s.group, s.k_dim, s.v_dim, s.segments, s.tail, cfg.n_warps,
-           cfg.n_blocks, cfg.cluster, worst, worst_lse, same ? "" : " NOT REPRODUCIBLE",
-           appended ? "" : " NOT APPENDED", ok ? "" : "   FAIL");
+    printf(
+        "%-26s B%-3d H%d G%-2d D%d/%d seg %d tail %-5u w%d n%d t%d%s: error %.2e lse %.1e%s%s%s\n",
+        s.name, s.batch, s.kv_heads, s.group, s.k_dim, s.v_dim, s.segments, s.tail, cfg.n_warps,
+        cfg.n_blocks, cfg.teams, cfg.latency > 0 ? " L" : "", worst, worst_lse,
+        same ? "" : " NOT REPRODUCIBLE", appended ? "" : " NOT APPENDED", ok ? "" : "   FAIL");
   if (!ok) ++failures;
   for (void *p : device) cudaFree(p);
   for (void *p : owned) cudaFree(p);
@@ -421,6 +442,11 @@ static void test_attend() {
         run_case(s, ++seed);
         s.n_blocks = 0, s.overlap = 1;
         run_case(s, ++seed);
+        s.latency = 1, s.name = "latency, small";
+        for (int i = 0; i < 2; ++i) {
+          s.overlap = i, s.tail = i ? 0 : 35, s.append = !i;
+          run_case(s, ++seed);
+        }
       }
     return;
   }
@@ -476,14 +502,61 @@ static void test_attend() {
   run_case(s, ++seed);
 }
 
+/* The kernel made for latency. */
+static void test_latency() {
+  if (small_run || !has_latency) return;
+  uint64_t seed = 5000;
+  shape s;
+  const rdkv_dtype types[] = {RDKV_F16, RDKV_BF16, RDKV_F32};
+  for (int d : {64, 80, 96, 112, 128, 192, 256})
+    for (int g : {1, 2, 3, 4, 5, 6, 7, 8, 12})
+      for (int tail = 0; tail < 2; ++tail) {
+        s = plain_shape(), s.latency = 1, s.name = tail ? "latency, tail" : "latency";
+        s.k_dim = s.v_dim = d, s.group = g, s.dtype = types[seed % 3], s.batch = 2;
+        if (tail) s.tail = 40, s.append = true, s.tail_dtype = types[seed % 2];
+        s.overlap = seed / 2 % 2;
+        run_case(s, ++seed);
+      }
+  for (int k = 16; k <= 256; k += 16) {
+    s = plain_shape(), s.latency = 1, s.name = "latency, k_dim differs", s.k_dim = k;
+    run_case(s, ++seed);
+  }
+  for (uint32_t n : {0u, 1u, 2u, 4u, 40u, 1000u, 9000u, 30000u})
+    for (int segments : {0, 1, 3}) {
+      s = plain_shape(), s.latency = 1, s.name = "latency, tokens", s.tokens = n;
+      s.segments = segments, s.layers_per_block = 1 + (segments == 1), s.batch = 3;
+      if (n > 1000) s.batch = 1, s.kv_heads = 1;
+      run_case(s, ++seed);
+      s.group = 8, s.overlap = 1, s.tail = n > 1000 ? 700 : 17, s.append = n & 1;
+      run_case(s, ++seed);
+    }
+  for (int warps : {1, 3, 8, 16}) {
+    s = plain_shape(), s.latency = 1, s.name = "latency, warps", s.n_warps = warps, s.tail = 50;
+    run_case(s, ++seed);
+  }
+  for (int g : {4, 8}) {
+    s = plain_shape(), s.latency = 1, s.group = g, s.name = "latency, one dominates";
+    s.spread_q = 8, s.spread_k = 2;
+    run_case(s, ++seed);
+    s.name = "latency, q = 0", s.special = 3, s.spread_q = 1, s.spread_k = 1;
+    run_case(s, ++seed);
+    s.name = "latency, V large", s.special = 0, s.spread_v = 3000;
+    run_case(s, ++seed);
+    s.name = "latency, V small", s.spread_v = 1e-3;
+    run_case(s, ++seed);
+    s.name = "latency, logits of 1e4", s.spread_v = 1, s.spread_q = s.spread_k = 100;
+    run_case(s, ++seed);
+  }
+}
+
 /* ---- a captured graph that is replayed while the tail grows ---------------------------------- */
 
-static void test_graph() {
+static void test_graph(int latency) {
   const int steps = small_run ? 5 : 100;
   rdkv_cuda_config cfg;
   memset(&cfg, 0, sizeof cfg);
   cfg.batch = 2, cfg.n_q_heads = 8, cfg.n_kv_heads = 2, cfg.k_dim = 64, cfg.overlap = 1;
-  cfg.dtype = RDKV_F16, cfg.tail_dtype = RDKV_F16;
+  cfg.dtype = RDKV_F16, cfg.tail_dtype = RDKV_F16, cfg.latency = latency;
   CHECK(rdkv_cuda_resolve(&cfg, &cfg));
   const head_counts counts[2] = {{{100, 70, 33, 5}, {20, 30, 10}}, {{10, 370, 3, 0}, {0, 64, 0}}};
   const std::vector<uint8_t> block = random_block(1, 0, 8, 2, 64, 64, counts, 1, 1, 5);
@@ -601,20 +674,35 @@ static void test_refusals() {
   c = good, c.n_q_heads = 7, wrong += rdkv_cuda_resolve(&c, &out) == cudaSuccess;
   c = good, c.batch = 0, wrong += rdkv_cuda_resolve(&c, &out) == cudaSuccess;
   c = good, c.tail_dtype = RDKV_F32, wrong += rdkv_cuda_resolve(&c, &out) == cudaSuccess;
-  c = good, c.cluster = 3, wrong += rdkv_cuda_resolve(&c, &out) == cudaSuccess;
+  c = good, c.n_warps = 8, c.teams = 3, wrong += rdkv_cuda_resolve(&c, &out) == cudaSuccess;
   c = good, c.softmax_scale = -1, wrong += rdkv_cuda_resolve(&c, &out) == cudaSuccess;
+  c = good, c.latency = 2, wrong += rdkv_cuda_resolve(&c, &out) == cudaSuccess;
   wrong += rdkv_cuda_resolve(nullptr, &out) == cudaSuccess;
+  /* which kernel: few heads, many, not wanted, not possible */
+  wrong += rdkv_cuda_resolve(&good, &out) || (out.latency == 1) != has_latency;
+  c = good, c.batch = 300, wrong += rdkv_cuda_resolve(&c, &out) || out.latency == 1;
+  c.latency = 1, wrong += rdkv_cuda_resolve(&c, &out) == cudaSuccess;
+  c = good, c.latency = -1, wrong += rdkv_cuda_resolve(&c, &out) || out.latency == 1;
   printf("refusals: %d wrong\n", wrong);
   if (wrong) ++failures;
 }
 
 int main(int argc, char **argv) {
-  small_run = argc > 1 && strcmp(argv[1], "small") == 0;
-  test_blocks();
-  test_unpack();
-  test_refusals();
+  for (int i = 1; i < argc; ++i)
+    if (strcmp(argv[i], "small") == 0)
+      small_run = true;
+    else
+      filters.push_back(argv[i]);
+  int major = 0;
+  CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+  has_latency = major >= 9;
+  if (wanted("blocks")) test_blocks();
+  if (wanted("unpack")) test_unpack();
+  if (wanted("refusals")) test_refusals();
   test_attend();
-  test_graph();
+  test_latency();
+  if (wanted("graph")) test_graph(-1);
+  if (wanted("graph, latency") && has_latency) test_graph(1);
   printf("%s: %d failures\n", failures ? "FAILED" : "passed", failures);
   return failures ? 1 : 0;
 }
