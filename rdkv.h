@@ -3201,38 +3201,22 @@ static void rdkv__stream_share(const rdkv_stream *stream, const rdkv_histogram *
   }
 }
 
-RDKV_DEF rdkv_status rdkv_stream_layer(const rdkv_config *cfg, rdkv_stream *stream,
-                                       const rdkv_kv *kv, uint32_t n_tokens, void *block,
-                                       size_t capacity, size_t *bytes, void *scratch,
-                                       size_t scratch_bytes) {
-  rdkv_config one;
-  rdkv__arena arena;
-  rdkv_layer *layer;
-  rdkv_histogram *own_bins, *ahead;
+/* Allocates and packs a layer that has been scored and measured; bins [2]. */
+static rdkv_status rdkv__stream_pack(const rdkv_config *cfg, rdkv_stream *stream, const rdkv_kv *kv,
+                                     rdkv_layer *layer, rdkv_histogram *bins, void *block,
+                                     size_t capacity, size_t *bytes, void *work,
+                                     size_t work_bytes) {
+  rdkv_config one = *cfg;
+  rdkv_histogram *own_bins = &bins[0], *ahead = &bins[1];
   rdkv_status st;
-  uint8_t *mem, *work;
-  uint64_t work_bytes, fixed, left, after;
-  if (!rdkv__resolved(cfg) || stream == NULL || kv == NULL || block == NULL || bytes == NULL ||
-      stream->next_layer < 0 || stream->next_layer >= cfg->n_layers)
-    return RDKV_ERR_ARGUMENT;
-  if (cfg->max_error > 0) return RDKV_ERR_CONFIG;
-  one = *cfg;
+  uint64_t fixed = rdkv__fixed_bytes((uint64_t)cfg->n_kv_heads);
+  uint64_t left = rdkv__budget(cfg, layer->n_tokens, cfg->n_layers);
+  uint64_t after = (uint64_t)(cfg->n_layers - stream->next_layer - 1);
   one.n_layers = 1;
-  st = rdkv__scratch(scratch, scratch_bytes, rdkv_stream_scratch(cfg, n_tokens), &arena);
-  if (st != RDKV_OK) return st;
-  rdkv__compress_layout(&one, 1, n_tokens, &arena, &layer, &mem, &work, &work_bytes);
-  own_bins = (rdkv_histogram *)rdkv__take(&arena, NULL, 1, sizeof *own_bins);
-  ahead = (rdkv_histogram *)rdkv__take(&arena, NULL, 1, sizeof *ahead);
-  st = rdkv_layer_init(&one, n_tokens, mem, rdkv_layer_bytes(&one, n_tokens), layer);
-  if (st == RDKV_OK) st = rdkv_score(&one, kv, layer, work, (size_t)work_bytes);
-  fixed = rdkv__fixed_bytes((uint64_t)cfg->n_kv_heads);
-  left = rdkv__budget(cfg, n_tokens, cfg->n_layers);
   left = left > stream->spent_bytes ? left - stream->spent_bytes : 0;
-  after = (uint64_t)(cfg->n_layers - stream->next_layer - 1);
   if (cfg->profile == RDKV_PAPER && cfg->token_budget == 0 && cfg->budget_bytes > 0)
     one.budget_bytes = left / (after + 1);
-  if (st == RDKV_OK) st = rdkv_measure(&one, kv, layer, work, (size_t)work_bytes);
-  if (st == RDKV_OK && cfg->profile == RDKV_JOINT && cfg->scope != RDKV_SCOPE_LAMBDA) {
+  if (cfg->profile == RDKV_JOINT && cfg->scope != RDKV_SCOPE_LAMBDA) {
     uint64_t free_bytes = left, tables, own = 0, reach = 0;
     memset(own_bins, 0, sizeof *own_bins);
     rdkv_histogram_add(&one, layer, own_bins);
@@ -3247,10 +3231,10 @@ RDKV_DEF rdkv_status rdkv_stream_layer(const rdkv_config *cfg, rdkv_stream *stre
     if (one.budget_bytes > left) one.budget_bytes = left;
     if (one.budget_bytes == 0) one.budget_bytes = 1; /* 0 would mean keep */
   }
-  if (st == RDKV_OK) st = rdkv_allocate(&one, layer, 1, work, (size_t)work_bytes);
+  st = rdkv_allocate(&one, layer, 1, work, work_bytes);
   if (st == RDKV_OK)
     st = rdkv_pack(&one, kv, layer, 1, stream->next_layer, 0, block, capacity, bytes, work,
-                   (size_t)work_bytes);
+                   work_bytes);
   if (st != RDKV_OK) return st;
   if (cfg->profile == RDKV_JOINT) { /* now with the K that was chosen */
     memset(own_bins, 0, sizeof *own_bins);
@@ -3266,6 +3250,35 @@ RDKV_DEF rdkv_status rdkv_stream_layer(const rdkv_config *cfg, rdkv_stream *stre
   stream->spent_bytes += *bytes;
   stream->next_layer++;
   return RDKV_OK;
+}
+
+RDKV_DEF rdkv_status rdkv_stream_layer(const rdkv_config *cfg, rdkv_stream *stream,
+                                       const rdkv_kv *kv, uint32_t n_tokens, void *block,
+                                       size_t capacity, size_t *bytes, void *scratch,
+                                       size_t scratch_bytes) {
+  rdkv_config one;
+  rdkv__arena arena;
+  rdkv_layer *layer;
+  rdkv_histogram *bins;
+  rdkv_status st;
+  uint8_t *mem, *work;
+  uint64_t work_bytes;
+  if (!rdkv__resolved(cfg) || stream == NULL || kv == NULL || block == NULL || bytes == NULL ||
+      stream->next_layer < 0 || stream->next_layer >= cfg->n_layers)
+    return RDKV_ERR_ARGUMENT;
+  if (cfg->max_error > 0) return RDKV_ERR_CONFIG;
+  one = *cfg;
+  one.n_layers = 1;
+  st = rdkv__scratch(scratch, scratch_bytes, rdkv_stream_scratch(cfg, n_tokens), &arena);
+  if (st != RDKV_OK) return st;
+  rdkv__compress_layout(&one, 1, n_tokens, &arena, &layer, &mem, &work, &work_bytes);
+  bins = (rdkv_histogram *)rdkv__take(&arena, NULL, 2, sizeof *bins);
+  st = rdkv_layer_init(&one, n_tokens, mem, rdkv_layer_bytes(&one, n_tokens), layer);
+  if (st == RDKV_OK) st = rdkv_score(&one, kv, layer, work, (size_t)work_bytes);
+  if (st == RDKV_OK) st = rdkv_measure(&one, kv, layer, work, (size_t)work_bytes);
+  if (st != RDKV_OK) return st;
+  return rdkv__stream_pack(cfg, stream, kv, layer, bins, block, capacity, bytes, work,
+                           (size_t)work_bytes);
 }
 
 /* ---- >>impl-open : a block as a segment ------------------------------------------------------ */
