@@ -183,19 +183,49 @@ cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *kv, const r
                               size_t workspace_bytes, cudaStream_t stream);
 
 /* rdkv_allocate; the threshold that was used goes to lambda [n_layers] on the device, 0 with
-   RDKV_PAPER. One cooperative launch. cudaErrorNotSupported where config.max_error is set. */
+   RDKV_PAPER. One cooperative launch. */
 cudaError_t rdkv_cuda_allocate(const rdkv_config *cfg, const rdkv_layer *layers, int n_layers,
                                double *lambda, uint32_t *status, void *workspace,
                                size_t workspace_bytes, cudaStream_t stream);
 
+/* The same with RDKV_SCOPE_LAMBDA at a lambda on the device, given [1], say of
+   rdkv_cuda_histogram_lambda. RDKV_JOINT alone. */
+cudaError_t rdkv_cuda_allocate_at(const rdkv_config *cfg, const rdkv_layer *layers, int n_layers,
+                                  const double *given, double *lambda, uint32_t *status,
+                                  void *workspace, size_t workspace_bytes, cudaStream_t stream);
+
+/* rdkv_histogram_add, _merge and _lambda, histograms and lambda [1] on the device; zero a
+   histogram before the first layer. Over several GPUs all-reduce its sums, then every GPU finds the
+   same lambda and allocates its layers or heads at it. */
+cudaError_t rdkv_cuda_histogram_add(const rdkv_config *cfg, const rdkv_layer *layer,
+                                    rdkv_histogram *histogram, cudaStream_t stream);
+cudaError_t rdkv_cuda_histogram_merge(rdkv_histogram *dst, const rdkv_histogram *src,
+                                      cudaStream_t stream);
+cudaError_t rdkv_cuda_histogram_lambda(const rdkv_histogram *histogram, uint64_t budget_bytes,
+                                       double *lambda, cudaStream_t stream);
+
 /* rdkv_pack. lambda on the device, of the first layer, or NULL for 0. block [capacity] and
-   block_bytes on the device; rdkv_block_bound is always capacity enough. On an error nothing is
-   written to block, and 0 to block_bytes. */
+   block_bytes on the device; rdkv_block_bound is always capacity enough. On an error 0 goes to
+   block_bytes; nothing is written to block but where a value of V is not finite, and then no
+   header. */
 cudaError_t rdkv_cuda_pack(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv_layer *layers,
                            int n_layers, const double *lambda, int first_layer,
                            uint64_t token_begin, void *block, size_t capacity,
                            uint64_t *block_bytes, uint32_t *status, void *workspace,
                            size_t workspace_bytes, cudaStream_t stream);
+
+/* rdkv_stream_layer: scores, measures, allocates and packs layer `index` = 0, 1, ... of cfg's
+   n_layers into a block of its own, whose part of the budget is found on the device: right behind
+   it in the stream the layer's dense K and V may be overwritten. state [1] on the device: a copy of
+   a zeroed rdkv_stream whose earlier, if any, points to [n_layers] histograms there. lse as for
+   rdkv_cuda_score, of the layer. layer's arrays and workspace may serve every layer.
+   cudaErrorInvalidValue where config.max_error is set. */
+size_t rdkv_cuda_stream_workspace(const rdkv_config *cfg, uint32_t n_tokens);
+cudaError_t rdkv_cuda_stream_layer(const rdkv_config *cfg, rdkv_stream *state, int index,
+                                   const rdkv_kv *kv, const float *lse, ptrdiff_t lse_stride,
+                                   const rdkv_layer *layer, void *block, size_t capacity,
+                                   uint64_t *block_bytes, uint32_t *status, void *workspace,
+                                   size_t workspace_bytes, cudaStream_t stream);
 
 #ifdef __cplusplus
 }
@@ -2529,14 +2559,20 @@ enum {
   MAX_DIM = 256, /* as rdkv_config says */
   POOL = 127,    /* most neighbours on a side that are averaged over */
   PACKED = 304,  /* most slots of a channel table: 16 blocks and a partly filled one for each run */
-  CHUNK = 1024,  /* tokens that a block counts and orders */
+  CHUNK = 2048,  /* tokens that a block counts and orders */
   THREADS = 256,
   BINS = RDKV_HISTOGRAM_BINS
 };
 static const uint32_t FULL = 0xffffffffu, MAX_HALF = 0x477fe000u; /* bits of 65504.0f */
 
 __host__ __device__ inline int level_of(int bits) {
+#ifdef __CUDA_ARCH__
+  if (static_cast<unsigned>(bits) <= 16 && (0x10115 >> bits & 1))
+    return bits ? 31 - __clz(bits) : 0;
+  return -1;
+#else
   return bits == 0 ? 0 : bits == 2 ? 1 : bits == 4 ? 2 : bits == 8 ? 3 : bits == 16 ? 4 : -1;
+#endif
 }
 __host__ __device__ inline int width_of(int level) { return level ? 1 << level : 0; }
 __host__ __device__ inline int pad16(int n) { return (n + 15) & ~15; }
@@ -2590,6 +2626,15 @@ static uint64_t budget_of(const rdkv_config *c, uint32_t n_tokens, int n_layers)
   if (total == 0)
     total = static_cast<uint64_t>(c->keep * static_cast<double>(fp16_bytes(c, n_tokens)));
   return total / l * n + total % l * n / l;
+}
+
+/* As rdkv__max_block. */
+static uint64_t max_block(const rdkv_config *c, uint32_t n_tokens, int n_layers) {
+  const uint64_t heads = static_cast<uint64_t>(n_layers) * static_cast<uint64_t>(c->n_kv_heads);
+  const uint64_t kb = static_cast<uint64_t>(pad16(c->k_dim)) / 16,
+                 vb = static_cast<uint64_t>(pad16(c->v_dim)) / 16;
+  const uint64_t tile = 512 * kb + 384 + 128 + 1024 * vb + (c->positions ? 128 : 0);
+  return fixed_bytes(heads) + heads * (tile * (static_cast<uint64_t>(n_tokens) / TILE + 4) + 2048);
 }
 
 /* ---- values */
@@ -2716,6 +2761,7 @@ __device__ inline u64 block_scan(u64 x, u64 *scratch, u64 *total) {
   const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
   const int n_warps = static_cast<int>(blockDim.x) >> 5;
   u64 sum = x;
+#pragma unroll
   for (int d = 1; d < 32; d <<= 1) {
     const u64 y = __shfl_up_sync(FULL, sum, d);
     if (lane >= d) sum += y;
@@ -2723,13 +2769,15 @@ __device__ inline u64 block_scan(u64 x, u64 *scratch, u64 *total) {
   __syncthreads();
   if (lane == 31) scratch[warp] = sum;
   __syncthreads();
-  u64 before = 0, all = 0;
-  for (int i = 0; i < n_warps; ++i) {
-    if (i < warp) before += scratch[i];
-    all += scratch[i];
+  u64 warps = lane < n_warps ? scratch[lane] : 0; /* every warp adds up all */
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) {
+    const u64 y = __shfl_up_sync(FULL, warps, d);
+    if (lane >= d) warps += y;
   }
-  *total = all;
-  return before + sum - x;
+  const u64 before = __shfl_sync(FULL, warps, warp > 0 ? warp - 1 : 0);
+  *total = __shfl_sync(FULL, warps, 31);
+  return (warp > 0 ? before : 0) + sum - x;
 }
 
 /* ---- tokens in order: which are kept, by run */
@@ -2740,7 +2788,6 @@ struct order_args {
   const float *v_distortion; /* [heads][5][n] to add up, or NULL */
   uint32_t *counts;          /* [heads][chunks][4], then the tokens before the chunk */
   double *sums;              /* [heads][chunks] */
-  uint32_t *odd;             /* [heads] 1: a distortion is no number >= 0 */
   uint32_t *order;           /* [heads][n] */
   uint32_t *kept;            /* [heads][5] tokens in all, and where each run starts */
   uint32_t *status;
@@ -2758,88 +2805,46 @@ __device__ __forceinline__ int run_of(const order_args &a, int head, uint32_t t)
   return level < 1 ? -1 : level - 1;
 }
 
-static __global__ void count_kernel(order_args a) {
+/* Counts and distortions of the widths, by chunks of tokens. */
+static __global__ void __launch_bounds__(THREADS) count_kernel(order_args a) {
   __shared__ uint32_t count[4];
-  __shared__ double sum[THREADS];
+  __shared__ double sum[THREADS / 32];
   const int head = static_cast<int>(blockIdx.y);
   const uint32_t chunk = blockIdx.x, tid = threadIdx.x;
   if (tid < 4) count[tid] = 0;
   __syncthreads();
   uint32_t mine[4] = {0, 0, 0, 0};
   double s = 0;
-  bool odd = false;
+  int run[CHUNK / THREADS];
+#pragma unroll
   for (uint32_t i = 0; i < CHUNK / THREADS; ++i) {
     const uint32_t t = chunk * CHUNK + i * THREADS + tid;
-    if (t >= a.n) break;
-    const int run = run_of(a, head, t);
-    for (int r = 0; r < 4; ++r) mine[r] += run == r;
-    if (a.v_distortion) {
-      const float d =
-          a.v_distortion[(static_cast<size_t>(head) * 5 + static_cast<size_t>(run + 1)) * a.n + t];
-      odd |= __float_as_uint(d) >= 0x7f800000u;
-      s = __dadd_rn(s, static_cast<double>(d));
+    run[i] = t < a.n ? run_of(a, head, t) : -1;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) mine[r] += run[i] == r;
+  }
+  if (a.v_distortion) {
+    const float *d = a.v_distortion + static_cast<size_t>(head) * 5 * a.n;
+#pragma unroll
+    for (uint32_t i = 0; i < CHUNK / THREADS; ++i) {
+      const uint32_t t = chunk * CHUNK + i * THREADS + tid;
+      if (t < a.n) s += static_cast<double>(d[static_cast<size_t>(run[i] + 1) * a.n + t]);
     }
   }
-  for (int r = 0; r < 4; ++r)
-    if (mine[r]) atomicAdd(&count[r], mine[r]);
-  if (odd) atomicOr(&a.odd[head], 1u);
-  sum[tid] = s;
-  __syncthreads();
-  for (uint32_t d = THREADS / 2; d; d >>= 1) {
-    if (tid < d) sum[tid] = __dadd_rn(sum[tid], sum[tid + d]);
-    __syncthreads();
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    mine[r] = __reduce_add_sync(FULL, mine[r]);
+    if (tid % 32 == 0 && mine[r]) atomicAdd(&count[r], mine[r]);
   }
+  for (int m = 16; m; m >>= 1) s += __shfl_xor_sync(FULL, s, m);
+  if (tid % 32 == 0) sum[tid / 32] = s;
+  __syncthreads();
   const size_t at = static_cast<size_t>(head) * a.chunks + chunk;
   if (tid < 4) a.counts[at * 4 + tid] = count[tid];
-  if (tid == 0 && a.v_distortion) a.sums[at] = sum[0];
-}
-
-/* One block a head, four warps a run each. */
-static __global__ void scan_kernel(order_args a) {
-  __shared__ uint32_t total[4];
-  const int head = static_cast<int>(blockIdx.x);
-  const uint32_t lane = threadIdx.x & 31, run = threadIdx.x >> 5;
-  uint32_t *counts = a.counts + static_cast<size_t>(head) * a.chunks * 4 + run;
-  uint32_t before = 0;
-  for (uint32_t c = 0; c < a.chunks; c += 32) {
-    const uint32_t x = c + lane < a.chunks ? counts[(c + lane) * 4] : 0;
-    uint32_t sum = x;
-    for (int d = 1; d < 32; d <<= 1) {
-      const uint32_t y = __shfl_up_sync(FULL, sum, d);
-      if (lane >= static_cast<uint32_t>(d)) sum += y;
-    }
-    if (c + lane < a.chunks) counts[(c + lane) * 4] = before + sum - x;
-    before += __shfl_sync(FULL, sum, 31);
+  if (tid == 0 && a.v_distortion) {
+    for (uint32_t w = 1; w < THREADS / 32; ++w) s += sum[w];
+    a.sums[at] = s;
   }
-  if (lane == 0) total[run] = before;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    uint32_t *kept = a.kept + static_cast<size_t>(head) * 5, sum = 0;
-    for (int r = 0; r < 4; ++r) kept[1 + r] = sum, sum += total[r];
-    kept[0] = sum;
-  }
-}
-
-static __global__ void order_kernel(order_args a) {
-  __shared__ u64 scratch[33];
-  const int head = static_cast<int>(blockIdx.y);
-  const uint32_t first = blockIdx.x * CHUNK + threadIdx.x * (CHUNK / THREADS);
-  int run[CHUNK / THREADS];
-  u64 mine = 0, all; /* four counts of 16 bits */
-  for (uint32_t i = 0; i < CHUNK / THREADS; ++i) {
-    run[i] = first + i < a.n ? run_of(a, head, first + i) : -1;
-    if (run[i] >= 0) mine += 1ull << (16 * run[i]);
-  }
-  const u64 before = block_scan(mine, scratch, &all);
-  const size_t at = (static_cast<size_t>(head) * a.chunks + blockIdx.x) * 4;
-  uint32_t to[4];
-  for (int r = 0; r < 4; ++r)
-    to[r] = a.kept[static_cast<size_t>(head) * 5 + 1 + static_cast<size_t>(r)] +
-            a.counts[at + static_cast<size_t>(r)] +
-            static_cast<uint32_t>(before >> (16 * r) & 0xffff);
-  for (uint32_t i = 0; i < CHUNK / THREADS; ++i)
-    for (int r = 0; r < 4; ++r)
-      if (run[i] == r) a.order[static_cast<size_t>(head) * a.n + to[r]++] = first + i;
 }
 
 /* ---- items: layers or sequences that one call takes together */
@@ -3290,12 +3295,11 @@ struct head_plan {
   uint32_t k_tile;
   uint64_t table, position, tile; /* offsets */
   double v, k;                    /* predicted */
-  uint32_t serial;                /* the sum is too close to a tie between floats */
 };
 
 struct block_state {
   uint64_t total, head_bytes;
-  u64 body_sum, head_sum;
+  u64 body_sum;
 };
 
 /* What going through the rows of K and V takes. */
@@ -3306,170 +3310,206 @@ struct channel_args {
   int k_dim, v_dim;
 };
 
+/* How a channel becomes codes, and where they go. */
+struct channel_code {
+  float mid, inv; /* or the authors' zero and scale */
+  float back;     /* the authors' 1 / scale; else what lifts a code to 0.. and leaves it in the low
+                     bits of the float */
+  uint32_t slot;  /* in table order, level - 1 in the top two bits; ~0: dropped */
+};
+
 struct pack_args {
   order_args list;      /* of one layer */
   channel_args channel; /* likewise */
   head_plan *heads;     /* [n_layers][n_kv_heads]; of one layer where a kernel has one layer */
+  const head_plan *all_heads;
   block_state *state;
   const uint8_t *k_bits; /* [heads][k_dim] of one layer */
   const float *k_distortion;
-  int16_t *slot_of; /* [heads][MAX_DIM] a channel's place in table order */
-  float *quantiser; /* [heads][2][PACKED]: mid, inv; or the authors' zero, scale */
+  channel_code *codes; /* [heads][MAX_DIM] */
   const double *lambda;
+  const uint64_t *budget; /* that goes into the header, or NULL */
   uint8_t *block;
   uint64_t capacity;
   uint64_t *bytes;
   uint32_t n_heads; /* in all layers */
+  uint32_t each;    /* tiles of a warp */
   int joint, positions;
   rdkv_header header;
 };
 
-/* Counts and the predicted distortion of a layer's heads, a block each. */
-static __global__ void head_kernel(pack_args a) {
-  __shared__ uint32_t channels[4];
-  const int head = static_cast<int>(blockIdx.x), kd = a.channel.k_dim;
-  const int d = static_cast<int>(threadIdx.x);
-  head_plan *h = a.heads + head;
-  if (d < 4) channels[d] = 0;
-  __syncthreads();
-  if (d < kd) {
-    const int bits = a.k_bits[head * kd + d], level = level_of(bits);
-    if (level < 0 || (level == 4 && a.joint)) fail(a.list.status, RDKV_ERR_CONFIG);
-    atomicAdd(&channels[level < 0 ? 0 : level > 3 ? 3 : level], 1u);
-  }
-  __syncthreads();
-  if (d != 0) return;
-  const uint32_t *kept = a.list.kept + head * 5, n = a.list.n;
-  for (int l = 1; l < 5; ++l) h->count[l] = (l < 4 ? kept[l + 1] : kept[0]) - kept[l];
-  h->count[0] = n - kept[0];
-  for (int l = 0; l < 4; ++l) h->channels[l] = channels[l];
-  h->serial = 0, h->v = h->k = 0;
-  if (!a.joint) return;
-  /* rdkv.h adds doubles one after the other and rounds the sum to float. Here they are added in
-     another order; either sum is off by less than n * 2^-53 of itself, so where both ends of that
-     range round to one float it is that float. Elsewhere serial_kernel adds them in order. */
-  double v = 0, k = 0;
-  for (uint32_t c = 0; c < a.list.chunks; ++c)
-    v = __dadd_rn(v, a.list.sums[static_cast<size_t>(head) * a.list.chunks + c]);
-  const double slack = (static_cast<double>(n) + 8) * 4.44089209850062616e-16; /* 2^-51 */
-  h->v = v;
-  h->serial =
-      a.list.odd[head] || __double2float_rn(v * (1 - slack)) != __double2float_rn(v * (1 + slack));
-  const float *dk = a.k_distortion + static_cast<size_t>(head) * 4 * static_cast<size_t>(kd);
-  for (int i = 0; i < kd && kept[0] > 0; ++i) {
-    const int level = level_of(a.k_bits[head * kd + i]);
-    k = __dadd_rn(k, static_cast<double>(dk[(level < 0 ? 0 : level > 3 ? 3 : level) * kd + i]));
-  }
-  h->k = k;
-}
-
-static __global__ void serial_kernel(pack_args a) {
+/* Predicted distortion of a head's V added up in order. One block. */
+static __device__ __noinline__ double add_in_order(const order_args &a, int head) {
   __shared__ float value[CHUNK];
-  const int head = static_cast<int>(blockIdx.x);
-  head_plan *h = a.heads + head;
-  if (!h->serial) return;
   double v = 0;
-  for (uint32_t t0 = 0; t0 < a.list.n; t0 += CHUNK) {
-    const uint32_t n = least(CHUNK, a.list.n - t0);
+  for (uint32_t t0 = 0; t0 < a.n; t0 += CHUNK) {
+    const uint32_t n = least(CHUNK, a.n - t0);
     __syncthreads();
-    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
-      const int level = level_of(a.list.v_bits[static_cast<size_t>(head) * a.list.n + t0 + i]);
-      value[i] = a.list.v_distortion[(static_cast<size_t>(head) * 5 +
-                                      static_cast<size_t>(level < 0 ? 0 : level)) *
-                                         a.list.n +
-                                     t0 + i];
+    for (uint32_t i = threadIdx.x; i < n; i += THREADS) {
+      const uint32_t run = static_cast<uint32_t>(run_of(a, head, t0 + i) + 1);
+      value[i] = a.v_distortion[(static_cast<size_t>(head) * 5 + run) * a.n + t0 + i];
     }
     __syncthreads();
     if (threadIdx.x == 0)
       for (uint32_t i = 0; i < n; ++i) v = __dadd_rn(v, static_cast<double>(value[i]));
   }
-  if (threadIdx.x == 0) h->v = v;
+  return v;
 }
 
-/* Offsets of every part, header and records. One block. */
-static __global__ void offsets_kernel(pack_args a) {
+/* Lists a chunk's tokens, behind those of the chunks before it; the first chunk's block finds the
+   head's counts and predicted distortion too. */
+static __global__ void __launch_bounds__(THREADS)
+    order_kernel(const __grid_constant__ pack_args p) {
   __shared__ u64 scratch[33];
-  u64 base[3] = {fixed_bytes(a.n_heads), 0, 0};
-  const int vd = a.channel.v_dim;
-  for (int pass = 0; pass < 3; ++pass) { /* tables, then positions, then tiles */
-    u64 at = base[pass];
-    for (uint32_t first = 0; first < a.n_heads; first += THREADS) {
-      const uint32_t i = first + threadIdx.x;
-      head_plan *h = a.heads + i;
-      parts p;
-      u64 bytes = 0, all;
-      if (i < a.n_heads) {
-        head_bytes(vd, a.positions, h->count, h->channels, &p);
-        bytes = pass == 0 ? p.table : pass == 1 ? p.positions : p.tiles;
-      }
-      const u64 before = block_scan(bytes, scratch, &all);
-      if (i < a.n_heads) {
-        if (pass == 0) {
-          h->table = at + before;
-          h->k_tile = p.k_tile, h->k_blocks[0] = h->first_tile[0] = 0;
-          for (int l = 1; l < 4; ++l)
-            h->k_blocks[l] = h->k_blocks[l - 1] + (h->channels[l] + 15) / 16;
-          for (int r = 0; r < 4; ++r) {
-            h->first_tile[r + 1] = h->first_tile[r] + p.n_tiles[r + 1];
-            h->run_bytes[r] = p.k_tile + 128 + static_cast<uint32_t>(pad16(vd) / 16) * (128u << r);
-          }
-        } else if (pass == 1) {
-          h->position = a.positions ? at + before : 0;
-        } else {
-          h->tile = at + before;
-        }
-      }
-      at += all;
-    }
-    if (pass < 2) base[pass + 1] = at;
-    if (pass == 2) base[0] = at;
+  __shared__ u64 sums[4][THREADS / 32];
+  __shared__ uint32_t channels[4];
+  __shared__ float k_value[MAX_DIM];
+  __shared__ bool serial[1];
+  const order_args &a = p.list;
+  const int head = static_cast<int>(blockIdx.y);
+  const uint32_t tid = threadIdx.x;
+  const uint4 *counts =
+      reinterpret_cast<const uint4 *>(a.counts) + static_cast<size_t>(head) * a.chunks;
+  u64 sum[4] = {0, 0, 0, 0}; /* of each run: all, above those before the chunk */
+  for (uint32_t c = tid; c < a.chunks; c += THREADS) {
+    const uint4 x = counts[c];
+    const uint32_t n[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+      sum[r] += static_cast<u64>(n[r]) << 32 | (c < blockIdx.x ? n[r] : 0);
   }
-  const u64 total = base[0];
-  if (total > a.capacity && threadIdx.x == 0) fail(a.list.status, RDKV_ERR_MEMORY);
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    sum[r] = warp_sum(sum[r]);
+    if (tid % 32 == 0) sums[r][tid / 32] = sum[r];
+  }
   __syncthreads();
-  if (threadIdx.x == 0) {
-    a.state->total = total, a.state->head_bytes = base[1];
-    a.state->body_sum = a.state->head_sum = 0;
-    *a.bytes = 0;
+  uint32_t first[5] = {0, 0, 0, 0, 0}, to[4]; /* where the runs start; where the chunk goes on */
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    sum[r] = 0;
+    for (int w = 0; w < THREADS / 32; ++w) sum[r] += sums[r][w];
+    first[r + 1] = first[r] + static_cast<uint32_t>(sum[r] >> 32);
+    to[r] = first[r] + static_cast<uint32_t>(sum[r]);
   }
+  const uint32_t t0 = blockIdx.x * CHUNK + tid * (CHUNK / THREADS);
+  int run[CHUNK / THREADS];
+  u64 mine = 0, all; /* four counts of 16 bits */
+  const uint8_t *v_bits = a.v_bits + static_cast<size_t>(head) * a.n + t0;
+  if (t0 + CHUNK / THREADS <= a.n && reinterpret_cast<uintptr_t>(v_bits) % 8 == 0) {
+    const uint2 x = *reinterpret_cast<const uint2 *>(v_bits);
+#pragma unroll
+    for (int i = 0; i < CHUNK / THREADS; ++i)
+      run[i] = level_of(static_cast<int>((i < 4 ? x.x : x.y) >> (8 * (i % 4)) & 255)) - 1;
+  } else {
+#pragma unroll
+    for (uint32_t i = 0; i < CHUNK / THREADS; ++i)
+      run[i] = t0 + i < a.n ? level_of(v_bits[i]) - 1 : -1;
+  }
+#pragma unroll
+  for (int i = 0; i < CHUNK / THREADS; ++i)
+    if (run[i] >= 0) mine += 1ull << (16 * run[i]);
+  const u64 before = block_scan(mine, scratch, &all);
+  uint32_t *order = a.order + static_cast<size_t>(head) * a.n;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    to[r] += static_cast<uint32_t>(before >> (16 * r) & 0xffff);
+#pragma unroll
+    for (uint32_t i = 0; i < CHUNK / THREADS; ++i)
+      if (run[i] == r) order[to[r]++] = t0 + i;
+  }
+  if (blockIdx.x > 0) return;
+  head_plan *h = p.heads + head;
+  const uint32_t kd = static_cast<uint32_t>(p.channel.k_dim), kept = first[4];
+  if (tid == 0) *p.bytes = 0;
+  if (tid < 4) channels[tid] = 0;
+  __syncthreads();
+  if (tid < kd) {
+    const int bits = p.k_bits[static_cast<size_t>(head) * kd + tid], level = level_of(bits);
+    if (level < 0 || (level == 4 && p.joint)) fail(a.status, RDKV_ERR_CONFIG);
+    const uint32_t l = level < 0 ? 0 : level > 3 ? 3 : static_cast<uint32_t>(level);
+    atomicAdd(&channels[l], 1u);
+    if (p.joint) k_value[tid] = p.k_distortion[(static_cast<size_t>(head) * 4 + l) * kd + tid];
+  }
+  double v = 0, k = 0;
+  for (uint32_t c = tid; p.joint && c < a.chunks; c += THREADS)
+    v += a.sums[static_cast<size_t>(head) * a.chunks + c];
+  for (int m = 16; m; m >>= 1) v += __shfl_xor_sync(FULL, v, m);
+  if (tid % 32 == 0) sums[0][tid / 32] = static_cast<u64>(__double_as_longlong(v));
+  __syncthreads();
+  if (tid == 0) {
+    /* rdkv.h adds doubles one after the other and rounds the sum to float. Here they are added in
+       another order; either sum is off by less than n * 2^-53 of itself, so where both ends of that
+       range round to one float it is that float. Elsewhere, and where it is no number, they are
+       added in order. */
+    for (int w = 1; w < THREADS / 32; ++w)
+      v += __longlong_as_double(static_cast<long long>(sums[0][w]));
+    const double slack = (static_cast<double>(a.n) + 8) * 4.44089209850062616e-16; /* 2^-51 */
+    serial[0] = p.joint && !(v >= 0 && __double2float_rn(v * (1 - slack)) ==
+                                           __double2float_rn(v * (1 + slack)));
+    for (uint32_t i = 0; i < kd && kept > 0 && p.joint; ++i)
+      k = __dadd_rn(k, static_cast<double>(k_value[i]));
+#pragma unroll
+    for (int l = 1; l < 5; ++l) h->count[l] = first[l] - first[l - 1];
+    h->count[0] = a.n - kept;
+    for (int l = 0; l < 4; ++l) h->channels[l] = channels[l];
+    uint32_t *runs = a.kept + head * 5;
+    runs[0] = kept;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) runs[1 + r] = first[r];
+  }
+  __syncthreads();
+  if (serial[0]) v = add_in_order(a, head);
+  if (tid == 0) h->v = v, h->k = k;
 }
 
-/* Header and records, once nothing can fail any more. */
-static __global__ void header_kernel(pack_args a) {
-  if (*a.list.status != RDKV_OK) return;
-  const uint32_t first = static_cast<uint32_t>(sizeof(rdkv_header) / sizeof(rdkv_record));
-  rdkv_record *records = reinterpret_cast<rdkv_record *>(a.block);
-  const uint32_t end = static_cast<uint32_t>(fixed_bytes(a.n_heads) / sizeof(rdkv_record));
-  for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i + first < end;
-       i += gridDim.x * blockDim.x) {
-    rdkv_record r = rdkv_record();
-    if (i < a.n_heads) {
-      const head_plan *h = a.heads + i;
-      for (int l = 0; l < 4; ++l) r.n_tokens[l] = h->count[l + 1];
-      for (int l = 0; l < 3; ++l) r.n_channels[l] = static_cast<uint16_t>(h->channels[l + 1]);
-      r.n_dropped = static_cast<uint16_t>(h->channels[0]);
-      r.table = h->table, r.position = h->position, r.tile = h->tile;
-      r.v_distortion = __double2float_rn(h->v), r.k_distortion = __double2float_rn(h->k);
-    }
-    records[first + i] = r;
-  }
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    rdkv_header *h = reinterpret_cast<rdkv_header *>(a.block);
-    *h = a.header;
-    h->total_bytes = a.state->total, h->head_bytes = a.state->head_bytes;
-    h->lambda = a.lambda ? *a.lambda : 0;
-  }
-}
-
-/* The channel table of a head of one layer, a block each. */
-static __global__ void table_kernel(pack_args a) {
+/* Offsets of every part, then the channel table of a head of one layer, a block each. */
+static __global__ void __launch_bounds__(THREADS) table_kernel(pack_args a) {
+  __shared__ u64 scratch[33];
+  __shared__ u64 offset[3];
   __shared__ uint8_t level[MAX_DIM];
   __shared__ int16_t slot[PACKED + MAX_DIM];
   __shared__ uint16_t table[2 * (PACKED + MAX_DIM)];
-  if (*a.list.status != RDKV_OK) return;
-  const int head = static_cast<int>(blockIdx.x), kd = a.channel.k_dim;
+  const bool failed = *a.list.status != RDKV_OK;
+  const int head = static_cast<int>(blockIdx.x), kd = a.channel.k_dim, vd = a.channel.v_dim;
   const int d = static_cast<int>(threadIdx.x);
-  const head_plan *h = a.heads + head;
+  head_plan *h = a.heads + head;
+  const uint32_t me = static_cast<uint32_t>(h - a.all_heads);
+  u64 at = fixed_bytes(a.n_heads), tables_end = 0;
+  for (int pass = 0; pass < 3; ++pass) { /* tables, then positions, then tiles */
+    for (uint32_t first = 0; first < a.n_heads; first += THREADS) {
+      const uint32_t i = first + threadIdx.x;
+      parts p;
+      u64 bytes = 0, all;
+      if (i < a.n_heads) {
+        head_bytes(vd, a.positions, a.all_heads[i].count, a.all_heads[i].channels, &p);
+        bytes = pass == 0 ? p.table : pass == 1 ? p.positions : p.tiles;
+      }
+      const u64 before = block_scan(bytes, scratch, &all);
+      if (i == me) offset[pass] = at + before;
+      at += all;
+    }
+    if (pass == 0) tables_end = at;
+  }
+  __syncthreads();
+  if (at > a.capacity) {
+    if (d == 0) fail(a.list.status, RDKV_ERR_MEMORY);
+    return;
+  }
+  if (failed) return;
+  if (d == 0) {
+    parts p;
+    head_bytes(vd, a.positions, h->count, h->channels, &p);
+    h->table = offset[0], h->position = a.positions ? offset[1] : 0, h->tile = offset[2];
+    h->k_tile = p.k_tile, h->k_blocks[0] = h->first_tile[0] = 0;
+    for (int l = 1; l < 4; ++l) h->k_blocks[l] = h->k_blocks[l - 1] + (h->channels[l] + 15) / 16;
+    for (int r = 0; r < 4; ++r) {
+      h->first_tile[r + 1] = h->first_tile[r] + p.n_tiles[r + 1];
+      h->run_bytes[r] = p.k_tile + 128 + static_cast<uint32_t>(pad16(vd) / 16) * (128u << r);
+    }
+    if (me == 0) a.state->total = at, a.state->head_bytes = tables_end, a.state->body_sum = 0;
+  }
+  __syncthreads();
   const uint32_t kept = a.list.kept[head * 5];
   const int n = 16 * static_cast<int>(h->k_blocks[3]);
   const int n_all = n + static_cast<int>(h->channels[0]);
@@ -3480,38 +3520,33 @@ static __global__ void table_kernel(pack_args a) {
   for (int i = d; i < n_all; i += THREADS) slot[i] = -1;
   for (int i = d; i < 2 * (PACKED + MAX_DIM); i += THREADS) table[i] = 0;
   __syncthreads();
-  if (d < kd) {
-    int to = level[d] ? 16 * static_cast<int>(h->k_blocks[level[d] - 1]) : n;
-    for (int i = 0; i < d; ++i) to += level[i] == level[d];
-    slot[to] = static_cast<int16_t>(d);
-    a.slot_of[head * MAX_DIM + d] = static_cast<int16_t>(to);
-  }
-  __syncthreads();
   uint16_t *mids = table + n;
-  for (int i = d; i < n_all; i += THREADS) {
-    const int c = slot[i];
-    float mid = 0, inv = 0;
-    if (c >= 0 && kept > 0) {
-      const size_t at = static_cast<size_t>(head) * MAX_DIM + static_cast<size_t>(c);
-      const float lo = unordered(a.channel.lo[at]), hi = unordered(a.channel.hi[at]);
-      const int bits = width_of(level[c]);
-      if (bits == 0) {
-        mids[i] = a.joint ? to_half(__fdiv_rn(a.channel.sum[at], static_cast<float>(kept))) : 0;
+  if (d < kd) {
+    const int l = level[d], bits = width_of(l);
+    int to = l ? 16 * static_cast<int>(h->k_blocks[l - 1]) : n;
+#pragma unroll 8
+    for (int i = 0; i < d; ++i) to += level[i] == l;
+    slot[to] = static_cast<int16_t>(d);
+    const size_t in = static_cast<size_t>(head) * MAX_DIM + static_cast<size_t>(d);
+    channel_code code = {0, 0, 0, ~0u};
+    if (l) code.slot = static_cast<uint32_t>(l - 1) << 30 | static_cast<uint32_t>(to);
+    if (kept > 0) {
+      const float lo = unordered(a.channel.lo[in]), hi = unordered(a.channel.hi[in]);
+      if (l == 0) {
+        mids[to] = a.joint ? to_half(__fdiv_rn(a.channel.sum[in], static_cast<float>(kept))) : 0;
       } else if (a.joint) {
         const affine q = fit(lo, hi, bits);
-        table[i] = to_half(q.scale), mids[i] = to_half(q.mid);
-        mid = q.mid, inv = q.inv;
+        table[to] = to_half(q.scale), mids[to] = to_half(q.mid);
+        code.mid = q.mid, code.inv = q.inv;
+        code.back = 12582912.0f + static_cast<float>(1 << (bits - 1));
       } else {
         const zero_point z = fit_paper(lo, hi, bits);
         const affine q = affine_paper(z, bits);
-        table[i] = to_half(q.scale), mids[i] = to_half(q.mid);
-        mid = z.zero, inv = z.scale;
+        table[to] = to_half(q.scale), mids[to] = to_half(q.mid);
+        code.mid = z.zero, code.inv = z.scale, code.back = __fdiv_rn(1, z.scale);
       }
     }
-    if (i < n) {
-      a.quantiser[head * 2 * PACKED + i] = mid;
-      a.quantiser[(head * 2 + 1) * PACKED + i] = inv;
-    }
+    a.codes[in] = code;
   }
   __syncthreads();
   uint8_t *out = a.block + h->table;
@@ -3555,12 +3590,11 @@ __device__ __forceinline__ uint32_t word_of(const uint8_t *codes, int stride, in
   return w;
 }
 
-/* Tiles of one layer; a block takes every gridDim.x-th of a head. J is at least the dims by 32.
-   DTYPE is that of K and V where it is one, which spares the loads a choice; else -1. */
-template <int J, int DTYPE>
+/* Tiles of one layer of any layout; a block takes every gridDim.x-th of a head. J is at least the
+   dims by 32. */
+template <int J>
 __global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
-  const int k_type = DTYPE < 0 ? a.channel.k.dtype : DTYPE;
-  const int v_type = DTYPE < 0 ? a.channel.v.dtype : DTYPE;
+  const int k_type = a.channel.k.dtype, v_type = a.channel.v.dtype;
   __shared__ uint8_t codes[TILE][PACKED + 4];
   __shared__ uint8_t v_codes[TILE][MAX_DIM + 4];
   __shared__ uint16_t params[64];
@@ -3572,22 +3606,19 @@ __global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
   const uint32_t *kept = a.list.kept + head * 5;
   const rdkv_tensor &k = a.channel.k, &v = a.channel.v;
   const ptrdiff_t ks = k.dim_stride ? k.dim_stride : 1, vs = v.dim_stride ? v.dim_stride : 1;
-  const float *mids = a.quantiser + head * 2 * PACKED, *invs = mids + PACKED;
-  const int n = 16 * static_cast<int>(h->k_blocks[3]);
   enum { EACH = TILE / (THREADS / 32) };
   /* a lane's channels: slot in the table (-1: dropped) and quantiser; pads stay 0 */
   int slot[J], k_level[J];
   float mid[J], inv[J];
+  bool bad = false;
 #pragma unroll
   for (int j = 0; j < J; ++j) {
     slot[j] = -1, k_level[j] = 1, mid[j] = inv[j] = 0;
     if (lane + 32 * j < a.channel.k_dim) {
-      const int s = a.slot_of[head * MAX_DIM + lane + 32 * j];
-      if (s < n) {
-        slot[j] = s, mid[j] = mids[s], inv[j] = invs[s];
-        k_level[j] = s < 16 * static_cast<int>(h->k_blocks[1])   ? 1
-                     : s < 16 * static_cast<int>(h->k_blocks[2]) ? 2
-                                                                 : 3;
+      const channel_code c = a.codes[head * MAX_DIM + lane + 32 * j];
+      if (c.slot != ~0u) {
+        slot[j] = static_cast<int>(c.slot & 0x3fffffffu), mid[j] = c.mid, inv[j] = c.inv;
+        k_level[j] = static_cast<int>(c.slot >> 30) + 1;
       }
     }
   }
@@ -3657,6 +3688,8 @@ __global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
       }
       /* V */
       float lo = 3.402823466e38f, hi = -3.402823466e38f;
+#pragma unroll
+      for (int j = 0; j < J; ++j) bad |= !in_range(value_of(v_raw[i][j], v_type));
       if (level == 4) { /* halves as they are */
         uint16_t *half = reinterpret_cast<uint16_t *>(out + h->k_tile + 128);
         const int sub = t >> 4, pr = t >> 3 & 1, tt = t >> 1 & 3, e = t & 1;
@@ -3730,12 +3763,482 @@ __global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
         words[w] = word_of<true>(&v_codes[0][16 * (w >> (level + 4))], MAX_DIM + 4, level,
                                  w & ((16 << level) - 1));
   }
+  if (bad) fail(a.list.status, RDKV_ERR_NONFINITE);
 }
 
 __device__ __forceinline__ u64 mix(u64 x) { /* splitmix64's finaliser */
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
   return x ^ (x >> 31);
+}
+/* Word `at` of a block, two 32-bit words, adds mix_words(.., salt_of(at)) to the checksum. */
+static const u64 SALT = 0x9e3779b97f4a7c15ull;
+__device__ __forceinline__ u64 salt_of(u64 at) { return (at + 1) * SALT; }
+__device__ __forceinline__ u64 mix_words(uint32_t low, uint32_t high, u64 salt) {
+  return mix((static_cast<u64>(high) << 32 | low) + salt);
+}
+
+/* ---- tiles of 16-bit K and V in aligned rows: a warp has a tile at a time, and a thread 8
+   elements of 4 tokens at once, 16 bytes a token. K's codes go through shared memory, where
+   channels come into table order; V's become words in registers. */
+
+enum { TILE_WARPS = 4 };
+
+/* Lowest byte of each. */
+__device__ __forceinline__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+template <bool BF16>
+__device__ __forceinline__ float2 pair_of(uint32_t x) {
+  return BF16 ? make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u))
+              : __half22float2(rdkv_cuda__halves(x));
+}
+
+/* Two of 8 elements. */
+__device__ __forceinline__ uint32_t pair_at(const uint4 &x, int i) {
+  return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+}
+
+/* A code in the low byte of a float's bits; mid, inv and back as in channel_code, top the authors'
+   largest code. Ranges are those of the tokens themselves, so nothing saturates with RDKV_JOINT. */
+template <bool JOINT>
+__device__ __forceinline__ uint32_t code_bits(float x, float mid, float inv, float back,
+                                              float top) {
+  if (JOINT) return __float_as_uint(__fadd_rn(__fmul_rn(__fsub_rn(x, mid), inv), back));
+  /* x / inv, rounded to nearest: two corrections of a product with the rounded reciprocal */
+  float q = __fmul_rn(x, back);
+  q = __fmaf_rn(__fmaf_rn(-q, inv, x), back, q);
+  q = __fmaf_rn(__fmaf_rn(-q, inv, x), back, q);
+  q = __fadd_rn(q, mid);
+  return __float_as_uint(__fadd_rn(fminf(fmaxf(q, 0), top), 12582912.0f));
+}
+
+/* x / c, rounded to nearest, where r is the rounded 1 / c. */
+__device__ __forceinline__ float divided(float x, float c, float r) {
+  float q = __fmul_rn(x, r);
+  q = __fmaf_rn(__fmaf_rn(-q, c, x), r, q);
+  return __fmaf_rn(__fmaf_rn(-q, c, x), r, q);
+}
+
+/* fit() of V at 2, 4 or 8 bits. */
+__device__ __forceinline__ affine fit_v(float lo, float hi, int level) {
+  const float n = level == 1 ? 2.0f : level == 2 ? 8.0f : 128.0f;
+  const float step = divided(__fsub_rn(hi, lo), 2 * n - 1,
+                             level == 1   ? 1 / 3.0f
+                             : level == 2 ? 1 / 15.0f
+                                          : 1 / 255.0f);
+  affine a;
+  a.mid = nearest_half(__fadd_rn(lo, __fmul_rn(step, n)));
+  const float up = divided(__fsub_rn(hi, a.mid), n - 1,
+                           level == 1   ? 1.0f
+                           : level == 2 ? 1 / 7.0f
+                                        : 1 / 127.0f),
+              down = __fmul_rn(__fsub_rn(a.mid, lo), level == 1   ? 0.5f
+                                                     : level == 2 ? 0.125f
+                                                                  : 0.0078125f);
+  const float want = up > down ? up : (down > 0 ? down : 0);
+  uint16_t h = to_half(want);
+  if (half_value(h) < want) ++h;
+  a.scale = half_value(h);
+  a.inv = a.scale > 0 ? __frcp_rn(a.scale) : 0;
+  return a;
+}
+
+/* Where a warp's codes of K lie: a byte each of tokens g, g + 8, g + 16 and g + 24 in a word, by g
+   and slot; the gaps spread threads over the banks. What is dropped goes behind the slots. */
+__host__ __device__ inline uint32_t piece_pitch(int k_dim) {
+  return static_cast<uint32_t>(20 * (k_dim / 16 + 2) + 32) / 32 * 32 + 1;
+}
+__host__ __device__ inline uint32_t piece_at(int k_dim, uint32_t slot) {
+  return slot == ~0u ? 20 * static_cast<uint32_t>(k_dim / 16 + 2)
+                     : slot + 4 * ((slot & 0x3fffffffu) >> 4);
+}
+
+static size_t rows_shared(int k_dim) {
+  return static_cast<size_t>(k_dim) * sizeof(channel_code) +
+         TILE_WARPS * 8 * sizeof(uint32_t) * piece_pitch(k_dim);
+}
+
+struct tile_place {
+  uint8_t *out;
+  u64 at;           /* of out in the block, in words of 8 bytes */
+  uint32_t token;   /* this lane's */
+  uint32_t in_tile; /* tokens that there are; behind them codes are 0 */
+};
+
+/* K of a tile. codes [8][k_dim / 8] of the channels, element by element of the 8. Returns what the
+   tile's K adds to the checksum. */
+template <bool JOINT, bool BF16>
+__device__ __forceinline__ u64 pack_k(const rdkv_tensor &k, uint32_t eighths, int head,
+                                      uint32_t end1, uint32_t end2, uint32_t end,
+                                      const tile_place &tile, const uint4 *codes, uint32_t *piece,
+                                      uint32_t pitch) {
+  const uint32_t lane = threadIdx.x & 31;
+  const char *base =
+      static_cast<const char *>(k.data) + static_cast<ptrdiff_t>(head) * k.head_stride * 2;
+  const ptrdiff_t step = k.token_stride * 2;
+  __syncwarp();
+  for (uint32_t i = lane; i - lane < 8 * eighths; i += 32) {
+    const uint32_t g = i / eighths, e = i - g * eighths; /* g runs past 7 where i does */
+    uint4 raw[4];
+#pragma unroll
+    for (uint32_t j = 0; j < 4; ++j) {
+      const uint32_t token = __shfl_sync(FULL, tile.token, static_cast<int>((g & 7) + 8 * j));
+      raw[j] = __ldg(reinterpret_cast<const uint4 *>(base + token * step) + e);
+    }
+    uint32_t *to = piece + (g & 7) * pitch;
+    if (g < 8) {
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        const uint4 q = codes[static_cast<uint32_t>(c) * eighths + e]; /* mid, inv, back, slot */
+        const float mid = __uint_as_float(q.x), inv = __uint_as_float(q.y),
+                    back = __uint_as_float(q.z);
+        const uint32_t l = q.w >> 30;
+        const float top = JOINT ? 0 : l == 0 ? 3.0f : l == 1 ? 15.0f : 255.0f;
+        uint32_t z[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float2 x = pair_of<BF16>(pair_at(raw[j], c / 2));
+          z[j] = code_bits<JOINT>(c % 2 ? x.y : x.x, mid, inv, back, top);
+        }
+        to[JOINT ? q.w : q.w & 0x3fffffffu] = low_bytes(z[0], z[1], z[2], z[3]);
+      }
+    }
+  }
+  __syncwarp();
+  const uint32_t g = lane >> 2, t = lane & 3;
+  const uint32_t *from = piece + g * pitch + 4 * t;
+  uint32_t mask = 0; /* of the tokens that there are */
+#pragma unroll
+  for (uint32_t j = 0; j < 4; ++j)
+    if (g + 8 * j < tile.in_tile) mask |= 0xffu << (8 * j);
+  uint8_t *out = tile.out;
+  u64 salt = salt_of(tile.at), sum = 0;
+  for (uint32_t b = 0; b < end; ++b, from += 20) {
+    const uint32_t p0 = from[0] & mask, p1 = from[1] & mask, p2 = from[2] & mask,
+                   p3 = from[3] & mask;
+    const uint32_t low0 = __byte_perm(p0, p1, 0x5410), low1 = __byte_perm(p2, p3, 0x5410);
+    const uint32_t high0 = __byte_perm(p0, p1, 0x7632), high1 = __byte_perm(p2, p3, 0x7632);
+    if (b < end1) {
+      const uint32_t w = low0 | low1 << 2 | high0 << 4 | high1 << 6;
+      reinterpret_cast<uint32_t *>(out)[lane] = w;
+      const uint32_t other = __shfl_xor_sync(FULL, w, 1);
+      if (!(lane & 1)) sum += mix_words(w, other, salt + lane / 2 * SALT);
+      out += 128, salt += 16 * SALT;
+    } else if (b < end2) {
+      const uint2 w = make_uint2(low0 | low1 << 4, high0 | high1 << 4);
+      reinterpret_cast<uint2 *>(out)[lane] = w;
+      sum += mix_words(w.x, w.y, salt + lane * SALT);
+      out += 256, salt += 32 * SALT;
+    } else { /* bytes 2 r + e */
+      const uint4 w = make_uint4(__byte_perm(p0, p1, 0x5140), __byte_perm(p2, p3, 0x5140),
+                                 __byte_perm(p0, p1, 0x7362), __byte_perm(p2, p3, 0x7362));
+      reinterpret_cast<uint4 *>(out)[lane] = w;
+      sum += mix_words(w.x, w.y, salt + 2 * lane * SALT) +
+             mix_words(w.z, w.w, salt + (2 * lane + 1) * SALT);
+      out += 512, salt += 64 * SALT;
+    }
+  }
+  return sum;
+}
+
+/* Smallest and largest of pairs of halves; a NaN stays. */
+template <bool BF16>
+__device__ __forceinline__ uint32_t pair_min(uint32_t a, uint32_t b) {
+  if (BF16)
+    asm("min.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  else
+    asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+template <bool BF16>
+__device__ __forceinline__ uint32_t pair_max(uint32_t a, uint32_t b) {
+  if (BF16)
+    asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  else
+    asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+
+/* What neighbouring threads have of both their blocks of V, rows r of 8 dims, becomes both rows of
+   the own block: x[0] row 0. */
+__device__ __forceinline__ void swap_rows(uint32_t (&x)[2], bool odd) {
+  const uint32_t theirs = __shfl_xor_sync(FULL, odd ? x[0] : x[1], 1);
+  x[odd ? 0 : 1] = theirs;
+}
+
+/* V of a tile, behind its K. LANES threads share a row; two of them share its blocks of 16 dims 2 k
+   and 2 k + 1, the even one having the first 8 dims of both. */
+template <int LANES, bool JOINT, bool BF16>
+__device__ __forceinline__ u64 pack_v(const rdkv_tensor &v, uint32_t blocks, int level, int head,
+                                      const tile_place &tile, uint32_t k_tile, bool *bad) {
+  const uint32_t lane = threadIdx.x & 31, db = lane % LANES, tq = lane / LANES;
+  const bool real = db < blocks, odd = db & 1;
+  const char *base =
+      static_cast<const char *>(v.data) + static_cast<ptrdiff_t>(head) * v.head_stride * 2;
+  const ptrdiff_t step = v.token_stride * 2;
+  uint8_t *params = tile.out + k_tile, *words = params + 128;
+  const u64 params_at = tile.at + k_tile / 8;
+  const int bits = 1 << level;
+  u64 sum = 0;
+#pragma unroll 1
+  for (uint32_t t = tq; t < 4; t += 32 / LANES) {
+    uint32_t before[8];
+#pragma unroll 1
+    for (uint32_t sub = 0; sub < 2; ++sub) {
+      /* tokens 16 sub + 2 t + 8 pr + e are j = 2 pr + e here */
+      uint4 raw[4][2];
+      uint32_t ends[4]; /* the smallest, and the largest negated */
+#pragma unroll
+      for (uint32_t j = 0; j < 4; ++j) {
+        const uint32_t i = 16 * sub + 2 * t + 8 * (j >> 1) + (j & 1);
+        const uint32_t token = __shfl_sync(FULL, tile.token, static_cast<int>(i));
+        const uint4 *row = reinterpret_cast<const uint4 *>(base + token * step) + 2 * db - odd;
+        raw[j][0] = raw[j][1] = make_uint4(0, 0, 0, 0);
+        if (db - odd < blocks) raw[j][0] = __ldg(row);
+        if (db - odd + 1 < blocks) raw[j][1] = __ldg(row + 2);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint4 &x = raw[j][0], &y = raw[j][1];
+        uint32_t low = pair_min<BF16>(pair_min<BF16>(x.x, x.y), pair_min<BF16>(x.z, x.w));
+        uint32_t high = pair_max<BF16>(pair_max<BF16>(x.x, x.y), pair_max<BF16>(x.z, x.w));
+        if (db - odd + 1 < blocks) {
+          low = pair_min<BF16>(low,
+                               pair_min<BF16>(pair_min<BF16>(y.x, y.y), pair_min<BF16>(y.z, y.w)));
+          high = pair_max<BF16>(high,
+                                pair_max<BF16>(pair_max<BF16>(y.x, y.y), pair_max<BF16>(y.z, y.w)));
+        }
+        low = pair_min<BF16>(low, __byte_perm(low, low, 0x1032));
+        high = pair_max<BF16>(high, __byte_perm(high, high, 0x1032)) ^ 0x80008000u;
+        ends[j] = db - odd < blocks ? __byte_perm(low, high, 0x5410)
+                  : BF16            ? 0x7f7f7f7fu
+                                    : 0x7bff7bffu;
+      }
+#pragma unroll
+      for (int m = LANES / 2; m; m >>= 1)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          ends[j] = pair_min<BF16>(ends[j], __shfl_xor_sync(FULL, ends[j], m));
+      /* threads fit one of the tokens each */
+      const uint32_t mine = db & 3, i = 16 * sub + 2 * t + 8 * (mine >> 1) + (mine & 1);
+      const float2 range = pair_of<BF16>(mine == 0   ? ends[0]
+                                         : mine == 1 ? ends[1]
+                                         : mine == 2 ? ends[2]
+                                                     : ends[3]);
+      const bool exists = i < tile.in_tile;
+      *bad |= exists && (!in_range(range.x) || !in_range(range.y));
+      /* of a token that does not exist all codes become 0 */
+      float mid = 0, inv = JOINT ? 0.0f : 1.0f, back = JOINT ? 12582912.0f : 0.0f;
+      uint32_t param = exists ? 0x3c00 : 0; /* a half is its own value */
+      if (level < 4 && exists) {
+        affine q;
+        if (JOINT) {
+          q = fit_v(range.x, -range.y, level);
+          mid = q.mid, inv = q.inv, back += static_cast<float>(1 << (bits - 1));
+        } else {
+          const zero_point z = fit_paper(range.x, -range.y, bits);
+          q = affine_paper(z, bits);
+          mid = z.zero, inv = z.scale, back = __fdiv_rn(1, z.scale);
+        }
+        param = to_half(q.scale) | static_cast<uint32_t>(to_half(q.mid)) << 16;
+      }
+      /* token i's word is 4 (i mod 8) + i / 8 */
+      const uint32_t other = __shfl_xor_sync(FULL, param, 2);
+      if (db < 2) {
+        const uint32_t at = 2 * (i & 7) + (i >> 4);
+        reinterpret_cast<uint2 *>(params)[at] = make_uint2(param, other);
+        sum += mix_words(param, other, salt_of(params_at + at));
+      }
+      if (level == 4) {
+        const u64 salt = salt_of(params_at + 16 + 2 * ((sub * blocks + db) * 32 + t));
+        uint4 *to = reinterpret_cast<uint4 *>(words) + (sub * blocks + db) * 32 + t;
+#pragma unroll
+        for (int g = 0; g < 8; ++g) {
+          uint32_t w[2][2]; /* pr; r */
+#pragma unroll
+          for (int pr = 0; pr < 2; ++pr) {
+            const uint32_t i0 = 16 * sub + 2 * t + 8 * static_cast<uint32_t>(pr);
+#pragma unroll
+            for (int b = 0; b < 2; ++b) {
+              uint32_t x[2];
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                x[e] = pair_at(raw[2 * pr + e][b], g / 2);
+                x[e] = g % 2 ? x[e] >> 16 : x[e] & 0xffff;
+                if (BF16) x[e] = to_half(__uint_as_float(x[e] << 16));
+                if (i0 + static_cast<uint32_t>(e) >= tile.in_tile) x[e] = 0;
+              }
+              w[pr][b] = x[0] | x[1] << 16;
+            }
+            swap_rows(w[pr], odd);
+          }
+          if (!real) continue;
+          to[4 * g] = make_uint4(w[0][0], w[0][1], w[1][0], w[1][1]);
+          sum += mix_words(w[0][0], w[0][1], salt + 8 * static_cast<u64>(g) * SALT) +
+                 mix_words(w[1][0], w[1][1], salt + (8 * static_cast<u64>(g) + 1) * SALT);
+        }
+        continue;
+      }
+      const float top = static_cast<float>((1 << bits) - 1);
+      float mids[4], invs[4], backs[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int from = static_cast<int>(lane - db) + j;
+        mids[j] = __shfl_sync(FULL, mid, from), invs[j] = __shfl_sync(FULL, inv, from);
+        backs[j] = __shfl_sync(FULL, back, from);
+      }
+      if (level == 3) { /* bytes 2 r + e of word pr */
+        const u64 salt = salt_of(params_at + 16 + db * 64 + 2 * t + sub);
+        uint2 *to = reinterpret_cast<uint2 *>(words) + db * 64 + 2 * t + sub;
+#pragma unroll
+        for (int g = 0; g < 8; g += 2) {
+          uint32_t w[2][2]; /* pr; block, then r: both tokens e of dim g, then of g + 1 */
+#pragma unroll
+          for (int pr = 0; pr < 2; ++pr) {
+#pragma unroll
+            for (int b = 0; b < 2; ++b) {
+              uint32_t z[2][2];
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                const int j = 2 * pr + e;
+                const float2 x = pair_of<BF16>(pair_at(raw[j][b], g / 2));
+                z[0][e] = code_bits<JOINT>(x.x, mids[j], invs[j], backs[j], top);
+                z[1][e] = code_bits<JOINT>(x.y, mids[j], invs[j], backs[j], top);
+              }
+              w[pr][b] = low_bytes(z[0][0], z[0][1], z[1][0], z[1][1]);
+            }
+            swap_rows(w[pr], odd);
+          }
+          if (!real) continue;
+#pragma unroll
+          for (int o = 0; o < 2; ++o) {
+            const uint2 x = make_uint2(__byte_perm(w[0][0], w[0][1], o ? 0x7632 : 0x5410),
+                                       __byte_perm(w[1][0], w[1][1], o ? 0x7632 : 0x5410));
+            to[8 * (g + o)] = x;
+            sum += mix_words(x.x, x.y, salt + 8 * static_cast<u64>(g + o) * SALT);
+          }
+        }
+        continue;
+      }
+      /* bytes r + 2 e, pr in the upper bits of each */
+      const uint32_t upper = 1u << bits;
+#pragma unroll
+      for (int g = 0; g < 8; g += 2) {
+        uint32_t w[2];
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          uint32_t z[2][4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const float2 x = pair_of<BF16>(pair_at(raw[j][b], g / 2));
+            z[0][j] = code_bits<JOINT>(x.x, mids[j], invs[j], backs[j], top);
+            z[1][j] = code_bits<JOINT>(x.y, mids[j], invs[j], backs[j], top);
+          }
+          w[b] = low_bytes(z[0][0] + z[0][2] * upper, z[0][1] + z[0][3] * upper,
+                           z[1][0] + z[1][2] * upper, z[1][1] + z[1][3] * upper);
+        }
+        swap_rows(w, odd);
+        const uint32_t w0 = __byte_perm(w[0], w[1], 0x5140), w1 = __byte_perm(w[0], w[1], 0x7362);
+        if (sub == 0) {
+          before[g] = w0, before[g + 1] = w1;
+        } else if (level == 2) {
+          if (real) {
+            uint2 *to = reinterpret_cast<uint2 *>(words) + db * 32 + 4 * g + t;
+            const u64 salt = salt_of(params_at + 16 + db * 32 + t) + 4 * static_cast<u64>(g) * SALT;
+            to[0] = make_uint2(before[g], w0), to[4] = make_uint2(before[g + 1], w1);
+            sum += mix_words(before[g], w0, salt) + mix_words(before[g + 1], w1, salt + 4 * SALT);
+          }
+        } else {
+          before[g] |= w0 << 4, before[g + 1] |= w1 << 4;
+        }
+      }
+      if (level == 1 && sub == 1) {
+        /* two threads have a word of the checksum: each mixes half of them */
+        uint32_t *to = reinterpret_cast<uint32_t *>(words) + db * 32 + t;
+        const bool upper_half = t & 1;
+        const u64 salt = salt_of(params_at + 16 + db * 16 + t / 2 + (upper_half ? 8 : 0));
+#pragma unroll
+        for (int g = 0; g < 4; ++g) {
+          const uint32_t x = upper_half ? before[g + 4] : before[g];
+          const uint32_t theirs =
+              __shfl_xor_sync(FULL, upper_half ? before[g] : before[g + 4], LANES);
+          if (!real) continue;
+          to[4 * g] = before[g], to[4 * (g + 4)] = before[g + 4];
+          sum += mix_words(upper_half ? theirs : x, upper_half ? x : theirs,
+                           salt + 2 * static_cast<u64>(g) * SALT);
+        }
+      }
+    }
+  }
+  return sum;
+}
+
+template <int LANES, bool JOINT, bool BF16>
+__global__ void __launch_bounds__(32 * TILE_WARPS, 4)
+    rows_kernel(const __grid_constant__ pack_args a) {
+  extern __shared__ uint4 rows_memory[]; /* codes of the channels, then a warp's pieces each */
+  __shared__ u64 scratch[TILE_WARPS];
+  const int head = static_cast<int>(blockIdx.y);
+  const uint32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const uint32_t kd = static_cast<uint32_t>(a.channel.k_dim), pitch = piece_pitch(a.channel.k_dim);
+  if (*a.list.status != RDKV_OK) return;
+  const head_plan *h = a.heads + head;
+  const uint32_t n_tiles = h->first_tile[4];
+  uint32_t tile = blockIdx.x * a.each * TILE_WARPS + warp;
+  if (tile - warp >= n_tiles) return;
+  const uint4 *codes =
+      reinterpret_cast<const uint4 *>(a.codes + static_cast<size_t>(head) * MAX_DIM);
+  for (uint32_t c = threadIdx.x; c < kd; c += blockDim.x) {
+    uint4 q = codes[c];
+    q.w = piece_at(a.channel.k_dim, q.w);
+    if (JOINT) q.w &= 0x3fffffffu;
+    rows_memory[c % 8 * (kd / 8) + c / 8] = q;
+  }
+  uint32_t *piece = reinterpret_cast<uint32_t *>(rows_memory + kd);
+  for (uint32_t i = threadIdx.x; i < TILE_WARPS * 8 * pitch; i += blockDim.x) piece[i] = 0;
+  piece += warp * 8 * pitch;
+  __syncthreads();
+  const uint32_t *kept = a.list.kept + head * 5;
+  const uint32_t *order = a.list.order + static_cast<size_t>(head) * a.list.n;
+  const uint32_t end1 = h->k_blocks[1], end2 = h->k_blocks[2], end3 = h->k_blocks[3];
+  const uint32_t k_tile = h->k_tile;
+  u64 sum = 0;
+  bool bad = false;
+  for (uint32_t n = 0; n < a.each && tile < n_tiles; ++n, tile += TILE_WARPS) {
+    int run = 0;
+    uint64_t offset = h->tile;
+    while (tile >= h->first_tile[run + 1]) {
+      offset +=
+          static_cast<uint64_t>(h->first_tile[run + 1] - h->first_tile[run]) * h->run_bytes[run];
+      ++run;
+    }
+    const uint32_t in_run = tile - h->first_tile[run], first = kept[1 + run] + in_run * TILE;
+    offset += static_cast<uint64_t>(in_run) * h->run_bytes[run];
+    tile_place place;
+    place.out = a.block + offset, place.at = offset / 8;
+    place.in_tile = least(h->count[run + 1] - in_run * TILE, TILE);
+    place.token = order[first + least(lane, place.in_tile - 1)];
+    if (a.positions) {
+      const uint32_t t = lane < place.in_tile ? place.token : ~0u;
+      const uint32_t other = __shfl_xor_sync(FULL, t, 1);
+      const uint64_t to = h->position + 4 * (static_cast<uint64_t>(tile) * TILE + lane);
+      *reinterpret_cast<uint32_t *>(a.block + to) = t;
+      if (!(lane & 1)) sum += mix_words(t, other, salt_of(to / 8));
+    }
+    sum += pack_k<JOINT, BF16>(a.channel.k, kd / 8, head, end1, end2, end3, place, rows_memory,
+                               piece, pitch);
+    sum += pack_v<LANES, JOINT, BF16>(a.channel.v, static_cast<uint32_t>(a.channel.v_dim) / 16,
+                                      run + 1, head, place, k_tile, &bad);
+  }
+  if (bad) fail(a.list.status, RDKV_ERR_NONFINITE);
+  sum = warp_sum(sum);
+  if (lane == 0) scratch[warp] = sum;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int w = 1; w < TILE_WARPS; ++w) sum += scratch[w];
+  atomicAdd(&a.state->body_sum, sum);
 }
 
 static __global__ void body_sum_kernel(const uint32_t *status, block_state *s,
@@ -3752,20 +4255,41 @@ static __global__ void body_sum_kernel(const uint32_t *status, block_state *s,
   if (threadIdx.x == 0) atomicAdd(&s->body_sum, all);
 }
 
-/* The head's checksum counts that of the body, and itself as 0. One block. */
-static __global__ void head_sum_kernel(const uint32_t *status, block_state *s, uint8_t *block,
-                                       uint64_t *bytes) {
+/* Header and records, once nothing can fail any more; the head's checksum counts the body's, and
+   itself as 0. One block. */
+static __global__ void __launch_bounds__(THREADS) header_kernel(pack_args a) {
   __shared__ u64 scratch[33];
-  if (*status != RDKV_OK) return;
-  rdkv_header *h = reinterpret_cast<rdkv_header *>(block);
-  const u64 *words = reinterpret_cast<const u64 *>(block);
-  u64 sum = 0, all;
-  for (u64 i = threadIdx.x; i < s->head_bytes / 8; i += blockDim.x) {
-    const u64 w = i == 3 ? 0 : i == 4 ? s->body_sum : words[i];
-    sum += mix(w + (i + 1) * 0x9e3779b97f4a7c15ull);
+  if (*a.list.status != RDKV_OK) return;
+  const uint32_t first = static_cast<uint32_t>(sizeof(rdkv_header) / sizeof(rdkv_record));
+  const uint32_t end = static_cast<uint32_t>(fixed_bytes(a.n_heads) / sizeof(rdkv_record));
+  rdkv_record *records = reinterpret_cast<rdkv_record *>(a.block);
+  for (uint32_t i = threadIdx.x; i + first < end; i += THREADS) {
+    rdkv_record r = rdkv_record();
+    if (i < a.n_heads) {
+      const head_plan *h = a.all_heads + i;
+      for (int l = 0; l < 4; ++l) r.n_tokens[l] = h->count[l + 1];
+      for (int l = 0; l < 3; ++l) r.n_channels[l] = static_cast<uint16_t>(h->channels[l + 1]);
+      r.n_dropped = static_cast<uint16_t>(h->channels[0]);
+      r.table = h->table, r.position = h->position, r.tile = h->tile;
+      r.v_distortion = __double2float_rn(h->v), r.k_distortion = __double2float_rn(h->k);
+    }
+    records[first + i] = r;
   }
+  rdkv_header *h = reinterpret_cast<rdkv_header *>(a.block);
+  if (threadIdx.x == 0) {
+    *h = a.header;
+    h->total_bytes = a.state->total, h->head_bytes = a.state->head_bytes;
+    h->lambda = a.lambda ? *a.lambda : 0;
+    if (a.budget) h->budget_bytes = *a.budget;
+    h->body_sum = a.state->body_sum;
+  }
+  __syncthreads();
+  const u64 *words = reinterpret_cast<const u64 *>(a.block);
+  u64 sum = 0, all;
+  for (u64 i = threadIdx.x; i < a.state->head_bytes / 8; i += THREADS)
+    sum += mix((i == 3 ? 0 : words[i]) + (i + 1) * 0x9e3779b97f4a7c15ull);
   block_scan(sum, scratch, &all);
-  if (threadIdx.x == 0) h->body_sum = s->body_sum, h->head_sum = all, *bytes = s->total;
+  if (threadIdx.x == 0) h->head_sum = all, *a.bytes = a.state->total;
 }
 
 /* ---- measure */
@@ -4795,9 +5319,16 @@ static __global__ void __launch_bounds__(THREADS) pool_kernel(score_args a) {
 /* ---- allocate : one cooperative kernel, whose blocks all go through the steps of rdkv__solve */
 
 enum {
-  SOLVE = 512, /* threads of a block */
-  FILL = 192,  /* as RDKV__FILL */
-  FINE = 512   /* as RDKV__FINE */
+  SOLVE = 512,   /* threads of a block, as many as there are fine bins */
+  FILL = 192,    /* as RDKV__FILL */
+  FINE = 512,    /* as RDKV__FINE */
+  MARGIN = 256,  /* tokens above the threshold: twice what all levels' last tiles may lack */
+  BATCH = 4,     /* tokens that a thread asks for at once */
+  SORT = 2048,   /* keys of a level that are sorted in shared memory */
+  AHEAD = 16,    /* greedy steps of a head that are worked out at a time */
+  BUCKETS = 512, /* of a short list */
+  FEW = 16,      /* heads whose steps lie in shared memory */
+  SOLVE_WORDS = 4 * SORT * 2 /* of shared memory */
 };
 static const uint32_t PINNED = 0x7f7fffffu; /* FLT_MAX: what must be kept */
 
@@ -4806,63 +5337,125 @@ struct layer_view {
   uint8_t *v_bits, *k_bits;
 };
 
-struct solve_head {
-  uint32_t count[5], channels[4], at_least[4], k_tile;
-  uint32_t cut, low, take; /* of the level at hand: bins, and tokens of the cut bin to take */
-  uint32_t n_list;
+struct __align__(16) solve_head {
+  float gain[4][FILL];   /* of raising a token of fill[l] to level l + 1 */
+  uint8_t link[4][FILL]; /* where fill[l + 1] has the same token; 255: nowhere */
+  uint32_t count[5], channels[4], k_tile;
+  uint32_t pinned[5]; /* tokens that must reach a level */
+  uint32_t at_least[4];
+  uint32_t n_list[4], n_sure[4]; /* of each level */
   uint32_t n_fill[4], fill[4][FILL];
-  double v, k; /* predicted */
+  uint32_t able[4][FILL / 32]; /* a bit a token of fill[l]: it is at level l */
+  double v, k;                 /* predicted */
+};
+
+/* Greedy steps of a head, worked out before it is known whether other heads' come first. */
+struct steps_ahead {
+  u64 cost[AHEAD];
+  uint32_t slope[AHEAD];
+  uint32_t step[AHEAD];
+  uint32_t n, depth, used, stale; /* n < depth: there are no more */
 };
 
 struct solve_state {
   uint32_t barrier, odd;
-  uint32_t pinned[5];
+  uint32_t changes;  /* heads whose bytes of K changed so far */
+  uint32_t failures; /* heads so far whose windows were too small */
+  double sum[3];     /* used in turn, the next one being cleared */
+};
+
+struct solve_team { /* of blocks that have a head of RDKV_PAPER */
+  u64 sum[2];
+  int top;
+};
+
+enum { VIEWS = 8 }; /* layers that go with the launch itself */
+struct solve_views {
+  layer_view view[VIEWS];
 };
 
 struct solve_args {
-  layer_view *layers;
-  solve_head *heads;     /* [n_layers][n_kv_heads] */
-  uint32_t *bins, *more; /* [heads][BINS] */
-  u64 *hist;             /* [BINS] */
-  u64 *list;             /* [heads][n] slope above inverted index: greater is better */
-  float *gain;           /* [heads][8] */
-  u64 *cost;             /* [heads][8] */
-  uint8_t *pin;          /* [n] or NULL */
+  solve_views few;
+  layer_view *layers; /* where there are more than VIEWS */
+  solve_head *heads;  /* [n_layers][n_kv_heads] */
+  steps_ahead *ahead; /* [heads] */
+  solve_team *teams;  /* [heads] */
+  uint32_t *bins[2];  /* [heads][BINS]; one is counted in while the other is cleared */
+  u64 *hist[2];       /* [BINS] */
+  u64 *list;          /* [heads][4][capacity] slope above inverted index: greater is better */
+  uint8_t *pin;       /* [heads][n] lowest levels, or NULL */
   solve_state *state;
   double *lambda; /* [n_layers] */
   uint32_t *status;
-  uint64_t budget, fixed;
-  double given_lambda, tokens, k_share, keep;
-  float threshold; /* RDKV_SCOPE_LAMBDA */
+  const uint64_t *given_budget; /* on the device, or NULL */
+  const double *device_lambda;  /* likewise */
+  uint64_t budget, fixed, most; /* most: no block is larger */
+  double given_lambda, tokens, k_share, max_error;
   float eps_k[5], eps_v[5];
-  uint32_t n, n_heads, n_kv_heads;
+  uint32_t n, n_heads, n_kv_heads, capacity;
   int n_layers, k_dim, v_dim, positions, scope, paper, search;
 };
 
 struct solve_pin {
-  uint32_t begin, end;
+  uint32_t begin, end, take; /* of end - begin tokens the `take` with the largest D(0) */
   int level;
 };
 struct solve_pins {
   solve_pin pin[64];
-};
-struct solve_views {
-  layer_view view[32];
 };
 
 static __global__ void view_kernel(layer_view *to, solve_views from, int n) {
   if (static_cast<int>(threadIdx.x) < n) to[threadIdx.x] = from.view[threadIdx.x];
 }
 
-static __global__ void pin_kernel(uint8_t *pin, uint32_t n, solve_pins pins, int n_pins) {
-  const uint32_t t = blockIdx.x * THREADS + threadIdx.x;
-  if (t >= n) return;
-  int level = pin[t];
-  for (int i = 0; i < n_pins; ++i)
-    if (t >= pins.pin[i].begin && t < pins.pin[i].end && level < pins.pin[i].level)
-      level = pins.pin[i].level;
-  pin[t] = static_cast<uint8_t>(level);
+/* Pins of a head, a block each. */
+static __global__ void __launch_bounds__(THREADS)
+    pin_kernel(const __grid_constant__ solve_args a, const __grid_constant__ solve_pins pins,
+               int n_pins) {
+  __shared__ uint32_t digits[256];
+  __shared__ u64 scratch[33];
+  __shared__ uint32_t found[2], pinned[5];
+  const uint32_t head = blockIdx.x, layer = head / a.n_kv_heads, tid = threadIdx.x;
+  const layer_view &view = a.n_layers <= VIEWS ? a.few.view[layer] : a.layers[layer];
+  const float *d0 = view.v_distortion + static_cast<size_t>(head % a.n_kv_heads) * 5 * a.n;
+  uint8_t *level = a.pin + static_cast<size_t>(head) * a.n;
+  for (int i = 0; i < n_pins; ++i) {
+    const solve_pin p = pins.pin[i];
+    uint32_t k = p.take;
+    u64 limit = 0; /* the least key taken; equal D(0) by rising index */
+    for (int shift = 56; k < p.end - p.begin && shift >= 0; shift -= 8) {
+      __syncthreads();
+      digits[tid] = 0;
+      __syncthreads();
+      for (uint32_t t = p.begin + tid; t < p.end; t += THREADS) {
+        const u64 key = static_cast<u64>(__float_as_uint(d0[t])) << 32 | static_cast<uint32_t>(~t);
+        if (shift == 56 || key >> (shift + 8) == limit >> (shift + 8))
+          atomicAdd(&digits[key >> shift & 255], 1u);
+      }
+      __syncthreads();
+      const uint32_t digit = 255 - tid, here = digits[digit];
+      u64 all;
+      const u64 above = block_scan(here, scratch, &all);
+      if (above < k && above + here >= k) found[0] = digit, found[1] = static_cast<uint32_t>(above);
+      __syncthreads();
+      limit |= static_cast<u64>(found[0]) << shift, k -= found[1];
+    }
+    for (uint32_t t = p.begin + tid; t < p.end && p.take > 0; t += THREADS) {
+      const u64 key = static_cast<u64>(__float_as_uint(d0[t])) << 32 | static_cast<uint32_t>(~t);
+      if (key >= limit && level[t] < p.level) level[t] = static_cast<uint8_t>(p.level);
+    }
+    __syncthreads();
+  }
+  if (tid < 5) pinned[tid] = 0;
+  __syncthreads();
+  for (uint32_t t = tid; t < a.n; t += THREADS)
+    for (int l = 1; l <= level[t]; ++l) atomicAdd(&pinned[l], 1u);
+  __syncthreads();
+  if (tid < 5) a.heads[head].pinned[tid] = pinned[tid];
 }
+
+/* One function has it at a time. */
+extern __shared__ uint4 solve_shared[]; /* SOLVE_WORDS */
 
 /* The part of the heads that share a budget, and where this block stands. */
 struct solver {
@@ -4871,10 +5464,24 @@ struct solver {
   uint32_t first, n_heads;
   uint32_t slice;  /* tokens of a unit of work */
   uint32_t slices; /* units of a head */
+  uint32_t set;    /* of bins */
+  uint32_t changes, failures, sums;
+  bool fresh;   /* no K chosen yet: at 4 bits */
+  bool refused; /* a distortion is no number >= 0 */
   float bias;
   uint32_t round_up;
 
-  __device__ explicit solver(const solve_args &args) : a(args), phase(0), bias(1), round_up(0) {
+  __device__ explicit solver(const solve_args &args)
+      : a(args),
+        phase(0),
+        set(1),
+        changes(0),
+        failures(0),
+        sums(0),
+        fresh(true),
+        refused(false),
+        bias(1),
+        round_up(0) {
     part(0, args.n_heads);
   }
 
@@ -4894,7 +5501,8 @@ struct solver {
       volatile uint32_t *barrier = &a.state->barrier;
       __threadfence();
       atomicAdd(&a.state->barrier, 1u);
-      while (*barrier < phase * gridDim.x) __nanosleep(64);
+      while (*barrier < phase * gridDim.x) {
+      }
       __threadfence();
     }
     __syncthreads();
@@ -4902,7 +5510,8 @@ struct solver {
 
   __device__ solve_head *head(uint32_t i) const { return a.heads + first + i; }
   __device__ const layer_view &layer_of(uint32_t i) const {
-    return a.layers[(first + i) / a.n_kv_heads];
+    const uint32_t layer = (first + i) / a.n_kv_heads;
+    return a.n_layers <= VIEWS ? a.few.view[layer] : a.layers[layer];
   }
   __device__ size_t row(uint32_t i) const { return (first + i) % a.n_kv_heads; }
   __device__ uint8_t *v_bits(uint32_t i) const { return layer_of(i).v_bits + row(i) * a.n; }
@@ -4916,12 +5525,38 @@ struct solver {
     return layer_of(i).k_distortion + row(i) * 4 * static_cast<size_t>(a.k_dim);
   }
   __device__ uint32_t *bins(uint32_t i) const {
-    return a.bins + static_cast<size_t>(first + i) * BINS;
+    return a.bins[set] + static_cast<size_t>(i) * BINS;
   }
-  __device__ uint32_t *more(uint32_t i) const {
-    return a.more + static_cast<size_t>(first + i) * BINS;
+  __device__ u64 *hist() const { return a.hist[set]; }
+  __device__ u64 *list(uint32_t i) const {
+    return a.list + (first + i) * 4 * static_cast<size_t>(a.capacity);
+  }
+
+  /* To the other set of bins, which is clear; this one is cleared. */
+  __device__ void turn() {
+    const uint32_t at = blockIdx.x * SOLVE + threadIdx.x, step = gridDim.x * SOLVE;
+    uint32_t *bins = a.bins[set];
+    for (uint32_t i = at; i < n_heads * BINS; i += step) bins[i] = 0;
+    for (uint32_t i = at; i < BINS; i += step) a.hist[set][i] = 0;
+    set ^= 1;
   }
 };
+
+/* Whether weights or distortions are no numbers >= 0, once all have been seen. */
+__device__ inline bool refuse(solver &s) {
+  s.refused = *static_cast<volatile uint32_t *>(&s.a.state->odd) != 0;
+  if (s.refused && blockIdx.x == 0 && threadIdx.x == 0) fail(s.a.status, RDKV_ERR_NONFINITE);
+  return s.refused;
+}
+
+/* Nothing is kept. */
+__device__ inline void clear_widths(const solver &s) {
+  const size_t first = blockIdx.x * SOLVE + threadIdx.x, step = gridDim.x * SOLVE;
+  for (uint32_t i = 0; i < s.n_heads; ++i) {
+    for (size_t t = first; t < s.a.n; t += step) s.v_bits(i)[t] = 0;
+    for (size_t c = first; c < static_cast<size_t>(s.a.k_dim); c += step) s.k_bits(i)[c] = 0;
+  }
+}
 
 /* Slopes of the hull, as rdkv__hull. */
 __device__ inline void hull(const float *d, const float *cost, int levels, int first,
@@ -4949,10 +5584,10 @@ struct v_costs {
   float cost[4], inv[4][5];
 };
 
-__device__ inline v_costs costs_of(const solver &s, uint32_t i) {
+__device__ inline v_costs costs_of(uint32_t k_tile, int v_dim, int positions) {
   v_costs c;
-  const uint32_t block = static_cast<uint32_t>(pad16(s.a.v_dim)) / 16 * 128;
-  const uint32_t whole = s.head(i)->k_tile + 128 + block + (s.a.positions ? 128u : 0u);
+  const uint32_t block = static_cast<uint32_t>(pad16(v_dim)) / 16 * 128;
+  const uint32_t whole = k_tile + 128 + block + (positions ? 128u : 0u);
   c.cost[0] = static_cast<float>(whole) / TILE, c.cost[1] = static_cast<float>(block) / TILE;
   c.cost[2] = static_cast<float>(2 * block) / TILE,
   c.cost[3] = static_cast<float>(4 * block) / TILE;
@@ -4968,16 +5603,24 @@ __device__ inline v_costs costs_of(const solver &s, uint32_t i) {
   return c;
 }
 
-/* Slopes of a token's hull, as rdkv.h's hull kernel. */
-__device__ __forceinline__ void slopes_of(const solver &s, const float *d, const v_costs &c,
-                                          uint32_t t, uint32_t slope[4]) {
-  float x[5], m[4] = {0, 0, 0, 0};
-#pragma unroll
-  for (int l = 0; l < 5; ++l) x[l] = d[static_cast<size_t>(l) * s.a.n + t];
-  if (s.a.pin && s.a.pin[t]) {
-    hull(x, c.cost, 4, s.a.pin[t], slope);
-    return;
-  }
+/* Bytes of K in a tile before K has been chosen: 4 bits. */
+__host__ __device__ inline uint32_t first_k_tile(int k_dim) {
+  return static_cast<uint32_t>(pad16(k_dim)) / 16 * 256;
+}
+
+/* Slopes of a token that is pinned to a level. */
+__device__ __noinline__ uint4 pinned_slopes(float x0, float x1, float x2, float x3, float x4,
+                                            float4 costs, int level) {
+  const float x[5] = {x0, x1, x2, x3, x4}, cost[4] = {costs.x, costs.y, costs.z, costs.w};
+  uint32_t slope[4];
+  hull(x, cost, 4, level, slope);
+  return make_uint4(slope[0], slope[1], slope[2], slope[3]);
+}
+
+/* Slopes of a token's hull from its distortions x, as rdkv.h's hull kernel. They never rise. */
+__device__ __forceinline__ void slopes_of(const float *x, const v_costs &c, int pinned,
+                                          uint32_t slope[4]) {
+  float m[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int a = 0; a < 4; ++a) {
     float top = 0;
@@ -4989,67 +5632,88 @@ __device__ __forceinline__ void slopes_of(const solver &s, const float *d, const
   }
 #pragma unroll
   for (int l = 0; l < 4; ++l) slope[l] = __float_as_uint(m[l]);
-}
-
-/* f(head, token) over all tokens of the part, begin(head) before and end(head) after the tokens of
-   a unit; both are for the whole block. */
-template <typename Begin, typename F, typename End>
-__device__ __forceinline__ void each_token(const solver &s, Begin begin, F f, End end) {
-  for (uint32_t u = blockIdx.x; u < s.n_heads * s.slices; u += gridDim.x) {
-    const uint32_t i = u / s.slices, t0 = (u - i * s.slices) * s.slice;
-    const uint32_t t1 = least(t0 + s.slice, s.a.n);
-    begin(i);
-    for (uint32_t t = t0 + threadIdx.x; t < t1; t += SOLVE) f(i, t);
-    end(i);
+  if (pinned) {
+    const uint4 p = pinned_slopes(x[0], x[1], x[2], x[3], x[4],
+                                  make_float4(c.cost[0], c.cost[1], c.cost[2], c.cost[3]), pinned);
+    slope[0] = p.x, slope[1] = p.y, slope[2] = p.z, slope[3] = p.w;
   }
 }
 
-__device__ inline void clear_bins(const solver &s) {
-  const uint32_t n = s.n_heads * BINS;
-  for (uint32_t i = blockIdx.x * SOLVE + threadIdx.x; i < n; i += gridDim.x * SOLVE)
-    s.bins(0)[i] = s.more(0)[i] = 0;
-  for (uint32_t i = blockIdx.x * SOLVE + threadIdx.x; i < BINS; i += gridDim.x * SOLVE)
-    s.a.hist[i] = 0;
-  for (uint32_t i = blockIdx.x * SOLVE + threadIdx.x; i < s.n_heads; i += gridDim.x * SOLVE)
-    s.head(i)->n_list = 0;
+/* f(token, slopes) over all tokens of the part, begin(head) before and end(head, costs) after the
+   tokens of a unit; these are for the whole block. */
+template <typename Begin, typename F, typename End>
+__device__ __forceinline__ void each_token(solver &s, Begin begin, F f, End end) {
+  const uint32_t n = s.a.n, slice = s.slice, slices = s.slices, units = s.n_heads * slices;
+  uint32_t top = 0;
+  for (uint32_t u = blockIdx.x; u < units; u += gridDim.x) {
+    const uint32_t i = u / slices, t0 = (u - i * slices) * slice, t1 = least(t0 + slice, n);
+    const v_costs c =
+        costs_of(s.fresh ? first_k_tile(s.a.k_dim) : s.head(i)->k_tile, s.a.v_dim, s.a.positions);
+    const float *d = s.v_distortion(i);
+    const uint8_t *pin = s.a.pin ? s.a.pin + static_cast<size_t>(s.first + i) * n : nullptr;
+    begin(i);
+    for (uint32_t t = t0 + threadIdx.x; t < t1; t += BATCH * SOLVE) {
+      float x[BATCH][5];
+#pragma unroll
+      for (uint32_t b = 0; b < BATCH; ++b)
+#pragma unroll
+        for (int l = 0; l < 5; ++l)
+          x[b][l] = t + b * SOLVE < t1 ? d[static_cast<size_t>(l) * n + t + b * SOLVE] : 0;
+#pragma unroll
+      for (uint32_t b = 0; b < BATCH; ++b) {
+        uint32_t slope[4];
+        if (t + b * SOLVE >= t1) break;
+#pragma unroll
+        for (int l = 0; l < 5; ++l) top = most(top, __float_as_uint(x[b][l]));
+        slopes_of(x[b], c, pin ? pin[t + b * SOLVE] : 0, slope);
+        f(t + b * SOLVE, slope);
+      }
+    }
+    end(i, c);
+  }
+  if (top >= 0x7f800000u) atomicOr(&s.a.state->odd, 1u);
 }
 
-/* Shared memory for two sets of bins; one function has it at a time. */
-__device__ inline uint32_t *bin_memory() {
-  __shared__ uint32_t memory[2 * BINS];
-  return memory;
+/* Shared memory as several copies of a histogram, which the lanes of a warp share out: tokens next
+   to each other often have slopes next to each other. */
+__device__ __forceinline__ uint32_t *clear_memory() {
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < SOLVE_WORDS / 4; i += SOLVE)
+    solve_shared[i] = make_uint4(0, 0, 0, 0);
+  __syncthreads();
+  return reinterpret_cast<uint32_t *>(solve_shared);
 }
 
 /* Tokens of each head by slope of level 1, and what is spent at each slope. */
 __device__ __noinline__ void spectrum(solver &s, float floor) {
-  uint32_t *spectrum_count = bin_memory(), *spectrum_bytes = spectrum_count + BINS;
-  v_costs c;
-  const float *d = nullptr;
-  clear_bins(s);
-  s.sync();
+  enum { COPIES = SOLVE_WORDS / (4 * BINS) };
+  uint32_t *count = nullptr;
+  s.turn();
   each_token(
-      s,
-      [&](uint32_t i) {
-        c = costs_of(s, i), d = s.v_distortion(i);
-        for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE)
-          spectrum_count[b] = spectrum_bytes[b] = 0;
-        __syncthreads();
-      },
-      [&](uint32_t, uint32_t t) {
-        uint32_t slope[4];
-        slopes_of(s, d, c, t, slope);
+      s, [&](uint32_t) { count = clear_memory(); },
+      [&](uint32_t, const uint32_t *slope) {
         if (__uint_as_float(slope[0]) <= floor) return;
-        atomicAdd(&spectrum_count[slope[0] >> 20], 1u);
-        for (int l = 0; l < 4; ++l)
-          atomicAdd(&spectrum_bytes[slope[l] >> 20], static_cast<uint32_t>(c.cost[l]));
+#pragma unroll
+        for (uint32_t l = 0; l < 4; ++l)
+          atomicAdd(
+              &count[(l * BINS + least(slope[l] >> 20, BINS - 1)) * COPIES + threadIdx.x % COPIES],
+              1u);
       },
-      [&](uint32_t i) {
+      [&](uint32_t i, const v_costs &c) {
         __syncthreads();
         for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE) {
-          if (spectrum_count[b]) atomicAdd(&s.bins(i)[b], spectrum_count[b]);
-          if (spectrum_bytes[b]) atomicAdd(&s.a.hist[b], static_cast<u64>(spectrum_bytes[b]));
+          uint32_t bytes = 0, tokens = 0;
+#pragma unroll
+          for (uint32_t l = 0; l < 4; ++l) {
+            uint32_t n = 0;
+#pragma unroll
+            for (uint32_t j = 0; j < COPIES; ++j) n += count[(l * BINS + b) * COPIES + j];
+            bytes += n * static_cast<uint32_t>(c.cost[l]); /* whole: 128 / 32 divides */
+            if (l == 0) tokens = n;
+          }
+          if (tokens) atomicAdd(&s.bins(i)[b], tokens);
+          if (bytes) atomicAdd(&s.hist()[b], static_cast<u64>(bytes));
         }
-        __syncthreads();
       });
   s.sync();
 }
@@ -5059,17 +5723,19 @@ __device__ __noinline__ float spectrum_edge(const solver &s, uint64_t bytes, flo
   __shared__ u64 edge_scratch[33];
   __shared__ uint32_t edge_found[2];
   const uint32_t top = BINS - 1 - threadIdx.x * (BINS / SOLVE);
-  u64 mine = 0, all;
-  for (uint32_t i = 0; i < BINS / SOLVE; ++i) mine += s.a.hist[top - i];
+  const u64 *hist = s.hist();
+  u64 here[BINS / SOLVE], mine = 0, all;
+#pragma unroll
+  for (uint32_t i = 0; i < BINS / SOLVE; ++i) here[i] = hist[top - i], mine += here[i];
   u64 sum = block_scan(mine, edge_scratch, &all);
   if (threadIdx.x == 0) edge_found[0] = 0, edge_found[1] = BINS;
   __syncthreads();
+#pragma unroll
   for (uint32_t i = 0; i < BINS / SOLVE; ++i) {
     const uint32_t bin = top - i;
-    const u64 here = s.a.hist[bin];
-    if (bin > 0 && sum <= bytes && sum + here > bytes) edge_found[0] = bin;
-    if (bin > 0 && here) atomicMin(&edge_found[1], bin);
-    sum += here;
+    if (bin > 0 && sum <= bytes && sum + here[i] > bytes) edge_found[0] = bin;
+    if (bin > 0 && here[i]) atomicMin(&edge_found[1], bin);
+    sum += here[i];
   }
   __syncthreads();
   const uint32_t found = edge_found[0], low = edge_found[1];
@@ -5082,6 +5748,7 @@ __device__ __noinline__ float spectrum_edge(const solver &s, uint64_t bytes, flo
 __device__ inline uint32_t count_from(const uint32_t *bins, uint32_t from) {
   __shared__ u64 from_scratch[33];
   u64 mine = 0, all;
+#pragma unroll
   for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE) mine += b >= from ? bins[b] : 0;
   block_scan(mine, from_scratch, &all);
   return static_cast<uint32_t>(all);
@@ -5091,108 +5758,123 @@ __device__ inline uint32_t count_from(const uint32_t *bins, uint32_t from) {
 __device__ __noinline__ void choose_k(const solver &s, uint32_t i, float threshold,
                                       uint32_t n_tokens) {
   __shared__ uint32_t k_slope[3][MAX_DIM];
-  __shared__ uint32_t k_level[MAX_DIM];
-  __shared__ uint32_t k_count[4];
-  const int c = static_cast<int>(threadIdx.x), kd = s.a.k_dim;
+  __shared__ u64 k_key[MAX_DIM];
+  __shared__ uint32_t k_level[MAX_DIM], k_rank[MAX_DIM], k_count[4];
+  const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(s.a.k_dim);
   const uint32_t tiles = (most(n_tokens, 1) + TILE - 1) / TILE;
   const float lambda = threshold < 1e37f ? __fmul_rn(threshold, s.bias) : threshold;
   const float cost[3] = {static_cast<float>(tiles * 8), static_cast<float>(tiles * 8),
                          static_cast<float>(tiles * 16)};
+  /* some threads for each channel, which share the other channels out */
+  const uint32_t width = kd <= 128 ? 128 : MAX_DIM, shares = SOLVE / width;
+  const uint32_t c = tid % width, o0 = tid / width * (width / shares);
   __syncthreads();
-  if (c < 4) k_count[c] = 0;
-  if (c < kd) {
+  if (tid < 4) k_count[tid] = 0;
+  if (tid < MAX_DIM) k_level[tid] = 0;
+  __syncthreads();
+  if (tid < kd) {
     float d[4];
     uint32_t slope[4];
-    for (int l = 0; l < 4; ++l) d[l] = s.k_distortion(i)[l * kd + c];
+    for (uint32_t l = 0; l < 4; ++l) d[l] = s.k_distortion(i)[l * kd + tid];
     hull(d, cost, 3, 0, slope);
-    for (int l = 0; l < 3; ++l) k_slope[l][c] = slope[l];
-    k_level[c] = 0;
+    for (int l = 0; l < 3; ++l) {
+      k_slope[l][tid] = slope[l];
+      if (__uint_as_float(slope[l]) > lambda) atomicAdd(&k_count[l], 1u);
+    }
   }
   __syncthreads();
-  if (c < kd)
-    for (int l = 0; l < 3; ++l)
-      if (__uint_as_float(k_slope[l][c]) > lambda) atomicAdd(&k_count[l], 1u);
-  __syncthreads();
-  uint32_t level = static_cast<uint32_t>(kd);
+  uint32_t level = kd;
   for (uint32_t l = 0; l < 3; ++l) {
     const uint32_t want = least((k_count[l] + 8) / 16 * 16, level);
-    uint32_t rank = 0;
-    const bool able = c < kd && k_level[c] == l;
-    for (int o = 0; able && o < kd; ++o)
-      rank += k_level[o] == l &&
-              (k_slope[l][o] > k_slope[l][c] || (k_slope[l][o] == k_slope[l][c] && o < c));
-    __syncthreads();
-    if (able && rank < want) k_level[c] = l + 1;
+    if (want > 0 && want < level) {
+      if (tid < width) {
+        k_rank[tid] = 0;
+        k_key[tid] = tid < kd && k_level[tid] == l
+                         ? static_cast<u64>(k_slope[l][tid]) << 32 | static_cast<uint32_t>(~tid)
+                         : 0;
+      }
+      __syncthreads();
+      const u64 key = k_key[c];
+      uint32_t rank = 0;
+#pragma unroll 16
+      for (uint32_t o = 0; o < width / shares; ++o) rank += k_key[o0 + o] > key;
+      if (key) atomicAdd(&k_rank[c], rank);
+      __syncthreads();
+    }
+    if (tid < kd && k_level[tid] == l && want > 0 && (want == level || k_rank[tid] < want))
+      k_level[tid] = l + 1;
     level = want;
     __syncthreads();
   }
-  if (c < 4) k_count[c] = 0;
+  if (tid < 4) k_count[tid] = 0;
   __syncthreads();
-  if (c < kd) {
-    s.k_bits(i)[c] = static_cast<uint8_t>(width_of(static_cast<int>(k_level[c])));
-    atomicAdd(&k_count[k_level[c]], 1u);
+  if (tid < kd) {
+    s.k_bits(i)[tid] = static_cast<uint8_t>(width_of(static_cast<int>(k_level[tid])));
+    atomicAdd(&k_count[k_level[tid]], 1u);
   }
   __syncthreads();
-  if (c == 0) {
+  if (tid == 0) {
     solve_head *h = s.head(i);
-    h->k_tile = 0;
+    uint32_t k_tile = 0;
     for (int l = 0; l < 4; ++l) h->channels[l] = k_count[l];
-    for (int l = 1; l < 4; ++l) h->k_tile += (k_count[l] + 15) / 16 * (64u << l);
+    for (int l = 1; l < 4; ++l) k_tile += (k_count[l] + 15) / 16 * (64u << l);
+    if (k_tile != h->k_tile) atomicAdd(&s.a.state->changes, 1u);
+    h->k_tile = k_tile;
   }
   __syncthreads();
 }
 
-/* K of every head; tokens are those of `bins` from from_bin up (by eighths of octaves), or as fine
-   bins count them, or all. */
+/* K of every head; tokens are those of `bins` from bin up (by eighths of octaves), or as fine bins
+   count them, or all. Returns whether any head takes other bytes for K than before. */
 enum { BY_BINS, BY_FINE, BY_ALL };
-__device__ __noinline__ void choose_all_k(solver &s, float threshold, int by, uint32_t bin) {
+__device__ __noinline__ bool choose_all_k(solver &s, float threshold, int by, uint32_t bin) {
   for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x)
     choose_k(s, i, threshold,
              by == BY_BINS   ? count_from(s.bins(i), bin)
              : by == BY_FINE ? s.bins(i)[bin]
                              : s.a.n);
   s.sync();
+  s.fresh = false;
+  const uint32_t before = s.changes;
+  s.changes = *static_cast<volatile uint32_t *>(&s.a.state->changes);
+  return s.changes != before;
 }
 
 /* Tokens of every head and level by slope in 1/128 octaves from base up, cumulated from the top. */
 __device__ __noinline__ void fine_bins(solver &s, float base) {
-  uint32_t *fine_count = bin_memory();
+  enum { COPIES = SOLVE_WORDS / (4 * FINE) };
   __shared__ u64 fine_scratch[33];
   const uint32_t bottom = __float_as_uint(base) >> 16;
-  v_costs c;
-  const float *d = nullptr;
-  clear_bins(s);
-  s.sync();
+  uint32_t *count = nullptr;
+  s.turn();
   each_token(
-      s,
-      [&](uint32_t i) {
-        c = costs_of(s, i), d = s.v_distortion(i);
-        for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE) fine_count[b] = 0;
-        __syncthreads();
-      },
-      [&](uint32_t, uint32_t t) {
-        uint32_t slope[4];
-        slopes_of(s, d, c, t, slope);
+      s, [&](uint32_t) { count = clear_memory(); },
+      [&](uint32_t, const uint32_t *slope) {
+#pragma unroll
         for (uint32_t l = 0; l < 4; ++l) {
           const uint32_t b = slope[l] >> 16;
           if (slope[l] == 0 || b < bottom) break;
-          atomicAdd(&fine_count[l * FINE + least(b - bottom, FINE - 1)], 1u);
+          atomicAdd(
+              &count[(l * FINE + least(b - bottom, FINE - 1)) * COPIES + threadIdx.x % COPIES], 1u);
         }
       },
-      [&](uint32_t i) {
+      [&](uint32_t i, const v_costs &) {
         __syncthreads();
-        for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE)
-          if (fine_count[b]) atomicAdd(&s.bins(i)[b], fine_count[b]);
-        __syncthreads();
+        for (uint32_t b = threadIdx.x; b < 4 * FINE; b += SOLVE) {
+          uint32_t n = 0;
+#pragma unroll
+          for (uint32_t j = 0; j < COPIES; ++j) n += count[b * COPIES + j];
+          if (n) atomicAdd(&s.bins(i)[b], n);
+        }
       });
   s.sync();
   for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x)
-    for (uint32_t l = 0; l < 4; ++l) {
+    for (uint32_t l = 0; l < 4; l += 2) { /* two levels in one sum */
       uint32_t *at = s.bins(i) + l * FINE + (FINE - 1 - threadIdx.x);
-      const u64 mine = *at;
+      const u64 mine = at[0] | static_cast<u64>(at[FINE]) << 32;
       u64 all;
-      const u64 before = block_scan(mine, fine_scratch, &all);
-      *at = static_cast<uint32_t>(before + mine);
+      const u64 sum = mine + block_scan(mine, fine_scratch, &all);
+      at[0] = static_cast<uint32_t>(sum), at[FINE] = static_cast<uint32_t>(sum >> 32);
     }
   s.sync();
 }
@@ -5201,240 +5883,389 @@ __device__ __forceinline__ uint32_t whole_tiles(uint32_t n, uint32_t all) {
   return n >= all ? all : n / TILE * TILE;
 }
 
-/* Bytes of the part if the threshold lies at the lower edge of a fine bin, or with nothing but pins
-   where bin is FINE. Every block finds them; keep: the first writes at_least down. */
-__device__ __noinline__ uint64_t bytes_at(const solver &s, uint32_t bin, bool keep) {
-  __shared__ u64 at_scratch[33];
-  u64 bytes = 0, all;
-  for (uint32_t i = threadIdx.x; i < s.n_heads; i += SOLVE) {
-    solve_head *h = s.head(i);
-    uint32_t n = s.a.n, at[4], count[5];
-    parts p;
+/* Tokens that reach each level if the threshold lies at the lower edge of a fine bin, or with
+   nothing but pins where bin is FINE. */
+__device__ __forceinline__ void reach_at(const solver &s, uint32_t i, uint32_t bin,
+                                         uint32_t at[4]) {
+  uint32_t n = s.a.n;
+#pragma unroll
+  for (uint32_t l = 0; l < 4; ++l) {
+    const uint32_t reach = bin < FINE ? s.bins(i)[l * FINE + bin] + s.round_up : 0;
+    n = most(least(n, whole_tiles(reach, s.a.n)), s.head(i)->pinned[l + 1]);
+    at[l] = n;
+  }
+}
+
+/* Whether the part fits at each fine bin. Every block finds all; [FINE] until the next call. */
+__device__ __noinline__ const bool *fits_at(const solver &s, uint64_t budget) {
+  __shared__ bool fits[FINE];
+  u64 bytes = 0;
+  const uint32_t block = static_cast<uint32_t>(pad16(s.a.v_dim)) / 16 * 64, n = s.a.n;
+  const uint32_t n_heads = s.n_heads, beside = 128 + (s.a.positions ? 4 * TILE : 0);
+  const uint32_t *bins = s.bins(0) + threadIdx.x, round_up_by = s.round_up;
+  __syncthreads();
+#pragma unroll 2
+  for (uint32_t i = 0; i < n_heads; ++i, bins += BINS) {
+    const solve_head *h = s.head(i);
+    uint32_t last = n, left = 0, tiles[5] = {0, 0, 0, 0, 0},
+             k_blocks = 0; /* as head_bytes counts */
+#pragma unroll
     for (uint32_t l = 0; l < 4; ++l) {
-      const uint32_t reach = bin < FINE ? s.bins(i)[l * FINE + bin] + s.round_up : 0;
-      n = least(n, whole_tiles(reach, s.a.n));
-      n = most(n, s.a.state->pinned[l + 1]);
-      at[l] = n;
+      last = most(least(last, whole_tiles(bins[l * FINE] + round_up_by, n)), h->pinned[l + 1]);
+      if (l > 0) tiles[l] = (left - last + TILE - 1) / TILE;
+      left = last;
     }
-    count[0] = s.a.n - at[0];
-    for (int l = 1; l < 4; ++l) count[l] = at[l - 1] - at[l];
-    count[4] = at[3];
-    bytes += head_bytes(s.a.v_dim, s.a.positions, count, h->channels, &p);
-    if (keep && blockIdx.x == 0)
-      for (int l = 0; l < 4; ++l) h->at_least[l] = at[l];
+    tiles[4] = (left + TILE - 1) / TILE;
+#pragma unroll
+    for (int l = 1; l < 4; ++l) k_blocks += (h->channels[l] + 15) / 16;
+    bytes += static_cast<u64>(tiles[1] + tiles[2] + tiles[3] + tiles[4]) * (h->k_tile + beside);
+#pragma unroll
+    for (int l = 1; l < 5; ++l) bytes += static_cast<u64>(tiles[l]) * (block << l);
+    bytes += round_up(80 * k_blocks + 3 * h->channels[0], 128);
   }
-  block_scan(bytes, at_scratch, &all);
-  return all;
+  fits[threadIdx.x] = bytes <= budget;
+  __syncthreads();
+  return fits;
 }
 
-__device__ __noinline__ float pins_alone(solver &s) {
-  choose_all_k(s, __uint_as_float(PINNED), BY_BINS, BINS);
-  bytes_at(s, FINE, true);
+__device__ __forceinline__ uint32_t fine_edge(float base, uint32_t bin) {
+  return ((__float_as_uint(base) >> 16) + bin) << 16;
+}
+
+/* A threshold for whole tiles: the lower edge of a fine bin; or FINE, pins alone. */
+struct cut {
+  float base, threshold;
+  uint32_t bin;
+};
+
+/* Slopes of each level between which it must be looked at which tokens are taken: about MARGIN
+   above the threshold, where a level leaves out what its own or a lower level's last tile lacks,
+   and below it, down to the floor at most, enough for the greedy steps. Where a bin has many more
+   tokens they are taken to lie evenly in it; resolve() sees whether it was enough. */
+struct windows {
+  uint32_t from[4], to[4];
+  bool cut_off[4]; /* there are tokens between floor and from */
+};
+
+__device__ __forceinline__ uint32_t part_of_bin(uint32_t tokens, uint32_t of) {
+  return static_cast<uint32_t>((static_cast<u64>(tokens) << 16) / of);
+}
+
+__device__ __forceinline__ void find_windows(const solver &s, uint32_t i, const cut &at,
+                                             windows *out) {
+  __shared__ uint32_t window_low[4], window_high[4];
+  const uint32_t tid = threadIdx.x, *bins = s.bins(i), bin = at.bin;
+  const uint32_t floor = most(__float_as_uint(at.threshold / 2), 1), base = fine_edge(at.base, 0);
+  __syncthreads();
+  if (tid < 4) window_low[tid] = floor, window_high[tid] = ~0u;
+  __syncthreads();
+#pragma unroll
+  for (uint32_t l = 0; bin < FINE && l < 4; ++l) {
+    /* the bin of this thread is the one in which so many tokens have come together */
+    const uint32_t here = bins[l * FINE + bin], n = bins[l * FINE + tid];
+    const uint32_t above = tid + 1 < FINE ? bins[l * FINE + tid + 1] : 0;
+    const uint32_t in = n - above, edge = base + (tid << 16);
+    if (tid >= bin && tid + 1 < FINE && here - above >= MARGIN && here - n < MARGIN)
+      window_high[l] = edge + (in > MARGIN ? part_of_bin(MARGIN - (here - n), in) : 65536);
+    if (tid < bin && n - here >= MARGIN + FILL && above - here < MARGIN + FILL)
+      window_low[l] =
+          most(floor,
+               edge + (in > MARGIN ? 65536 - part_of_bin(MARGIN + FILL - (above - here), in) : 0));
+  }
+  __syncthreads();
+#pragma unroll
+  for (uint32_t l = 0; l < 4; ++l) {
+    out->to[l] = window_high[l], out->from[l] = window_low[l];
+    out->cut_off[l] = window_low[l] > floor;
+  }
+}
+
+/* Gives every token the level that is sure, and lists the tokens of the windows; or, with alone >=
+   0, lists all tokens of that level alone down to the floor, none being sure. */
+__device__ __noinline__ void collect(solver &s, const cut &at, int alone) {
+  windows w;
+  uint8_t *v_bits = nullptr;
+  u64 *list = nullptr;
+  uint32_t *n_list = nullptr;
+  u64 taken = 0; /* 16 bits a level: a thread has at most 2^20 / SOLVE tokens of a unit */
+  const uint32_t floor = most(__float_as_uint(at.threshold / 2), 1);
+  each_token(
+      s,
+      [&](uint32_t i) {
+        v_bits = s.v_bits(i), list = s.list(i), n_list = s.head(i)->n_list;
+        if (alone < 0) find_windows(s, i, at, &w);
+        taken = 0;
+      },
+      [&](uint32_t t, const uint32_t *slope) {
+        if (alone < 0) {
+          bool sure = true;
+          int level = 0;
+#pragma unroll
+          for (uint32_t l = 0; l < 4; ++l) {
+            sure = sure && slope[l] >= w.to[l];
+            level += sure;
+            taken += static_cast<u64>(sure) << (16 * l);
+            if (!sure && slope[l] >= w.from[l]) {
+              const uint32_t to = atomicAdd(&n_list[l], 1u);
+              if (to < s.a.capacity)
+                list[l * static_cast<size_t>(s.a.capacity) + to] =
+                    static_cast<u64>(slope[l]) << 32 | static_cast<uint32_t>(~t);
+            }
+          }
+          v_bits[t] = static_cast<uint8_t>(width_of(level));
+        } else {
+          const uint32_t x = alone == 0   ? slope[0]
+                             : alone == 1 ? slope[1]
+                             : alone == 2 ? slope[2]
+                                          : slope[3];
+          if (alone == 0) v_bits[t] = 0;
+          if (x >= floor)
+            list[atomicAdd(&n_list[alone], 1u)] =
+                static_cast<u64>(x) << 32 | static_cast<uint32_t>(~t);
+        }
+      },
+      [&](uint32_t i, const v_costs &) {
+#pragma unroll
+        for (uint32_t l = 0; l < 4; ++l) {
+          const uint32_t n =
+              __reduce_add_sync(FULL, static_cast<uint32_t>(taken >> (16 * l) & 0xffff));
+          if (threadIdx.x % 32 == 0 && n) atomicAdd(&s.head(i)->n_sure[l], n);
+        }
+      });
   s.sync();
-  return __uint_as_float(PINNED);
 }
 
-/* The key down to which there are k of those in list [m] that ok() accepts; k > 0 and there are as
-   many. By one block. */
-template <typename Ok>
-__device__ inline u64 kth_largest(const u64 *list, uint32_t m, uint32_t k, Ok ok) {
-  __shared__ uint32_t kth_count[256];
-  __shared__ uint32_t kth_digit[3];
-  u64 prefix = 0;
-  for (int shift = 56; shift >= 0; shift -= 8) {
-    if (threadIdx.x < 256) kth_count[threadIdx.x] = 0;
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < m; i += SOLVE) {
-      const u64 key = list[i];
-      if ((shift == 56 || key >> (shift + 8) == prefix) && ok(key))
-        atomicAdd(&kth_count[key >> shift & 255], 1u);
+/* Sorts LISTS lists of keys, `pitch` apart, the greatest first, by one block: a bitonic network
+   whose comparators all point the same way, so that no list need be padded. */
+template <int LISTS>
+__device__ __noinline__ void sort_lists(u64 *keys, uint32_t pitch, uint4 lengths) {
+  const uint32_t m[4] = {lengths.x, lengths.y, lengths.z, lengths.w};
+  const uint32_t longest = LISTS == 1 ? m[0] : most(most(m[0], m[1]), most(m[2], m[3]));
+  __syncthreads();
+  for (uint32_t level = 0; (1u << level) < longest; ++level) {
+    const uint32_t pairs = (longest + (2u << level) - 1) >> (level + 1) << level;
+    for (uint32_t step = level + 1; step-- > 0;) {
+      const uint32_t stride = 1u << step;
+      for (uint32_t i = threadIdx.x; i < pairs; i += SOLVE) {
+        const uint32_t in = i & (stride - 1), lo = (i >> step << (step + 1)) + in;
+        const uint32_t hi = step == level ? lo - 2 * in + 2 * stride - 1 : lo + stride;
+        u64 x[LISTS], y[LISTS];
+#pragma unroll
+        for (int l = 0; l < LISTS; ++l)
+          if (hi < m[l]) x[l] = keys[l * pitch + lo], y[l] = keys[l * pitch + hi];
+#pragma unroll
+        for (int l = 0; l < LISTS; ++l)
+          if (hi < m[l] && x[l] < y[l]) keys[l * pitch + lo] = y[l], keys[l * pitch + hi] = x[l];
+      }
+      /* up to a stride of 32 a warp goes on with the keys it has */
+      if (step > 5 || (step == 0 && level > 4))
+        __syncthreads();
+      else
+        __syncwarp();
     }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      int digit = 255;
-      uint32_t above = 0;
-      while (digit > 0 && above + kth_count[digit] < k) above += kth_count[digit--];
-      kth_digit[0] = static_cast<uint32_t>(digit), kth_digit[1] = above;
-      kth_digit[2] = kth_count[digit];
-    }
-    __syncthreads();
-    prefix = prefix << 8 | kth_digit[0];
-    k -= kth_digit[1];
-    const bool all = kth_digit[2] == k;
-    __syncthreads();
-    if (all) return prefix << shift;
   }
-  return prefix;
+  __syncthreads();
 }
 
-/* The cut of a level: the bin in which the last token to take lies, how many to take there, and the
-   bin down to which the next FILL tokens lie. By one block. */
-__device__ __noinline__ void find_cut(const solver &s, uint32_t i, int l) {
-  __shared__ u64 cut_scratch[33];
-  __shared__ uint32_t cut_found[3];
+__device__ __forceinline__ uint32_t bucket_of(u64 key, uint32_t from, uint32_t shift) {
+  return least((static_cast<uint32_t>(key >> 32) - from) >> shift, BUCKETS - 1);
+}
+
+/* Sorts up to four lists of at most SORT keys into `to`, SORT apart, the greatest first: into
+   buckets by slope, then by rank within the bucket. */
+__device__ __noinline__ void sort_short(u64 *to, u64 *const list[4], const uint32_t m[4],
+                                        const uint32_t from[4], const uint32_t shift[4]) {
+  enum { EACH = SORT / SOLVE };
+  __shared__ uint32_t bucket_end[4][BUCKETS]; /* tokens of this bucket and those above */
+  __shared__ u64 bucket_scratch[33];
+  const uint32_t tid = threadIdx.x;
+  u64 key[EACH];
+  uint32_t place[EACH];
+  __syncthreads();
+  for (uint32_t b = tid; b < 4 * BUCKETS; b += SOLVE) bucket_end[0][b] = 0;
+  __syncthreads();
+#pragma unroll 1
+  for (uint32_t l = 0; l < 4; ++l)
+    for (uint32_t j = tid; j < m[l]; j += SOLVE)
+      atomicAdd(&bucket_end[l][bucket_of(list[l][j], from[l], shift[l])], 1u);
+  __syncthreads();
+#pragma unroll 1
+  for (uint32_t l = 0; l < 4; l += 2) { /* two lists in one sum, from the top bucket down */
+    const uint32_t b = BUCKETS - 1 - tid;
+    const u64 mine =
+        tid < BUCKETS ? bucket_end[l][b] | static_cast<u64>(bucket_end[l + 1][b]) << 32 : 0;
+    u64 all;
+    const u64 sum = block_scan(mine, bucket_scratch, &all) + mine;
+    if (tid < BUCKETS)
+      bucket_end[l][b] = static_cast<uint32_t>(sum),
+      bucket_end[l + 1][b] = static_cast<uint32_t>(sum >> 32);
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (uint32_t l = 0; l < 4; ++l) /* filled from their ends, which become their starts */
+    for (uint32_t j = tid; j < m[l]; j += SOLVE) {
+      const u64 x = list[l][j];
+      to[l * SORT + atomicSub(&bucket_end[l][bucket_of(x, from[l], shift[l])], 1u) - 1] = x;
+    }
+  __syncthreads();
+#pragma unroll 1
+  for (uint32_t l = 0; l < 4; ++l) {
+    u64 *keys = to + l * SORT;
+#pragma unroll
+    for (uint32_t e = 0; e < EACH; ++e) {
+      const uint32_t j = tid + e * SOLVE;
+      if (j >= m[l]) break;
+      key[e] = keys[j];
+      const uint32_t b = bucket_of(key[e], from[l], shift[l]);
+      const uint32_t start = bucket_end[l][b], end = b > 0 ? bucket_end[l][b - 1] : m[l];
+      uint32_t rank = start;
+      for (uint32_t o = start; o < end; ++o) rank += keys[o] > key[e];
+      place[e] = rank;
+    }
+    __syncthreads();
+#pragma unroll
+    for (uint32_t e = 0; e < EACH; ++e)
+      if (tid + e * SOLVE < m[l]) keys[place[e]] = key[e];
+  }
+  __syncthreads();
+}
+
+/* What the greedy steps need to know of the tokens at hand. By one block. */
+__device__ __noinline__ void prepare_fill(const solver &s, uint32_t i) {
+  __shared__ uint32_t fill_token[4][FILL];
   solve_head *h = s.head(i);
-  const uint32_t *able_bins = s.bins(i), *all_bins = s.more(i);
-  const uint32_t top = BINS - 1 - threadIdx.x * (BINS / SOLVE);
-  u64 able = 0, total_able;
-  for (uint32_t b = 0; b < BINS / SOLVE; ++b) able += able_bins[top - b];
-  u64 sum = block_scan(able, cut_scratch, &total_able);
-  const uint32_t enough =
-      most(whole_tiles(static_cast<uint32_t>(total_able), s.a.n), s.a.state->pinned[l + 1]);
-  const uint32_t want = least(h->at_least[l], enough);
-  if (threadIdx.x == 0) cut_found[0] = BINS, cut_found[1] = 0, cut_found[2] = 0;
+  const uint8_t *v_bits = s.v_bits(i);
+  const float *d = s.v_distortion(i);
+  for (uint32_t e = threadIdx.x; e < 4 * FILL; e += SOLVE)
+    fill_token[e / FILL][e % FILL] =
+        e % FILL < h->n_fill[e / FILL] ? h->fill[e / FILL][e % FILL] : ~0u;
   __syncthreads();
-  for (uint32_t b = 0; b < BINS / SOLVE; ++b) {
-    const u64 with = sum + able_bins[top - b];
-    if (sum < want && with >= want)
-      cut_found[0] = top - b, cut_found[1] = want - static_cast<uint32_t>(sum);
-    sum = with;
+  for (uint32_t e = threadIdx.x; e < 4 * FILL; e += SOLVE) {
+    const uint32_t l = e / FILL, j = e % FILL, t = fill_token[l][j];
+    const bool real = t != ~0u;
+    const float *from = d + static_cast<size_t>(l) * s.a.n;
+    float gain = 0;
+    bool able = false;
+    uint32_t link = 255;
+    if (real) {
+      gain = __fsub_rn(from[t], from[s.a.n + t]);
+      able = v_bits[t] == width_of(static_cast<int>(l));
+#pragma unroll 8
+      for (uint32_t o = 0; o < FILL && l < 3; ++o)
+        if (fill_token[l + 1][o] == t) link = o;
+    }
+    h->gain[l][j] = gain, h->link[l][j] = static_cast<uint8_t>(link);
+    const uint32_t word = __ballot_sync(FULL, able);
+    if (threadIdx.x % 32 == 0) h->able[l][j / 32] = word;
   }
-  __syncthreads();
-  /* of the cut bin itself all are looked at; FILL are to lie below it */
-  const uint32_t cut = cut_found[0];
-  u64 mine = 0, total;
-  for (uint32_t b = 0; b < BINS / SOLVE; ++b) mine += top - b < cut ? all_bins[top - b] : 0;
-  u64 below = block_scan(mine, cut_scratch, &total);
-  for (uint32_t b = 0; b < BINS / SOLVE; ++b) {
-    const u64 with = below + (top - b < cut ? all_bins[top - b] : 0);
-    if (below < FILL && with >= FILL) cut_found[2] = top - b;
-    below = with;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0)
-    h->at_least[l] = want, h->cut = cut, h->take = cut_found[1], h->low = cut_found[2];
   __syncthreads();
 }
 
-/* Takes the best of the cut bin, and lists the next FILL tokens, best first. By one block. */
-__device__ __noinline__ void take_cut(const solver &s, uint32_t i, int l) {
-  __shared__ u64 take_fill[FILL];
-  __shared__ uint32_t take_count[1];
+/* Takes the reach_at() best of the tokens listed that are at the level below, level after level,
+   and notes the next FILL tokens, best first. By one block. Where the windows were too small it
+   counts a failure. */
+__device__ __noinline__ void resolve(const solver &s, uint32_t i, const cut &at, int alone) {
+  __shared__ u64 resolve_scratch[33];
+  __shared__ uint32_t resolve_last[1];
   solve_head *h = s.head(i);
   uint8_t *v_bits = s.v_bits(i);
-  const u64 *list = s.a.list + static_cast<size_t>(s.first + i) * s.a.n;
-  const uint32_t m = h->n_list;
-  const int here = width_of(l), next = width_of(l + 1);
-  u64 limit = ~0ull;
-  if (h->take > 0) {
-    limit = kth_largest(list, m, h->take,
-                        [&](u64 key) { return v_bits[~static_cast<uint32_t>(key)] == here; });
-    __syncthreads();
-    for (uint32_t j = threadIdx.x; j < m; j += SOLVE) {
-      const uint32_t t = ~static_cast<uint32_t>(list[j]);
-      if (list[j] >= limit && v_bits[t] == here) v_bits[t] = static_cast<uint8_t>(next);
+  const int first = alone < 0 ? 0 : alone, end = alone < 0 ? 4 : alone + 1, n_lists = end - first;
+  uint32_t reach[4], m[4] = {0, 0, 0, 0}, n_sure[4];
+  u64 *list[4];
+  windows w;
+  bool failed = false;
+  const uint32_t floor = most(__float_as_uint(at.threshold / 2), 1);
+  uint32_t pinned[4];
+  for (int l = 0; l < 4; ++l) pinned[l] = h->pinned[l + 1];
+  reach_at(s, i, at.bin, reach);
+  if (alone < 0) find_windows(s, i, at, &w);
+  for (int l = 0; l < 4; ++l) n_sure[l] = h->n_sure[l]; /* all 0 with one alone */
+  for (int l = 0; l < n_lists; ++l) {
+    m[l] = h->n_list[first + l];
+    list[l] = s.list(i) + static_cast<size_t>(l) * s.a.capacity;
+    if (alone < 0 && m[l] > s.a.capacity) failed = true;
+  }
+  __syncthreads();
+  if (threadIdx.x < 4) h->n_list[threadIdx.x] = h->n_sure[threadIdx.x] = 0;
+  if (!failed && most(most(m[0], m[1]), most(m[2], m[3])) <= SORT) {
+    u64 *here = reinterpret_cast<u64 *>(solve_shared);
+    uint32_t from[4], shift[4];
+    for (int l = 0; l < 4; ++l) {
+      const int level = least(first + l, 3);
+      from[l] = alone < 0 ? w.from[level] : floor;
+      const uint32_t span = (alone < 0 && w.to[level] != ~0u ? w.to[level] : 0x7f800000u) - from[l];
+      shift[l] = span < BUCKETS ? 0 : 32 - __clz(span / BUCKETS);
     }
+    sort_short(here, list, m, from, shift);
+    for (int l = 0; l < n_lists; ++l) list[l] = here + l * SORT;
+  } else { /* in place */
+    for (int l = 0; l < n_lists && !failed; ++l)
+      sort_lists<1>(list[l], 0, make_uint4(m[l], 0, 0, 0));
   }
-  if (threadIdx.x == 0) take_count[0] = 0;
-  __syncthreads();
-  /* the limit may lie below the last key taken: what is between is neither taken nor able */
-  u64 last = ~0ull;
-  if (h->take > 0) {
-    __shared__ u64 take_last[1];
-    if (threadIdx.x == 0) take_last[0] = ~0ull;
-    __syncthreads();
-    for (uint32_t j = threadIdx.x; j < m; j += SOLVE)
-      if (list[j] >= limit && v_bits[~static_cast<uint32_t>(list[j])] == next)
-        atomicMin(&take_last[0], list[j]);
-    __syncthreads();
-    last = take_last[0];
-  }
-  uint32_t mine = 0;
-  for (uint32_t j = threadIdx.x; j < m; j += SOLVE) mine += list[j] < last;
-  if (mine) atomicAdd(&take_count[0], mine);
-  __syncthreads();
-  const uint32_t n = least(take_count[0], FILL);
-  __syncthreads();
-  if (n > 0) {
-    const u64 from = kth_largest(list, m, n, [&](u64 key) { return key < last; });
-    if (threadIdx.x == 0) take_count[0] = 0;
-    __syncthreads();
-    for (uint32_t j = threadIdx.x; j < m; j += SOLVE)
-      if (list[j] >= from && list[j] < last) take_fill[atomicAdd(&take_count[0], 1u)] = list[j];
-    __syncthreads();
-    if (threadIdx.x < n) {
-      const u64 key = take_fill[threadIdx.x];
-      uint32_t rank = 0;
-      for (uint32_t j = 0; j < n; ++j) rank += take_fill[j] > key;
-      h->fill[l][rank] = ~static_cast<uint32_t>(key);
+  for (int l = first; l < end && !failed; ++l) {
+    const u64 *keys = list[l - first];
+    const uint32_t n = m[l - first], each = (n + SOLVE - 1) / SOLVE;
+    const uint32_t j0 = least(threadIdx.x * each, n), j1 = least(j0 + each, n);
+    const uint8_t here = static_cast<uint8_t>(width_of(l)),
+                  next = static_cast<uint8_t>(width_of(l + 1));
+    const uint32_t to = alone < 0 ? w.to[l] : ~0u;
+    const bool cut_off = alone < 0 && w.cut_off[l];
+    u64 mine = 0, all;
+    u64 is_able = 0; /* a bit each of the first 64 */
+#pragma unroll 4
+    for (uint32_t j = j0; j < j1; ++j) {
+      const bool able = v_bits[~static_cast<uint32_t>(keys[j])] == here;
+      if (j - j0 < 64) is_able |= static_cast<u64>(able) << (j - j0);
+      mine += able;
     }
+    uint32_t before = static_cast<uint32_t>(block_scan(mine, resolve_scratch, &all));
+    const uint32_t able = static_cast<uint32_t>(all);
+    const uint32_t sure = n_sure[l];
+    const uint32_t enough = most(whole_tiles(able + sure, s.a.n), pinned[l]);
+    const uint32_t want = least(reach[l], enough);
+    failed = want < sure || (cut_off && able + sure < reach[l]);
+    const uint32_t need = failed ? 0 : want - sure;
+    if (threadIdx.x == 0) resolve_last[0] = ~0u;
+    __syncthreads();
+    for (uint32_t j = j0; j < j1 && before < need; ++j) {
+      const uint32_t t = ~static_cast<uint32_t>(keys[j]);
+      if (j - j0 < 64 ? !(is_able >> (j - j0) & 1) : v_bits[t] != here) continue;
+      v_bits[t] = next;
+      if (++before == need) resolve_last[0] = j;
+    }
+    __syncthreads();
+    const uint32_t last = resolve_last[0], p = need ? last + 1 : 0;
+    /* the next tokens must lie below those that are sure */
+    failed =
+        failed || (sure > 0 && (need == 0 || keys[last] >> 32 >= to)) || (cut_off && n - p < FILL);
+    for (uint32_t j = threadIdx.x; j < FILL && p + j < n; j += SOLVE)
+      h->fill[l][j] = ~static_cast<uint32_t>(keys[p + j]);
+    if (threadIdx.x == 0) h->n_fill[l] = least(n - p, FILL), h->at_least[l] = want;
+    __syncthreads();
   }
-  if (threadIdx.x == 0) h->n_fill[l] = n;
-  __syncthreads();
-}
-
-/* rdkv__assign for every head: each level takes the at_least[] best of those that reached the level
-   below. */
-__device__ __noinline__ void assign(solver &s, float floor) {
-  uint32_t *assign_able = bin_memory(), *assign_all = assign_able + BINS;
-  v_costs c;
-  const float *d = nullptr;
-  uint8_t *v_bits = nullptr;
-  const uint32_t low = __float_as_uint(floor);
-  each_token(
-      s, [&](uint32_t i) { v_bits = s.v_bits(i); }, [&](uint32_t, uint32_t t) { v_bits[t] = 0; },
-      [](uint32_t) {});
-  for (int l = 0; l < 4; ++l) {
-    const int here = width_of(l), next = width_of(l + 1);
-    clear_bins(s);
-    s.sync();
-    each_token(
-        s,
-        [&](uint32_t i) {
-          c = costs_of(s, i), d = s.v_distortion(i), v_bits = s.v_bits(i);
-          for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE) assign_able[b] = assign_all[b] = 0;
-          __syncthreads();
-        },
-        [&](uint32_t, uint32_t t) {
-          uint32_t slope[4];
-          slopes_of(s, d, c, t, slope);
-          if (slope[l] == 0 || slope[l] < low) return;
-          atomicAdd(&assign_all[slope[l] >> 20], 1u);
-          if (v_bits[t] == here) atomicAdd(&assign_able[slope[l] >> 20], 1u);
-        },
-        [&](uint32_t i) {
-          __syncthreads();
-          for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE) {
-            if (assign_able[b]) atomicAdd(&s.bins(i)[b], assign_able[b]);
-            if (assign_all[b]) atomicAdd(&s.more(i)[b], assign_all[b]);
-          }
-          __syncthreads();
-        });
-    s.sync();
-    for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x) find_cut(s, i, l);
-    s.sync();
-    solve_head *h = nullptr;
-    u64 *list = nullptr;
-    each_token(
-        s,
-        [&](uint32_t i) {
-          c = costs_of(s, i), d = s.v_distortion(i), v_bits = s.v_bits(i), h = s.head(i);
-          list = s.a.list + static_cast<size_t>(s.first + i) * s.a.n;
-        },
-        [&](uint32_t, uint32_t t) {
-          uint32_t slope[4];
-          slopes_of(s, d, c, t, slope);
-          const uint32_t bin = slope[l] >> 20;
-          if (slope[l] == 0 || slope[l] < low || bin < h->low) return;
-          if (bin > h->cut) {
-            if (v_bits[t] == here) v_bits[t] = static_cast<uint8_t>(next);
-          } else {
-            list[atomicAdd(&h->n_list, 1u)] =
-                static_cast<u64>(slope[l]) << 32 | static_cast<uint32_t>(~t);
-          }
-        },
-        [](uint32_t) {});
-    s.sync();
-    for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x) take_cut(s, i, l);
-    s.sync();
+  if (failed) {
+    if (threadIdx.x == 0) atomicAdd(&s.a.state->failures, 1u);
+    return;
   }
-  for (uint32_t i = blockIdx.x * SOLVE + threadIdx.x; i < s.n_heads; i += gridDim.x * SOLVE) {
-    solve_head *h = s.head(i);
+  if (end < 4) return;
+  if (threadIdx.x == 0) {
     h->count[0] = s.a.n - h->at_least[0];
     for (int l = 1; l < 4; ++l) h->count[l] = h->at_least[l - 1] - h->at_least[l];
     h->count[4] = h->at_least[3];
   }
-  s.sync();
+  prepare_fill(s, i);
+}
+
+/* rdkv__assign for every head. */
+__device__ __noinline__ void assign(solver &s, const cut &at) {
+  for (int alone = -1; alone < 4; ++alone) {
+    collect(s, at, alone);
+    for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x) resolve(s, i, at, alone);
+    s.sync();
+    const uint32_t failures = *static_cast<volatile uint32_t *>(&s.a.state->failures);
+    if (alone < 0 && failures == s.failures) return;
+    s.failures = failures;
+  }
 }
 
 __device__ __noinline__ uint64_t bytes_now(const solver &s) {
@@ -5448,141 +6279,389 @@ __device__ __noinline__ uint64_t bytes_now(const solver &s) {
   return all;
 }
 
-/* Step `step` of a head, by one warp: its gain and cost, or carried out. */
-__device__ __noinline__ void step_of(const solver &s, uint32_t i, int step, bool apply) {
-  solve_head *h = s.head(i);
-  const int lane = static_cast<int>(threadIdx.x) & 31, kd = s.a.k_dim;
-  const int l = step < 4 ? step : step - 4, here = width_of(l), next = width_of(l + 1);
-  uint32_t got = 0, want;
-  float gain = 0;
-  if (step < 4) {
-    const float *from = s.v_distortion(i) + static_cast<size_t>(l) * s.a.n, *to = from + s.a.n;
-    uint8_t *v_bits = s.v_bits(i);
-    want = TILE - h->count[l + 1] % TILE;
-    for (uint32_t f = 0; f < h->n_fill[l] && got < want; f += 32) {
-      const uint32_t j = f + static_cast<uint32_t>(lane);
-      const uint32_t t = j < h->n_fill[l] ? h->fill[l][j] : 0;
-      const bool able = j < h->n_fill[l] && v_bits[t] == here;
-      const float d = able ? __fsub_rn(from[t], to[t]) : 0;
-      uint32_t left = __ballot_sync(FULL, able);
-      const uint32_t before = __popc(left & ((1u << lane) - 1));
-      if (apply && able && got + before < want) v_bits[t] = static_cast<uint8_t>(next);
-      for (; left && got < want; ++got, left &= left - 1)
-        gain = __fadd_rn(gain, __shfl_sync(FULL, d, __ffs(static_cast<int>(left)) - 1));
-    }
-  } else {
-    const float *from = s.k_distortion(i) + l * kd, *to = from + kd;
-    uint8_t *k_bits = s.k_bits(i);
-    float d[MAX_DIM / 32];
-    uint32_t able = 0;
-    want = 16 - h->channels[l + 1] % 16;
-#pragma unroll
-    for (int j = 0; j < MAX_DIM / 32; ++j) {
-      const int c = lane + 32 * j;
-      d[j] = c < kd ? __fsub_rn(from[c], to[c]) : 0;
-      if (c < kd && k_bits[c] == here) able |= 1u << j;
-    }
-    for (; got < want; ++got) {
-      u64 best = 0;
-#pragma unroll
-      for (int j = 0; j < MAX_DIM / 32; ++j) {
-        const u64 key = static_cast<u64>(static_cast<uint32_t>(ordered(d[j])) ^ 0x80000000u) << 32 |
-                        static_cast<uint32_t>(~(lane + 32 * j));
-        if ((able >> j & 1) && key > best) best = key;
-      }
-      for (int m = 16; m; m >>= 1) {
-        const u64 other = __shfl_xor_sync(FULL, best, m);
-        if (other > best) best = other;
-      }
-      if (best == 0) break;
-      const int c = static_cast<int>(~static_cast<uint32_t>(best));
-      gain = __fadd_rn(
-          gain, unordered(static_cast<int>(static_cast<uint32_t>(best >> 32) ^ 0x80000000u)));
-      if (c % 32 == lane) {
-        able &= ~(1u << (c / 32));
-        if (apply) k_bits[c] = static_cast<uint8_t>(next);
-      }
-    }
+/* ---- the greedy steps: a warp works out a head's next steps as if it were alone; then the heads'
+   are put in order, and carried out as far as the bytes last. */
+
+/* A head between steps, in a warp and its shared memory. */
+struct __align__(16) stepper {
+  float gain[4][FILL];   /* of the head */
+  uint8_t link[4][FILL]; /* likewise */
+  uint8_t line[4][FILL]; /* tokens of fill[l] at level l, in order */
+  float terms[4][36];    /* gains of a tile's tokens, in order */
+  uint32_t able[4][FILL / 32];
+  uint32_t in_line[4], next[4]; /* tokens in a line, and how many have risen */
+  uint32_t units[9];            /* tokens at each level, then channels */
+};
+
+/* Lines up the tokens of fill[l] that can rise. */
+__device__ __forceinline__ void line_up(stepper *st, uint32_t l) {
+  const uint32_t lane = threadIdx.x & 31;
+  uint32_t n = 0;
+#pragma unroll 1
+  for (uint32_t j = 0; j < FILL / 32; ++j) {
+    const uint32_t word = st->able[l][j];
+    if (word >> lane & 1)
+      st->line[l][n + static_cast<uint32_t>(__popc(word & ((1u << lane) - 1)))] =
+          static_cast<uint8_t>(32 * j + lane);
+    n += static_cast<uint32_t>(__popc(word));
   }
   __syncwarp();
-  if (lane != 0) return;
-  uint32_t count[5], channels[4];
-  parts p;
-  for (int j = 0; j < 5; ++j) count[j] = h->count[j];
-  for (int j = 0; j < 4; ++j) channels[j] = h->channels[j];
-  const uint64_t now = head_bytes(s.a.v_dim, s.a.positions, count, channels, &p);
-  if (step < 4)
-    count[l] -= got, count[l + 1] += got;
-  else
-    channels[l] -= got, channels[l + 1] += got;
-  const uint64_t then = head_bytes(s.a.v_dim, s.a.positions, count, channels, &p);
-  if (apply) {
-    for (int j = 0; j < 5; ++j) h->count[j] = count[j];
-    for (int j = 0; j < 4; ++j) h->channels[j] = channels[j];
-    h->k_tile = p.k_tile;
-  } else {
-    s.a.gain[(s.first + i) * 8 + static_cast<uint32_t>(step)] = got > 0 && gain > 0 ? gain : 0;
-    s.a.cost[(s.first + i) * 8 + static_cast<uint32_t>(step)] = then > now ? then - now : 0;
+  if (lane == 0) st->in_line[l] = n, st->next[l] = 0;
+  __syncwarp();
+}
+
+/* Tokens that fill up a tile of level l + 1, or as many as there are. */
+__device__ __forceinline__ uint32_t tokens_of(const stepper *st, uint32_t l) {
+  return least(TILE - st->units[l + 1] % TILE, st->in_line[l] - st->next[l]);
+}
+/* Channels that fill up a block of level l + 1. */
+__device__ __forceinline__ uint32_t channels_of(const stepper *st, uint32_t l) {
+  return least(16 - st->units[6 + l] % 16, st->units[5 + l]);
+}
+
+/* The next tokens of fill[l] rise, in v_bits too if it is given. */
+__device__ __noinline__ void raise_tokens(const solve_head *h, stepper *st, uint32_t l,
+                                          uint8_t *v_bits) {
+  const uint32_t lane = threadIdx.x & 31, got = tokens_of(st, l);
+  const uint32_t at = lane < got ? st->line[l][st->next[l] + lane] : 0;
+  const uint32_t link = lane < got ? st->link[l][at] : 255;
+  const bool linked = __any_sync(FULL, link != 255);
+  if (lane < got) {
+    atomicAnd(&st->able[l][at / 32], ~(1u << (at % 32)));
+    if (link != 255) atomicOr(&st->able[l + 1][link / 32], 1u << (link % 32));
+    if (v_bits) v_bits[h->fill[l][at]] = static_cast<uint8_t>(width_of(static_cast<int>(l) + 1));
   }
+  __syncwarp();
+  if (lane == 0) st->next[l] += got, st->units[l] -= got, st->units[l + 1] += got;
+  __syncwarp();
+  if (linked) line_up(st, l + 1);
+}
+
+/* The best `got` channels at level l, a bit each; what they gain is added up in order. */
+__device__ __noinline__ uint32_t best_channels(const solver &s, uint32_t i, uint32_t k_level,
+                                               uint32_t l, uint32_t got, float *gain) {
+  const uint32_t lane = threadIdx.x & 31, kd = static_cast<uint32_t>(s.a.k_dim);
+  const float *from = s.k_distortion(i) + l * kd, *to = from + kd;
+  uint32_t key[MAX_DIM / 32], taken = 0; /* order of the floats; 0: not at the level */
+#pragma unroll
+  for (uint32_t j = 0; j < MAX_DIM / 32; ++j) {
+    const uint32_t c = lane + 32 * j;
+    key[j] = c < kd && (k_level >> (4 * j) & 15) == l
+                 ? static_cast<uint32_t>(ordered(__fsub_rn(from[c], to[c]))) ^ 0x80000000u
+                 : 0;
+  }
+  *gain = 0;
+  for (uint32_t g = 0; g < got; ++g) {
+    uint32_t best = 0, channel = ~0u;
+#pragma unroll
+    for (uint32_t j = 0; j < MAX_DIM / 32; ++j)
+      if (key[j] > best) best = key[j], channel = lane + 32 * j;
+    const uint32_t top = __reduce_max_sync(FULL, best);
+    channel = __reduce_min_sync(FULL, best == top ? channel : ~0u);
+    *gain = __fadd_rn(*gain, unordered(static_cast<int>(top ^ 0x80000000u)));
+#pragma unroll
+    for (uint32_t j = 0; j < MAX_DIM / 32; ++j)
+      if (channel == lane + 32 * j) key[j] = 0, taken |= 1u << j;
+  }
+  return taken;
+}
+
+/* The widths of a head's channels, 4 bits of a level each, lane + 32 j. */
+__device__ __forceinline__ uint32_t levels_of(const solver &s, uint32_t i) {
+  const uint32_t lane = threadIdx.x & 31;
+  const uint8_t *k_bits = s.k_bits(i);
+  const int kd = s.a.k_dim;
+  uint32_t levels = 0;
+#pragma unroll
+  for (uint32_t j = 0; j < MAX_DIM / 32; ++j) {
+    const int c = static_cast<int>(lane + 32 * j);
+    const int level = c < kd ? level_of(k_bits[c]) : 15;
+    levels |= static_cast<uint32_t>(level) << (4 * j);
+  }
+  return levels;
+}
+
+/* Channels `taken` rise to level l + 1. */
+__device__ __forceinline__ void raise_channels(stepper *st, uint32_t *levels, uint32_t l,
+                                               uint32_t taken, uint32_t got) {
+#pragma unroll
+  for (uint32_t j = 0; j < MAX_DIM / 32; ++j) *levels += (taken >> j & 1) << (4 * j);
+  if (threadIdx.x % 32 == 0) st->units[5 + l] -= got, st->units[6 + l] += got;
+  __syncwarp();
+}
+
+/* Fetches a head and carries out its steps that came in time. */
+__device__ __noinline__ uint32_t carry_out(const solver &s, uint32_t i, steps_ahead *o,
+                                           stepper *st) {
+  const uint32_t lane = threadIdx.x & 31, used = o->used;
+  solve_head *h = s.head(i);
+  uint32_t levels = levels_of(s, i);
+  __syncwarp();
+#pragma unroll 1
+  for (uint32_t e = lane; e < 4 * FILL / 4; e += 32) {
+    reinterpret_cast<float4 *>(st->gain)[e] = reinterpret_cast<const float4 *>(h->gain)[e];
+    reinterpret_cast<uint32_t *>(st->link)[e] = reinterpret_cast<const uint32_t *>(h->link)[e];
+  }
+  if (lane < 4 * FILL / 32)
+    st->able[lane / (FILL / 32)][lane % (FILL / 32)] =
+        h->able[lane / (FILL / 32)][lane % (FILL / 32)];
+  if (lane < 5) st->units[lane] = h->count[lane];
+  if (lane >= 5 && lane < 9) st->units[lane] = h->channels[lane - 5];
+  __syncwarp();
+#pragma unroll 1
+  for (uint32_t l = 0; l < 4; ++l) line_up(st, l);
+  if (used == 0) return levels;
+#pragma unroll 1
+  for (uint32_t n = 0; n < used; ++n) {
+    const uint32_t step = o->step[n];
+    if (step < 4) {
+      raise_tokens(h, st, step, s.v_bits(i));
+    } else {
+      const uint32_t l = step - 4, got = channels_of(st, l);
+      float gain;
+      const uint32_t taken = best_channels(s, i, levels, l, got, &gain);
+      raise_channels(st, &levels, l, taken, got);
+      for (uint32_t j = 0; j < MAX_DIM / 32; ++j)
+        if (taken >> j & 1)
+          s.k_bits(i)[lane + 32 * j] = static_cast<uint8_t>(width_of(static_cast<int>(l) + 1));
+    }
+  }
+  if (lane < 4 * FILL / 32)
+    h->able[lane / (FILL / 32)][lane % (FILL / 32)] =
+        st->able[lane / (FILL / 32)][lane % (FILL / 32)];
+  if (lane < 5) h->count[lane] = st->units[lane];
+  if (lane >= 5 && lane < 9) h->channels[lane - 5] = st->units[lane];
+  if (lane == 0) o->used = 0;
+  __syncwarp();
+  return levels;
+}
+
+/* Bytes that step `lane` of a head would take more, from what head_bytes() counts: tiles of the two
+   levels of V, or blocks of two levels of K in every tile and in the table. */
+__device__ __forceinline__ u64 step_cost(const stepper *st, int v_dim, int positions,
+                                         uint32_t got) {
+  const uint32_t step = threadIdx.x & 31, *u = st->units;
+  const uint32_t block = static_cast<uint32_t>(pad16(v_dim)) / 16 * 64;
+  uint32_t k_tile = 0, k_blocks = 0, n_tiles = 0;
+#pragma unroll
+  for (uint32_t l = 1; l < 4; ++l) {
+    k_blocks += (u[5 + l] + 15) / 16;
+    k_tile += (u[5 + l] + 15) / 16 * (64u << l);
+  }
+#pragma unroll
+  for (uint32_t l = 1; l < 5; ++l) n_tiles += (u[l] + TILE - 1) / TILE;
+  int64_t cost = 0;
+  if (step < 4) {
+    const int l = static_cast<int>(step);
+    const int fewer = l == 0 ? 0
+                             : static_cast<int>((u[l] - got + TILE - 1) / TILE) -
+                                   static_cast<int>((u[l] + TILE - 1) / TILE);
+    const int more = static_cast<int>((u[l + 1] + got + TILE - 1) / TILE) -
+                     static_cast<int>((u[l + 1] + TILE - 1) / TILE);
+    cost = static_cast<int64_t>(fewer + more) * (k_tile + 128 + (positions ? 4 * TILE : 0)) +
+           static_cast<int64_t>(fewer) * (block << l) +
+           static_cast<int64_t>(more) * (block << (l + 1));
+  } else if (step < 7) {
+    const int l = static_cast<int>(step) - 4;
+    const int fewer = l == 0 ? 0
+                             : static_cast<int>((u[5 + l] - got + 15) / 16) -
+                                   static_cast<int>((u[5 + l] + 15) / 16);
+    const int more =
+        static_cast<int>((u[6 + l] + got + 15) / 16) - static_cast<int>((u[6 + l] + 15) / 16);
+    const uint32_t dropped = u[5] - (l == 0 ? got : 0);
+    const int64_t table =
+        static_cast<int64_t>(round_up(
+            80 * static_cast<uint32_t>(static_cast<int>(k_blocks) + fewer + more) + 3 * dropped,
+            128)) -
+        static_cast<int64_t>(round_up(80 * k_blocks + 3 * u[5], 128));
+    cost = table + static_cast<int64_t>(n_tiles) * (fewer * (64 << l) + more * (128 << l));
+  }
+  return cost > 0 ? static_cast<u64>(cost) : 0;
+}
+
+/* The next steps of a head with `left` bytes if no other head spends any, best gain for a byte
+   first. A step that is within what is left in the end too is the same then: it was the best of
+   more. */
+__device__ __noinline__ void look_ahead(const solver &s, uint32_t i, u64 left, uint32_t depth,
+                                        steps_ahead *o, stepper *st) {
+  const uint32_t lane = threadIdx.x & 31;
+  const int v_dim = s.a.v_dim, positions = s.a.positions;
+  const solve_head *h = s.head(i);
+  uint32_t levels = carry_out(s, i, o, st);
+  uint32_t dirty = 15, known = 0, n = 0; /* levels and steps of K whose gain is to be found, is */
+  uint32_t taken[3] = {0, 0, 0};
+  float gain = 0; /* of step `lane`, as got and cost */
+#pragma unroll 1
+  for (; n < depth; ++n) {
+#pragma unroll 1
+    for (uint32_t l = 0; l < 4; ++l)
+      if (dirty >> l & 1)
+        st->terms[l][lane] =
+            lane < tokens_of(st, l) ? st->gain[l][st->line[l][st->next[l] + lane]] : 0;
+    __syncwarp();
+    const uint32_t got = lane < 4 ? tokens_of(st, lane) : lane < 7 ? channels_of(st, lane - 4) : 0;
+    if (dirty >> lane & 1) {
+      gain = 0;
+#pragma unroll
+      for (int j = 0; j < TILE; j += 4) {
+        const float4 x = *reinterpret_cast<const float4 *>(&st->terms[lane][j]);
+        gain = __fadd_rn(__fadd_rn(__fadd_rn(__fadd_rn(gain, x.x), x.y), x.z), x.w);
+      }
+    }
+    dirty = 0;
+    const u64 cost = step_cost(st, v_dim, positions, got);
+    const bool able = got > 0 && cost <= left;
+    const uint32_t look = __ballot_sync(FULL, able) >> 4 & ~known;
+#pragma unroll
+    for (uint32_t l = 0; l < 3; ++l) { /* channels are looked at where they could be paid */
+      if (!(look >> l & 1)) continue;
+      float sum;
+      taken[l] =
+          best_channels(s, i, levels, l, __shfl_sync(FULL, got, static_cast<int>(4 + l)), &sum);
+      if (lane == 4 + l) gain = sum;
+    }
+    known |= look & 7;
+    uint32_t slope = 0;
+    if (able && gain > 0 && (lane < 4 || (known >> (lane - 4) & 1)))
+      slope =
+          __float_as_uint(cost ? __fdiv_rn(gain, __ull2float_rn(cost)) : __uint_as_float(PINNED));
+    const uint32_t best = __reduce_max_sync(FULL, slope);
+    if (best == 0) break;
+    const int step = __ffs(static_cast<int>(__ballot_sync(FULL, slope == best))) - 1;
+    const u64 price = __shfl_sync(FULL, cost, step);
+    if (lane == 0) o->slope[n] = best, o->step[n] = static_cast<uint32_t>(step), o->cost[n] = price;
+    left -= price;
+    if (step < 4) {
+      raise_tokens(h, st, static_cast<uint32_t>(step), nullptr);
+      dirty = (7u << step >> 1) & 15;
+    } else {
+      const uint32_t l = static_cast<uint32_t>(step) - 4;
+      raise_channels(st, &levels, l,
+                     l == 0   ? taken[0]
+                     : l == 1 ? taken[1]
+                              : taken[2],
+                     __shfl_sync(FULL, got, step));
+      known = 0;
+    }
+  }
+  if (lane == 0) o->n = n, o->depth = depth, o->stale = 0;
+  __syncwarp();
 }
 
 /* Spends what is left, best gain for a byte first, until nothing fits: the first block does. */
-__device__ __noinline__ void spend(solver &s, uint64_t left) {
-  __shared__ u64 spend_best[SOLVE / 32];
-  const int warp = static_cast<int>(threadIdx.x) >> 5, lane = static_cast<int>(threadIdx.x) & 31;
-  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x)
-    if (warp < 7) step_of(s, i, warp, false);
-  s.sync();
+__device__ __noinline__ void spend(solver &s, u64 left) {
+  enum { WARPS = 11 }; /* that have a stepper; keys lie behind these */
+  __shared__ u64 spend_scratch[33];
+  __shared__ uint32_t spend_end[2]; /* where the steps in order end, and whether any is stale */
+  __shared__ u64 spend_left[1];
+  __shared__ steps_ahead spend_ahead[FEW];
+  static_assert(WARPS * sizeof(stepper) + FEW * AHEAD * sizeof(u64) <= SOLVE_WORDS * 4, "room");
+  const uint32_t warp = threadIdx.x >> 5, n_heads = s.n_heads, n = n_heads * AHEAD;
+  steps_ahead *all = n_heads <= FEW ? spend_ahead : s.a.ahead;
+  stepper *st = reinterpret_cast<stepper *>(solve_shared) + warp;
+  u64 *keys = n_heads <= FEW
+                  ? reinterpret_cast<u64 *>(reinterpret_cast<stepper *>(solve_shared) + WARPS)
+                  : s.a.list;
+  const uint32_t tile =
+      (static_cast<uint32_t>(pad16(s.a.k_dim)) + static_cast<uint32_t>(pad16(s.a.v_dim))) * 8;
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < n_heads && blockIdx.x == 0; i += SOLVE)
+    all[i].n = all[i].used = 0, all[i].stale = 1;
+  __syncthreads();
   while (blockIdx.x == 0) {
-    u64 best = 0;
-    for (uint32_t e = threadIdx.x; e < s.n_heads * 8; e += SOLVE) {
-      if (e % 8 == 7) continue;
-      const float gain = s.a.gain[s.first * 8 + e];
-      const u64 cost = s.a.cost[s.first * 8 + e];
-      if (gain <= 0 || cost > left) continue;
-      const float slope = cost ? __fdiv_rn(gain, __ull2float_rn(cost)) : __uint_as_float(PINNED);
-      const u64 key = static_cast<u64>(__float_as_uint(slope)) << 32 | static_cast<uint32_t>(~e);
-      if (slope > 0 && key > best) best = key;
+    /* about as many steps as a head will come to take */
+    const u64 share = left / n_heads / tile + 2;
+    const uint32_t depth =
+        share < AHEAD ? static_cast<uint32_t>(share) : static_cast<uint32_t>(AHEAD);
+    for (uint32_t i = warp; i < n_heads && warp < WARPS; i += WARPS)
+      if (all[i].stale) look_ahead(s, i, left, depth, &all[i], st);
+    __syncthreads();
+    /* all steps by the least slope on the way to them, then head and place: the order in which
+       they would be chosen one by one */
+    for (uint32_t e = threadIdx.x; e < n; e += SOLVE) {
+      const steps_ahead &o = all[e / AHEAD];
+      uint32_t least_slope = ~0u;
+#pragma unroll
+      for (uint32_t j = 0; j < AHEAD; ++j)
+        if (j >= o.used && j <= e % AHEAD) least_slope = least(least_slope, o.slope[j]);
+      const bool open = e % AHEAD >= o.used && e % AHEAD < o.n;
+      keys[e] = open ? static_cast<u64>(least_slope) << 32 | static_cast<uint32_t>(~e) : 0;
     }
-    for (int m = 16; m; m >>= 1) {
-      const u64 other = __shfl_xor_sync(FULL, best, m);
-      if (other > best) best = other;
+    if (threadIdx.x == 0) spend_end[0] = n, spend_end[1] = 0, spend_left[0] = left;
+    sort_lists<1>(keys, 0, make_uint4(n, 0, 0, 0));
+    const uint32_t each = (n + SOLVE - 1) / SOLVE;
+    const uint32_t q0 = least(threadIdx.x * each, n), q1 = least(q0 + each, n);
+    u64 mine = 0, total;
+    for (uint32_t q = q0; q < q1 && keys[q]; ++q) {
+      const uint32_t e = ~static_cast<uint32_t>(keys[q]);
+      mine += all[e / AHEAD].cost[e % AHEAD];
+    }
+    u64 spent = block_scan(mine, spend_scratch, &total);
+    for (uint32_t q = q0; q < q1; ++q) {
+      const uint32_t e = ~static_cast<uint32_t>(keys[q]);
+      if (keys[q] == 0) {
+        atomicMin(&spend_end[0], q);
+        break;
+      }
+      const steps_ahead &o = all[e / AHEAD];
+      spent += o.cost[e % AHEAD];
+      if (spent > left) {
+        atomicMin(&spend_end[0], q);
+        break;
+      }
+      if (e % AHEAD == o.depth - 1)
+        atomicMin(&spend_end[0], q + 1); /* what comes then is not known */
     }
     __syncthreads();
-    if (lane == 0) spend_best[warp] = best;
+    const uint32_t end = spend_end[0];
+    for (uint32_t q = q0; q < q1 && q < end; ++q) {
+      const uint32_t e = ~static_cast<uint32_t>(keys[q]);
+      atomicAdd(&all[e / AHEAD].used, 1u);
+      atomicAdd(&spend_left[0], 0 - all[e / AHEAD].cost[e % AHEAD]);
+    }
     __syncthreads();
-    for (int w = 0; w < SOLVE / 32; ++w)
-      if (spend_best[w] > best) best = spend_best[w];
-    if (best == 0) break;
-    const uint32_t e = ~static_cast<uint32_t>(best);
-    left -= s.a.cost[s.first * 8 + e];
+    left = spend_left[0];
+    for (uint32_t i = threadIdx.x; i < n_heads; i += SOLVE) {
+      steps_ahead &o = all[i];
+      bool stale = o.used == o.depth;
+      for (uint32_t j = o.used; j < o.n; ++j) stale |= o.cost[j] > left;
+      if (stale) spend_end[1] = 1;
+      if (o.n == o.depth && 2 * o.used > o.depth)
+        stale = true; /* soon, so together with the others */
+      o.stale = stale;
+    }
     __syncthreads();
-    if (warp == 0) step_of(s, e / 8, static_cast<int>(e % 8), true);
-    __syncthreads();
-    if (warp < 7) step_of(s, e / 8, warp, false);
+    if (spend_end[1] == 0) break;
     __syncthreads();
   }
+  for (uint32_t i = warp; i < n_heads && blockIdx.x == 0 && warp < WARPS; i += WARPS)
+    if (all[i].used) carry_out(s, i, &all[i], st);
   s.sync();
 }
 
-/* Predicted distortion of the part, added up as rdkv__predict_all does. */
-__device__ __noinline__ double predict_all(solver &s) {
+/* ---- predicted distortion */
+
+/* Added up as rdkv__predict_all does; or, of an empty cache, as config.max_error wants it. */
+__device__ __noinline__ double predict_all(solver &s, bool empty) {
   __shared__ float predict_value[SOLVE];
-  __shared__ double predict_sum[1];
-  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x) {
+  double carry = 0; /* an empty cache's sum goes on from head to head */
+  for (uint32_t i = 0; i < s.n_heads; ++i) {
+    if (empty ? blockIdx.x != 0 : i % gridDim.x != blockIdx.x) continue;
     const float *d = s.v_distortion(i), *dk = s.k_distortion(i);
-    double v = 0, k = 0;
+    double v = empty ? carry : 0, k = 0;
     for (uint32_t t0 = 0; t0 < s.a.n; t0 += SOLVE) {
       const uint32_t n = least(SOLVE, s.a.n - t0), t = t0 + threadIdx.x;
       __syncthreads();
       if (threadIdx.x < n)
-        predict_value[threadIdx.x] = d[static_cast<size_t>(level_of(s.v_bits(i)[t])) * s.a.n + t];
+        predict_value[threadIdx.x] =
+            d[empty ? t : static_cast<size_t>(level_of(s.v_bits(i)[t])) * s.a.n + t];
       __syncthreads();
       if (threadIdx.x == 0)
         for (uint32_t j = 0; j < n; ++j) v = __dadd_rn(v, static_cast<double>(predict_value[j]));
     }
+    carry = v;
     if (threadIdx.x == 0) {
-      if (s.head(i)->count[0] < s.a.n)
+      if (!empty && s.head(i)->count[0] < s.a.n)
         for (int c = 0; c < s.a.k_dim; ++c)
           k = __dadd_rn(k, static_cast<double>(dk[level_of(s.k_bits(i)[c]) * s.a.k_dim + c]));
       s.head(i)->v = v, s.head(i)->k = k;
@@ -5590,105 +6669,146 @@ __device__ __noinline__ double predict_all(solver &s) {
     __syncthreads();
   }
   s.sync();
-  if (threadIdx.x == 0) {
-    double sum = 0;
-    for (uint32_t i = 0; i < s.n_heads; ++i)
-      sum = __dadd_rn(sum, __dadd_rn(s.head(i)->v, s.head(i)->k));
-    predict_sum[0] = sum;
-  }
-  __syncthreads();
-  const double sum = predict_sum[0];
-  __syncthreads();
+  double sum = 0;
+  for (uint32_t i = 0; i < s.n_heads && !empty; ++i)
+    sum = __dadd_rn(sum, __dadd_rn(s.head(i)->v, s.head(i)->k));
+  if (empty) sum = s.head(s.n_heads - 1)->v;
+  s.sync();
   return sum;
 }
 
-__device__ inline void begin_heads(solver &s) {
-  for (uint32_t i = blockIdx.x * SOLVE + threadIdx.x; i < s.n_heads; i += gridDim.x * SOLVE)
-    s.head(i)->k_tile = static_cast<uint32_t>(pad16(s.a.k_dim)) / 16 * 256; /* K at 4 bits */
+/* The same in any order. */
+__device__ __noinline__ double predict_about(solver &s, bool empty) {
+  __shared__ double about_sum[SOLVE / 32];
+  double *at = &s.a.state->sum[s.sums % 3], mine = 0;
+  if (blockIdx.x == 0 && threadIdx.x == 0) s.a.state->sum[(s.sums + 1) % 3] = 0;
+  ++s.sums;
+  for (uint32_t u = blockIdx.x; u < s.n_heads * s.slices; u += gridDim.x) {
+    const uint32_t i = u / s.slices, t0 = (u - i * s.slices) * s.slice;
+    const uint32_t t1 = least(t0 + s.slice, s.a.n);
+    const float *d = s.v_distortion(i);
+    const uint8_t *v_bits = s.v_bits(i);
+    for (uint32_t t = t0 + threadIdx.x; t < t1; t += SOLVE)
+      mine +=
+          static_cast<double>(d[empty ? t : static_cast<size_t>(level_of(v_bits[t])) * s.a.n + t]);
+    if (t0 == 0 && !empty && s.head(i)->count[0] < s.a.n)
+      for (int c = static_cast<int>(threadIdx.x); c < s.a.k_dim; c += SOLVE)
+        mine += static_cast<double>(s.k_distortion(i)[level_of(s.k_bits(i)[c]) * s.a.k_dim + c]);
+  }
+  for (int m = 16; m; m >>= 1) mine += __shfl_xor_sync(FULL, mine, m);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) about_sum[threadIdx.x / 32] = mine;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (uint32_t w = 1; w < SOLVE / 32; ++w) mine += about_sum[w];
+    if (mine != 0) atomicAdd(at, mine);
+  }
   s.sync();
+  return *static_cast<volatile double *>(at);
 }
 
-__device__ __forceinline__ float fine_edge(float base, uint32_t bin) {
-  return __uint_as_float(((__float_as_uint(base) >> 16) + bin) << 16);
+/* Whether the widths meet config.max_error. A sum in any order is off by less than a part of
+   n * 2^-53 for each of n terms: only where that leaves it open are sums taken as rdkv.h does. */
+__device__ __noinline__ bool within_error(solver &s) {
+  const double slack = (static_cast<double>(s.a.n) * s.n_heads + 1024) * 8.8817841970012523e-16;
+  const double sum = predict_about(s, false), target = predict_about(s, true) * s.a.max_error;
+  if (sum < target * (1 - slack)) return true;
+  if (sum > target * (1 + slack)) return false;
+  const double exact = predict_all(s, false);
+  return exact <= __dmul_rn(predict_all(s, true), s.a.max_error);
 }
+
+/* ---- widths for a budget */
 
 /* rdkv__solve. */
 __device__ __noinline__ void solve(solver &s, uint64_t budget, double *used) {
   const float max = __uint_as_float(PINNED);
-  float threshold = 0, base = 0, lowest = 0;
+  float lowest = 0, floor = 0;
+  cut at = {0, 0, FINE};
+  float &threshold = at.threshold;
   uint32_t lo = 0, hi = FINE - 1;
   bool raised = false;
-  begin_heads(s);
+  s.fresh = true;
+  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x)
+    if (threadIdx.x == 0) s.head(i)->k_tile = first_k_tile(s.a.k_dim);
   for (int round = 0; round < 3; ++round) {
-    spectrum(s, round ? threshold / 16 : 0);
+    floor = threshold / 16;
+    spectrum(s, round ? floor : 0);
+    if (round == 0 && refuse(s)) return;
     threshold = spectrum_edge(s, budget, round ? nullptr : &lowest);
-    choose_all_k(s, threshold, BY_BINS, __float_as_uint(threshold) >> 20);
+    const uint32_t bin = __float_as_uint(threshold) >> 20;
+    /* where K takes the bytes that were counted with another round counts the same, unless the
+       threshold has come near the floor */
+    if (!choose_all_k(s, threshold, BY_BINS, bin) &&
+        (round == 0 || __float_as_uint(floor) >> 20 < bin - 1))
+      break;
   }
   for (int tries = 0;; ++tries) { /* move the window until the budget lies in it */
-    base = threshold / 4;
-    fine_bins(s, base);
-    if (bytes_at(s, hi, false) > budget) {
-      if (threshold > 1e37f || tries > 64) {
-        threshold = pins_alone(s);
-        break;
-      }
+    at.base = threshold / 4;
+    fine_bins(s, at.base);
+    const bool *fits = fits_at(s, budget);
+    if (!fits[hi]) {
+      if (threshold > 1e37f || tries > 64) break;
       threshold = threshold * 4 > lowest ? threshold * 4 : lowest;
       s.sync(); /* all blocks have read the counts of channels */
       choose_all_k(s, threshold, BY_FINE, hi);
       raised = true;
-    } else if (base > 0 && tries <= 64 && bytes_at(s, 0, false) <= budget) {
-      threshold = base > lowest ? base : 0; /* below the lowest slope: everything */
+    } else if (at.base > 0 && tries <= 64 && fits[0]) {
+      threshold = at.base > lowest ? at.base : 0; /* below the lowest slope: everything */
       s.sync();
       if (!raised) choose_all_k(s, threshold, threshold > 0 ? BY_FINE : BY_ALL, 0);
     } else {
       while (lo < hi) { /* the lowest bin that fits */
         const uint32_t mid = (lo + hi) / 2;
-        if (bytes_at(s, mid, false) <= budget)
+        if (fits[mid])
           hi = mid;
         else
           lo = mid + 1;
       }
-      bytes_at(s, lo, true);
-      s.sync();
-      threshold = fine_edge(base, lo);
+      at.bin = lo;
       break;
     }
   }
   uint64_t sum;
-  uint32_t from = lo; /* fine bins are gone once widths are assigned: they are made anew */
   for (;;) {
-    assign(s, threshold / 2);
-    sum = bytes_now(s);
-    if (sum <= budget || threshold >= max) break;
-    s.sync();
-    if (++from < FINE) {
-      fine_bins(s, base);
-      bytes_at(s, from, true);
+    if (at.bin < FINE) {
+      threshold = __uint_as_float(fine_edge(at.base, at.bin));
+    } else { /* pins alone, K dropped */
       s.sync();
-      threshold = fine_edge(base, from);
-    } else {
-      threshold = pins_alone(s);
+      threshold = max;
+      choose_all_k(s, max, BY_BINS, BINS);
     }
+    assign(s, at);
+    sum = bytes_now(s);
+    if (sum <= budget || at.bin == FINE) break;
+    s.sync(); /* all blocks have read the counts */
+    at.bin = ++lo < FINE ? lo : FINE;
   }
   *used = static_cast<double>(threshold);
-  s.sync();
   spend(s, sum <= budget ? budget - sum : 0);
 }
 
-__device__ inline uint64_t least_bytes(const solver &s, uint32_t n_heads) {
-  const uint32_t *pinned = s.a.state->pinned;
-  uint32_t count[5], channels[4] = {static_cast<uint32_t>(s.a.k_dim), 0, 0, 0};
+/* The least that heads can take: what is pinned, K dropped. */
+__device__ inline uint64_t least_bytes(const solver &s, uint32_t first, uint32_t n_heads) {
+  const uint32_t channels[4] = {static_cast<uint32_t>(s.a.k_dim), 0, 0, 0};
+  uint32_t count[5] = {s.a.n, 0, 0, 0, 0};
+  uint64_t bytes = 0;
   parts p;
-  for (int l = 1; l < 5; ++l) count[l] = pinned[l] - (l < 4 ? pinned[l + 1] : 0);
-  count[0] = s.a.n - pinned[1];
-  return n_heads * head_bytes(s.a.v_dim, s.a.positions, count, channels, &p);
+  if (!s.a.pin) return n_heads * head_bytes(s.a.v_dim, s.a.positions, count, channels, &p);
+  for (uint32_t i = first; i < first + n_heads; ++i) {
+    const uint32_t *pinned = s.a.heads[i].pinned;
+    for (int l = 1; l < 5; ++l) count[l] = pinned[l] - (l < 4 ? pinned[l + 1] : 0);
+    count[0] = s.a.n - pinned[1];
+    bytes += head_bytes(s.a.v_dim, s.a.positions, count, channels, &p);
+  }
+  return bytes;
 }
 
 /* rdkv__solve_best. */
 __device__ inline void solve_best(solver &s, uint64_t budget, double *used) {
   const uint64_t tile = static_cast<uint64_t>(pad16(s.a.k_dim + s.a.v_dim)) / 16 * 256;
   const int n_bias = budget / tile < 64ull * s.n_heads ? 5 : 1;
-  uint64_t lowest = least_bytes(s, s.n_heads), best_budget = budget;
+  uint64_t lowest = least_bytes(s, s.first, s.n_heads), best_budget = budget;
   double best = 0;
   float best_bias = 0;
   bool first = true;
@@ -5699,10 +6819,9 @@ __device__ inline void solve_best(solver &s, uint64_t budget, double *used) {
     for (int i = 0; i < n_bias; ++i) {
       s.bias = i == 0 ? 1.0f : i == 1 ? 4.0f : i == 2 ? 0.25f : i == 3 ? 16.0f : 64.0f;
       solve(s, b, used);
-      if (one) return;
-      const double sum = predict_all(s);
+      if (one || s.refused) return;
+      const double sum = predict_all(s, false);
       if (first || sum < best) best = sum, best_bias = s.bias, best_budget = b, first = false;
-      s.sync();
     }
     if (b < lowest + 128) break;
   }
@@ -5714,20 +6833,43 @@ __device__ inline void solve_best(solver &s, uint64_t budget, double *used) {
 
 /* rdkv__solve_at. */
 __device__ inline void solve_at(solver &s, float threshold) {
-  begin_heads(s);
+  /* fine bins from somewhat below the threshold, which lies at the edge of one all the same */
+  const uint32_t bits = __float_as_uint(threshold), below = least(bits >> 16, FINE / 2);
+  const cut at = {__uint_as_float(bits - (below << 16)), threshold, below};
+  s.fresh = true;
   for (int round = 0; round < 3; ++round) {
     spectrum(s, threshold / 2);
-    choose_all_k(s, threshold, BY_BINS, __float_as_uint(threshold) >> 20);
+    if (round == 0 && refuse(s)) return;
+    choose_all_k(s, threshold, BY_BINS, bits >> 20);
   }
-  fine_bins(s, threshold);
+  fine_bins(s, at.base);
   s.round_up = TILE / 4;
-  bytes_at(s, 0, true);
-  s.sync();
-  assign(s, threshold / 2);
+  assign(s, at);
   spend(s, 0);
 }
 
-/* ---- the authors' solver */
+/* The smallest budget that meets config.max_error, within 0.1 %. */
+__device__ inline void solve_error(solver &s, double *used) {
+  uint64_t lo = least_bytes(s, 0, s.n_heads) / 128, hi = s.a.most / 128, mid = hi;
+  solve(s, hi * 128, used);
+  if (s.refused) return;
+  if (!within_error(s)) { /* beyond 16-bit V and 8-bit K */
+    clear_widths(s);
+    if (blockIdx.x == 0 && threadIdx.x == 0) fail(s.a.status, RDKV_ERR_BUDGET);
+    return;
+  }
+  while (hi - lo > hi / 1024) {
+    mid = lo + (hi - lo) / 2;
+    solve(s, mid * 128, used);
+    if (within_error(s))
+      hi = mid;
+    else
+      lo = mid + 1;
+  }
+  if (mid != hi) solve(s, hi * 128, used);
+}
+
+/* ---- the authors' solver: some blocks a head, which keep their part of the weights at hand */
 
 __device__ __forceinline__ int paper_level(float w, const float *eps, const float *rate) {
   float best = __fadd_rn(__fmul_rn(w, eps[0]), rate[0]);
@@ -5740,40 +6882,21 @@ __device__ __forceinline__ int paper_level(float w, const float *eps, const floa
   return level;
 }
 
-/* Mean width of a row at lambda. By one block, as what follows. */
-__device__ inline float paper_mean(const float *w, uint32_t n, const float *eps, float lambda) {
-  __shared__ u64 mean_scratch[33];
-  float rate[5];
-  u64 sum = 0, all;
-  for (int l = 0; l < 5; ++l) rate[l] = __fmul_rn(lambda, static_cast<float>(width_of(l)));
-  for (uint32_t i = threadIdx.x; i < n; i += SOLVE)
-    sum += static_cast<u64>(width_of(paper_level(w[i], eps, rate)));
-  block_scan(sum, mean_scratch, &all);
-  return __double2float_rn(__ddiv_rn(static_cast<double>(all), static_cast<double>(n)));
-}
-
-/* The lambda at which rdkv__paper_solve stops. */
-__device__ __noinline__ float paper_lambda(const float *w, uint32_t n, const float *eps,
-                                           float budget) {
-  __shared__ int max_bits[1];
-  if (threadIdx.x == 0) max_bits[0] = 0;
-  __syncthreads();
-  int m = 0;
-  for (uint32_t i = threadIdx.x; i < n; i += SOLVE) m = max(m, __float_as_int(w[i]));
-  atomicMax(&max_bits[0], m);
-  __syncthreads();
-  float lo = 0, hi = __fmul_rn(__int_as_float(max_bits[0]), 0.375f), mid = 0;
-  if (paper_mean(w, n, eps, 0) <= budget) return 0;
+/* Where rdkv__paper_solve stops: mean(lambda) is the mean width, top the largest weight. */
+template <typename Mean>
+__device__ __forceinline__ float paper_lambda(float top, float budget, Mean mean) {
+  float lo = 0, hi = __fmul_rn(top, 0.375f), mid = 0;
+  if (mean(0.0f) <= budget) return 0;
   hi = hi > 1e-8f ? hi : 1e-8f;
   for (int step = 0; step < 64; ++step) {
-    if (paper_mean(w, n, eps, hi) <= budget) break;
+    if (mean(hi) <= budget) break;
     hi = __fmul_rn(hi, 2);
   }
   for (int step = 0; step < 64; ++step) {
     mid = __fmul_rn(__fadd_rn(lo, hi), 0.5f);
-    const float mean = paper_mean(w, n, eps, mid);
-    if (fabsf(__fsub_rn(mean, budget)) <= __fmul_rn(0.01f, budget)) break;
-    if (mean > budget)
+    const float m = mean(mid);
+    if (fabsf(__fsub_rn(m, budget)) <= __fmul_rn(0.01f, budget)) break;
+    if (m > budget)
       lo = mid;
     else
       hi = mid;
@@ -5781,68 +6904,163 @@ __device__ __noinline__ float paper_lambda(const float *w, uint32_t n, const flo
   return mid;
 }
 
-__device__ inline void paper_widths(const float *w, uint32_t n, const float *eps, float lambda,
-                                    uint8_t *bits, uint32_t *count) {
-  __shared__ uint32_t widths_count[5];
-  float rate[5];
-  if (threadIdx.x < 5) widths_count[threadIdx.x] = 0;
-  for (int l = 0; l < 5; ++l) rate[l] = __fmul_rn(lambda, static_cast<float>(width_of(l)));
-  __syncthreads();
-  for (uint32_t i = threadIdx.x; i < n; i += SOLVE) {
-    const int level = paper_level(w[i], eps, rate);
-    bits[i] = static_cast<uint8_t>(width_of(level));
-    atomicAdd(&widths_count[level], 1u);
+/* This block's place among those of a head. */
+struct paper_team {
+  solve_team *shared;
+  uint32_t size, member, turn;
+  u64 base[2];
+
+  /* Sum over the blocks, which all see what the others wrote before. Arrivals are counted in the
+     same word, which is used at every other turn: a block is at most one turn ahead. */
+  __device__ u64 sum(u64 x) {
+    __shared__ u64 team_warp[SOLVE / 32], team_total[1];
+    x = warp_sum(x);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) team_warp[threadIdx.x / 32] = x;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      u64 all = 0;
+      for (int w = 0; w < SOLVE / 32; ++w) all += team_warp[w];
+      if (size > 1) {
+        volatile u64 *word = &shared->sum[turn & 1];
+        const u64 from = base[turn & 1];
+        __threadfence();
+        atomicAdd(&shared->sum[turn & 1], (1ull << 40) + all);
+        u64 now = *word;
+        while ((now - from) >> 40 < size) now = *word;
+        __threadfence();
+        all = (now - from) & ((1ull << 40) - 1);
+        base[turn & 1] = now;
+      }
+      team_total[0] = all;
+    }
+    ++turn;
+    __syncthreads();
+    return team_total[0];
   }
-  __syncthreads();
-  for (int l = 0; l < 5; ++l) count[l] = widths_count[l];
-  __syncthreads();
+};
+
+/* rdkv__paper_solve for a head's channels, by a warp. */
+__device__ __noinline__ void paper_channels(const solver &s, uint32_t i, float budget) {
+  const uint32_t lane = threadIdx.x & 31, kd = static_cast<uint32_t>(s.a.k_dim);
+  const layer_view &layer = s.layer_of(i);
+  float w[MAX_DIM / 32], top = 0, rate[5];
+#pragma unroll
+  for (uint32_t j = 0; j < MAX_DIM / 32; ++j) {
+    const size_t at = s.row(i) * kd + lane + 32 * j;
+    w[j] = lane + 32 * j < kd ? __fmul_rn(layer.q_square[at], layer.k_square[at]) : 0;
+    top = fmaxf(top, w[j]);
+  }
+  for (int m = 16; m; m >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, m));
+  const float lambda = paper_lambda(top, budget, [&](float x) {
+    uint32_t sum = 0;
+    for (int l = 0; l < 5; ++l) rate[l] = __fmul_rn(x, static_cast<float>(width_of(l)));
+#pragma unroll
+    for (uint32_t j = 0; j < MAX_DIM / 32; ++j)
+      if (lane + 32 * j < kd)
+        sum += static_cast<uint32_t>(width_of(paper_level(w[j], s.a.eps_k, rate)));
+    sum = __reduce_add_sync(FULL, sum);
+    return __double2float_rn(__ddiv_rn(static_cast<double>(sum), static_cast<double>(kd)));
+  });
+  for (int l = 0; l < 5; ++l) rate[l] = __fmul_rn(lambda, static_cast<float>(width_of(l)));
+  for (uint32_t j = 0; j < MAX_DIM / 32; ++j) {
+    if (lane + 32 * j >= kd) continue;
+    const int level = paper_level(w[j], s.a.eps_k, rate);
+    s.k_bits(i)[lane + 32 * j] = static_cast<uint8_t>(width_of(level));
+    atomicAdd(&s.head(i)->channels[level > 3 ? 3 : level], 1u);
+  }
 }
 
 /* rdkv__paper_layer for every head. */
-__device__ __noinline__ void paper_all(solver &s, double tokens) {
-  __shared__ float paper_channel[MAX_DIM];
-  const uint32_t kd = static_cast<uint32_t>(s.a.k_dim);
-  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x) {
-    const layer_view &layer = s.layer_of(i);
-    const float *w = layer.token + s.row(i) * s.a.n;
-    uint32_t count[5] = {0, 0, 0, 0, 0}, channels[5] = {kd, 0, 0, 0, 0};
-    if (s.a.n > 0) {
-      const float budget =
-          __double2float_rn((1 - s.a.k_share) * 2 * tokens * 16 / static_cast<double>(s.a.n));
-      const float lambda = paper_lambda(w, s.a.n, s.a.eps_v, budget);
-      paper_widths(w, s.a.n, s.a.eps_v, lambda, s.v_bits(i), count);
-    }
-    const uint32_t kept = s.a.n - count[0];
+__device__ __noinline__ void paper_all(solver &s, paper_team &team, double tokens) {
+  __shared__ uint32_t paper_count[5];
+  __shared__ int paper_top[1];
+  const uint32_t n = s.a.n, kd = static_cast<uint32_t>(s.a.k_dim);
+  const uint32_t n_teams = gridDim.x / team.size, each = (n + team.size - 1) / team.size;
+  const uint32_t t0 = least(team.member * each, n), t1 = least(t0 + each, n);
+  for (uint32_t i = blockIdx.x / team.size; i < s.n_heads; i += n_teams) {
+    solve_head *h = s.head(i);
+    const float *w = s.layer_of(i).token + s.row(i) * n + t0;
+    float rate[5];
+    int top = 0;
+    team.shared = s.a.teams + i;
     __syncthreads();
-    for (uint32_t c = threadIdx.x; c < kd; c += SOLVE) {
-      paper_channel[c] =
-          __fmul_rn(layer.q_square[s.row(i) * kd + c], layer.k_square[s.row(i) * kd + c]);
-      s.k_bits(i)[c] = 0;
-    }
-    __syncthreads();
-    if (s.a.n > 0 && kept) {
-      const float budget =
-          __double2float_rn(s.a.k_share * 2 * tokens * 16 / static_cast<double>(kept));
-      const float lambda = paper_lambda(paper_channel, kd, s.a.eps_k, budget);
-      paper_widths(paper_channel, kd, s.a.eps_k, lambda, s.k_bits(i), channels);
-    }
-    if (threadIdx.x == 0) {
-      solve_head *h = s.head(i);
-      for (int l = 0; l < 5; ++l) h->count[l] = count[l];
-      for (int l = 0; l < 4; ++l) h->channels[l] = channels[l] + (l == 3 ? channels[4] : 0);
+    if (threadIdx.x < 5) paper_count[threadIdx.x] = 0;
+    if (threadIdx.x == 0) paper_top[0] = 0;
+    if (team.member == 0) {
+      if (threadIdx.x == 0) {
+        for (int l = 0; l < 5; ++l) h->count[l] = 0;
+        for (int l = 0; l < 4; ++l) h->channels[l] = 0;
+      }
     }
     __syncthreads();
+    /* the part's weights, in shared memory if there is room */
+    float *at_hand = reinterpret_cast<float *>(solve_shared);
+    for (uint32_t t = threadIdx.x; t < t1 - t0; t += SOLVE) {
+      const float x = w[t];
+      top = max(top, __float_as_int(x));
+      if (t1 - t0 <= SOLVE_WORDS) at_hand[t] = x;
+    }
+    if (t1 - t0 <= SOLVE_WORDS) w = at_hand;
+    atomicMax(&paper_top[0], top);
+    __syncthreads();
+    if (threadIdx.x == 0 && team.size > 1) atomicMax(&team.shared->top, paper_top[0]);
+    team.sum(0);
+    if (team.size > 1) {
+      if (threadIdx.x == 0) paper_top[0] = *static_cast<volatile int *>(&team.shared->top);
+      __syncthreads();
+    }
+    float lambda = 0;
+    if (n > 0)
+      lambda = paper_lambda(
+          __int_as_float(paper_top[0]),
+          __double2float_rn((1 - s.a.k_share) * 2 * tokens * 16 / static_cast<double>(n)),
+          [&](float x) {
+            u64 sum = 0;
+            for (int l = 0; l < 5; ++l) rate[l] = __fmul_rn(x, static_cast<float>(width_of(l)));
+#pragma unroll 4
+            for (uint32_t t = threadIdx.x; t < t1 - t0; t += SOLVE)
+              sum += static_cast<u64>(width_of(paper_level(w[t], s.a.eps_v, rate)));
+            return __double2float_rn(
+                __ddiv_rn(static_cast<double>(team.sum(sum)), static_cast<double>(n)));
+          });
+    for (int l = 0; l < 5; ++l) rate[l] = __fmul_rn(lambda, static_cast<float>(width_of(l)));
+    uint32_t mine[5] = {0, 0, 0, 0, 0};
+    for (uint32_t t = threadIdx.x; t < t1 - t0; t += SOLVE) {
+      const int level = paper_level(w[t], s.a.eps_v, rate);
+      s.v_bits(i)[t0 + t] = static_cast<uint8_t>(width_of(level));
+#pragma unroll
+      for (int l = 0; l < 5; ++l) mine[l] += level == l;
+    }
+    for (int l = 0; l < 5; ++l)
+      if (mine[l]) atomicAdd(&paper_count[l], mine[l]);
+    __syncthreads();
+    if (threadIdx.x < 5 && paper_count[threadIdx.x])
+      atomicAdd(&h->count[threadIdx.x], paper_count[threadIdx.x]);
+    const u64 dropped = team.sum(threadIdx.x == 0 ? paper_count[0] : 0);
+    const double kept = static_cast<double>(n - dropped);
+    if (team.member == 0 && threadIdx.x < 32) {
+      if (kept > 0) {
+        paper_channels(s, i, __double2float_rn(s.a.k_share * 2 * tokens * 16 / kept));
+      } else {
+        for (uint32_t c = threadIdx.x; c < kd; c += 32) s.k_bits(i)[c] = 0;
+        if (threadIdx.x == 0) h->channels[0] = kd;
+      }
+    }
   }
-  s.sync();
 }
 
-__device__ inline void solve_paper(solver &s) {
+__device__ inline void solve_paper(solver &s, uint64_t budget) {
+  const bool search = s.a.search && budget > 0;
   double lo = 0, hi = 2 * static_cast<double>(s.a.n) + 1, tokens = s.a.tokens;
-  if (s.a.search) { /* most tokens whose block fits */
+  paper_team team = {nullptr, most(gridDim.x / s.n_heads, 1), 0, 0, {0, 0}};
+  team.member = blockIdx.x % team.size;
+  if (search) { /* most tokens whose block fits */
     for (int step = 0; step < 24; ++step) {
       const double mid = (lo + hi) / 2;
-      paper_all(s, mid);
-      if (s.a.fixed + bytes_now(s) <= s.a.budget)
+      paper_all(s, team, mid);
+      s.sync();
+      if (s.a.fixed + bytes_now(s) <= budget)
         lo = mid;
       else
         hi = mid;
@@ -5850,31 +7068,42 @@ __device__ inline void solve_paper(solver &s) {
     }
     tokens = lo;
   }
-  paper_all(s, tokens);
-  if (s.a.search && s.a.fixed + bytes_now(s) > s.a.budget) {
-    s.sync();
-    uint8_t *v_bits = nullptr;
-    each_token(
-        s,
-        [&](uint32_t i) {
-          v_bits = s.v_bits(i);
-          if (static_cast<int>(threadIdx.x) < s.a.k_dim) s.k_bits(i)[threadIdx.x] = 0;
-        },
-        [&](uint32_t, uint32_t t) { v_bits[t] = 0; }, [](uint32_t) {});
-    if (blockIdx.x == 0 && threadIdx.x == 0) fail(s.a.status, RDKV_ERR_BUDGET);
-  }
+  paper_all(s, team, tokens);
+  if (!search) return;
+  s.sync();
+  if (s.a.fixed + bytes_now(s) <= budget) return;
+  s.sync();
+  clear_widths(s);
+  if (blockIdx.x == 0 && threadIdx.x == 0) fail(s.a.status, RDKV_ERR_BUDGET);
 }
 
-static __global__ void __launch_bounds__(SOLVE, 1) solve_kernel(solve_args a) {
+static __global__ void __launch_bounds__(SOLVE, 1)
+    solve_kernel(const __grid_constant__ solve_args a) {
+  if (*a.status != RDKV_OK) return; /* nobody writes it before the first barrier */
   solver s(a);
-  /* weights and distortions must be finite and >= 0; how many tokens are pinned */
-  bool odd = false;
+  const uint32_t first = blockIdx.x * SOLVE + threadIdx.x, step = gridDim.x * SOLVE;
   const uint32_t kd = static_cast<uint32_t>(a.k_dim);
+  const bool by_budget = !a.paper && a.scope != RDKV_SCOPE_LAMBDA && a.max_error == 0;
+  const uint32_t n_parts = !by_budget || a.scope == RDKV_SCOPE_MODEL ? 1u
+                           : a.scope == RDKV_SCOPE_LAYER ? static_cast<uint32_t>(a.n_layers)
+                                                         : a.n_heads;
+  const uint32_t each = a.n_heads / n_parts;
+  const uint64_t budget = a.given_budget ? *a.given_budget : a.budget;
+  for (uint32_t i = first; i < a.n_heads; i += step) {
+    for (int l = 0; l < 4; ++l) s.head(i)->n_list[l] = s.head(i)->n_sure[l] = 0;
+    for (int l = 0; l < 5 && !a.pin; ++l) s.head(i)->pinned[l] = 0;
+  }
+  bool too_little = by_budget && budget < a.fixed;
+  for (uint32_t i = 0; i < n_parts && by_budget && !too_little && (i == 0 || a.pin); ++i)
+    too_little = (budget - a.fixed) / n_parts / 128 * 128 < least_bytes(s, i * each, each);
+  /* Weights and distortions must be finite and >= 0. Where all heads go through one solve its first
+     pass over V sees that, before anything is written. */
+  const bool look = a.paper || n_parts > 1 || too_little;
+  bool odd = false;
   for (uint32_t i = 0; i < a.n_heads; ++i) {
-    const size_t first = blockIdx.x * SOLVE + threadIdx.x, step = gridDim.x * SOLVE;
     const float *v = a.paper ? s.layer_of(i).token + s.row(i) * a.n : s.v_distortion(i);
     const size_t n = a.paper ? a.n : 5 * static_cast<size_t>(a.n);
-    for (size_t t = first; t < n; t += step) odd |= __float_as_uint(v[t]) >= 0x7f800000u;
+    for (size_t t = first; look && t < n; t += step) odd |= __float_as_uint(v[t]) >= 0x7f800000u;
     for (size_t c = first; c < (a.paper ? kd : 4 * kd); c += step) {
       if (a.paper)
         odd |= __float_as_uint(s.layer_of(i).q_square[s.row(i) * kd + c]) >= 0x7f800000u ||
@@ -5884,46 +7113,210 @@ static __global__ void __launch_bounds__(SOLVE, 1) solve_kernel(solve_args a) {
     }
   }
   if (odd) atomicOr(&a.state->odd, 1u);
-  if (a.pin)
-    for (uint32_t t = blockIdx.x * SOLVE + threadIdx.x; t < a.n; t += gridDim.x * SOLVE)
-      for (int l = 1; l <= a.pin[t]; ++l) atomicAdd(&a.state->pinned[l], 1u);
-  const bool stop = *a.status != RDKV_OK; /* nobody writes it before the barrier */
-  s.sync();
-  if (stop) return;
-  if (a.state->odd) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) fail(a.status, RDKV_ERR_NONFINITE);
-    return;
+  if (look) {
+    s.sync();
+    if (refuse(s)) return;
   }
-  if (a.paper) {
-    solve_paper(s);
-    for (int l = static_cast<int>(threadIdx.x); l < a.n_layers && blockIdx.x == 0; l += SOLVE)
-      a.lambda[l] = 0;
-    return;
-  }
-  if (a.scope == RDKV_SCOPE_LAMBDA) {
-    solve_at(s, a.threshold);
-    for (int l = static_cast<int>(threadIdx.x); l < a.n_layers && blockIdx.x == 0; l += SOLVE)
-      a.lambda[l] = a.given_lambda;
-    return;
-  }
-  const uint32_t n_parts = a.scope == RDKV_SCOPE_MODEL   ? 1u
-                           : a.scope == RDKV_SCOPE_LAYER ? static_cast<uint32_t>(a.n_layers)
-                                                         : a.n_heads;
-  const uint32_t each = a.n_heads / n_parts;
-  if (a.budget < a.fixed || (a.budget - a.fixed) / n_parts / 128 * 128 < least_bytes(s, each)) {
+  if (too_little) {
     if (blockIdx.x == 0 && threadIdx.x == 0) fail(a.status, RDKV_ERR_BUDGET);
     return;
   }
-  uint64_t left = a.budget - a.fixed;
-  for (uint32_t i = 0; i < n_parts; ++i) { /* equal parts; crumbs go on to the next */
-    double used = 0;
-    s.part(i * each, each);
-    solve_best(s, left / (n_parts - i) / 128 * 128, &used);
-    left -= bytes_now(s);
-    if (blockIdx.x == 0 && threadIdx.x == 0)
-      for (uint32_t h = i * each; h < (i + 1) * each; ++h) a.lambda[h / a.n_kv_heads] = used;
-    s.sync();
+  double used = 0;
+  if (a.paper) {
+    solve_paper(s, budget);
+  } else if (a.scope == RDKV_SCOPE_LAMBDA) {
+    used = a.device_lambda ? *a.device_lambda : a.given_lambda;
+    solve_at(s, used > 3.4028234663852886e38 ? __uint_as_float(PINNED) : __double2float_rn(used));
+  } else if (a.max_error > 0) {
+    solve_error(s, &used);
+  } else {
+    uint64_t left = budget - a.fixed;
+    for (uint32_t i = 0; i < n_parts; ++i) { /* equal parts; crumbs go on to the next */
+      s.part(i * each, each);
+      solve_best(s, left / (n_parts - i) / 128 * 128, &used);
+      if (s.refused) return;
+      if (blockIdx.x == 0 && threadIdx.x == 0)
+        for (uint32_t h = i * each; h < (i + 1) * each; ++h) a.lambda[h / a.n_kv_heads] = used;
+      if (i + 1 == n_parts) return;
+      left -= bytes_now(s);
+      s.sync();
+    }
   }
+  for (int l = static_cast<int>(threadIdx.x); l < a.n_layers && blockIdx.x == 0; l += SOLVE)
+    a.lambda[l] = used;
+}
+
+/* ---- histograms, and layer after layer of a prompt */
+
+struct histogram_args {
+  const float *v_distortion; /* [heads][5][n] */
+  const uint8_t *k_bits;     /* [heads][k_dim]; where all are 0, 4 bits are counted with */
+  u64 *bytes;                /* [BINS] */
+  uint32_t n, slice;
+  int k_dim, v_dim, positions;
+};
+
+/* rdkv__spectrum of a slice of a head. */
+static __global__ void __launch_bounds__(SOLVE) histogram_kernel(histogram_args a) {
+  __shared__ uint32_t count[4 * BINS];
+  __shared__ uint32_t channels[4];
+  const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(a.k_dim);
+  const float *d = a.v_distortion + static_cast<size_t>(blockIdx.y) * 5 * a.n;
+  const uint32_t t0 = blockIdx.x * a.slice, t1 = least(t0 + a.slice, a.n);
+  if (tid < 4) channels[tid] = 0;
+  for (uint32_t b = tid; b < 4 * BINS; b += SOLVE) count[b] = 0;
+  __syncthreads();
+  if (tid < kd) {
+    const int level = level_of(a.k_bits[blockIdx.y * kd + tid]);
+    atomicAdd(&channels[level < 0 ? 0 : level > 3 ? 3 : level], 1u);
+  }
+  __syncthreads();
+  uint32_t k_tile = 0;
+  for (int l = 1; l < 4; ++l) k_tile += (channels[l] + 15) / 16 * (64u << l);
+  const v_costs c = costs_of(k_tile ? k_tile : first_k_tile(a.k_dim), a.v_dim, a.positions);
+  for (uint32_t t = t0 + tid; t < t1; t += SOLVE) {
+    float x[5];
+    uint32_t slope[4];
+#pragma unroll
+    for (int l = 0; l < 5; ++l) x[l] = d[static_cast<size_t>(l) * a.n + t];
+    slopes_of(x, c, 0, slope);
+#pragma unroll
+    for (uint32_t l = 0; l < 4; ++l)
+      if (slope[l]) atomicAdd(&count[l * BINS + least(slope[l] >> 20, BINS - 1)], 1u);
+  }
+  __syncthreads();
+  for (uint32_t b = tid + (tid == 0 ? SOLVE : 0); b < BINS; b += SOLVE) { /* not the lowest bin */
+    u64 bytes = 0;
+#pragma unroll
+    for (uint32_t l = 0; l < 4; ++l)
+      bytes += static_cast<u64>(count[l * BINS + b]) * static_cast<uint32_t>(c.cost[l]);
+    if (bytes) atomicAdd(&a.bytes[b], bytes);
+  }
+}
+
+__device__ __forceinline__ u64 add_capped(u64 a, u64 b) { return a + b < a ? ~0ull : a + b; }
+
+static __global__ void merge_kernel(u64 *dst, const uint64_t *src) {
+  const uint32_t b = blockIdx.x * THREADS + threadIdx.x;
+  if (b < BINS) dst[b] = add_capped(dst[b], src[b]);
+}
+
+/* rdkv_histogram_lambda by one warp, 64 bins a lane. Sums stay at the largest, as there. */
+static __global__ void lambda_kernel(const uint64_t *hist, uint64_t bytes, double *lambda) {
+  enum { EACH = BINS / 32 };
+  const uint32_t lane = threadIdx.x, top = BINS - 1 - lane * EACH;
+  u64 sum = 0;
+#pragma unroll 16
+  for (uint32_t i = 0; i < EACH; ++i) sum = add_capped(sum, hist[top - i]);
+  for (int d = 1; d < 32; d <<= 1) {
+    const u64 y = __shfl_up_sync(FULL, sum, d);
+    if (lane >= static_cast<uint32_t>(d)) sum = add_capped(sum, y);
+  }
+  sum = __shfl_up_sync(FULL, sum, 1);
+  if (lane == 0) sum = 0;
+  uint32_t found = 0; /* the highest bin with which it is too much */
+#pragma unroll 16
+  for (uint32_t i = 0; i < EACH; ++i) {
+    sum = add_capped(sum, hist[top - i]);
+    if (top > i && sum > bytes) found = most(found, top - i);
+  }
+  found = __reduce_max_sync(FULL, found);
+  if (lane == 0)
+    *lambda = static_cast<double>(__uint_as_float(found < 0x7f7 ? (found + 1) << 20 : PINNED));
+}
+
+struct stream_args {
+  rdkv_stream *state;
+  u64 *own;         /* [BINS] the layer's histogram */
+  uint64_t *budget; /* of the layer */
+  const double *lambda;
+  const uint64_t *bytes;
+  uint32_t *status;
+  uint64_t total, fixed, tables; /* the budget of all layers; of a layer's block */
+  int layer, n_layers, share;    /* share: RDKV_JOINT by budget */
+};
+
+/* The layer's part of the budget, as rdkv_stream_layer finds it: by rdkv__stream_share, or evenly.
+   Sums of bytes are whole numbers, so doubles have them exactly in any order. One block. */
+static __global__ void __launch_bounds__(THREADS) share_kernel(stream_args a) {
+  enum { EACH = BINS / THREADS };
+  __shared__ u64 scratch[33];
+  __shared__ u64 any[1];
+  __shared__ uint32_t end[1];
+  __shared__ u64 fits[2]; /* own, reach */
+  const rdkv_stream *s = a.state;
+  const rdkv_histogram *earlier = s->earlier;
+  const uint32_t tid = threadIdx.x, first = tid * EACH; /* bins are counted from the top here */
+  const u64 after = static_cast<u64>(a.n_layers - a.layer - 1);
+  const u64 left = a.total > s->spent_bytes ? a.total - s->spent_bytes : 0;
+  if (s->next_layer != a.layer) {
+    if (tid == 0) fail(a.status, RDKV_ERR_ARGUMENT);
+    return;
+  }
+  if (!a.share) {
+    if (tid == 0) *a.budget = left / (after + 1);
+    return;
+  }
+  u64 own[EACH], ahead[EACH], now[EACH], then[EACH], sums[4] = {0, 0, 0, 0}, all;
+  if (tid == 0) any[0] = 0, end[0] = BINS - 1, fits[0] = fits[1] = 0;
+  __syncthreads();
+  for (uint32_t i = 0; i < EACH; ++i) {
+    const uint32_t bin = BINS - 1 - first - i;
+    own[i] = a.own[bin], now[i] = s->seen.bytes[bin] + own[i], ahead[i] = 0;
+    for (int l = a.layer + 1; l < a.n_layers && earlier; ++l)
+      ahead[i] = add_capped(ahead[i], earlier[l].bytes[bin]);
+    if (ahead[i] && bin > 0) any[0] = 1;
+  }
+  __syncthreads();
+  const bool known = any[0] != 0;
+  for (uint32_t i = 0; i < EACH; ++i) {
+    const uint32_t bin = BINS - 1 - first - i;
+    if (!known)
+      ahead[i] = __double2ull_rz(
+          __dmul_rn(__ddiv_rn(static_cast<double>(now[i]), static_cast<double>(a.layer + 1)),
+                    static_cast<double>(after)));
+    then[i] = known ? s->seen_in_earlier.bytes[bin] + earlier[a.layer].bytes[bin] : now[i];
+    sums[0] += own[i], sums[1] += ahead[i], sums[2] += now[i], sums[3] += then[i];
+  }
+  for (int k = 0; k < 4; ++k) sums[k] = block_scan(sums[k], scratch, &all);
+  const u64 tables = a.tables * (after + 1), room = left > tables ? left - tables : 0;
+  u64 mine[2][EACH]; /* own and all bytes down to a bin */
+  for (uint32_t i = 0; i < EACH; ++i) {
+    sums[0] += own[i], sums[1] += ahead[i], sums[2] += now[i], sums[3] += then[i];
+    const double own_sum = static_cast<double>(sums[0]), ahead_sum = static_cast<double>(sums[1]);
+    double sum = own_sum;
+    if (sums[1] > 0)
+      sum = __dadd_rn(
+          sum, __dmul_rn(ahead_sum, __ddiv_rn(__dadd_rn(static_cast<double>(sums[2]), ahead_sum),
+                                              __dadd_rn(static_cast<double>(sums[3]), ahead_sum))));
+    mine[0][i] = sums[0], mine[1][i] = __double2ull_rz(sum);
+    if (sum > static_cast<double>(room)) atomicMin(&end[0], first + i);
+  }
+  __syncthreads();
+  for (uint32_t i = 0; i < EACH; ++i)
+    if (first + i + 1 == end[0]) fits[0] = mine[0][i], fits[1] = mine[1][i];
+  __syncthreads();
+  if (tid > 0) return;
+  u64 part = fits[0];
+  if (room > fits[1]) part += (room - fits[1]) / (after + 1);
+  part = after == 0 ? left : part + tables / (after + 1);
+  if (part > left) part = left;
+  *a.budget = part ? part : 1;
+}
+
+/* The layer has been packed: what later layers and the next prompt want to know. */
+static __global__ void __launch_bounds__(THREADS) seen_kernel(stream_args a) {
+  rdkv_stream *s = a.state;
+  if (*a.status != RDKV_OK) return;
+  for (uint32_t b = threadIdx.x; b < BINS && a.own; b += THREADS) {
+    s->seen.bytes[b] = add_capped(s->seen.bytes[b], a.own[b]);
+    if (!s->earlier) continue;
+    uint64_t *earlier = &s->earlier[a.layer].bytes[b];
+    s->seen_in_earlier.bytes[b] = add_capped(s->seen_in_earlier.bytes[b], *earlier);
+    *earlier = a.own[b];
+  }
+  if (threadIdx.x == 0)
+    s->lambda = *a.lambda, s->spent_bytes += *a.bytes, s->next_layer = a.layer + 1;
 }
 
 /* ---- the host's side */
@@ -5958,7 +7351,7 @@ static bool layers_ok(const rdkv_layer *layers, int n_layers) {
     if (!layer_ok(&layers[i]) || layers[i].n_tokens != layers[0].n_tokens) return false;
   return n_layers > 0;
 }
-static uint32_t chunks_of(uint32_t n) { return (n + CHUNK - 1) / CHUNK; }
+static uint32_t chunks_of(uint32_t n) { return n ? (n + CHUNK - 1) / CHUNK : 1; }
 static uint32_t blocks_of(uint32_t n, uint32_t each, uint32_t limit) {
   const uint32_t blocks = n / each + (n % each != 0);
   return blocks < 1 ? 1 : blocks > limit ? limit : blocks;
@@ -5986,21 +7379,15 @@ static void layout_range(const rdkv_config *cfg, arena *m, uint64_t heads, uint6
   m->take(&r->parts, heads * r->spans * 256 * r->groups + 1);
 }
 
-static void list_tokens(const order_args &o, uint32_t heads, cudaStream_t stream) {
-  const dim3 grid(o.chunks, heads);
-  if (o.n > 0) count_kernel<<<grid, THREADS, 0, stream>>>(o);
-  scan_kernel<<<heads, 128, 0, stream>>>(o);
-  if (o.n > 0) order_kernel<<<grid, THREADS, 0, stream>>>(o);
+static void list_tokens(const pack_args &a, uint32_t heads, cudaStream_t stream) {
+  const dim3 grid(a.list.chunks, heads);
+  count_kernel<<<grid, THREADS, 0, stream>>>(a.list);
+  order_kernel<<<grid, THREADS, 0, stream>>>(a);
 }
 
 typedef void (*range_kernel_type)(range_args);
 typedef void (*tile_kernel_type)(pack_args);
 
-/* The type that K and V share; else -1. */
-static int shared_type(const channel_args &c) { return c.v.dtype == c.k.dtype ? c.k.dtype : -1; }
-static bool narrow(const channel_args &c) { return c.k_dim <= 128 && c.v_dim <= 128; }
-
-/* Launches range_kernel, or k_error_kernel, for n_items. */
 static void launch_range(const range_args &r, rdkv_dtype dtype, bool errors, int n_items,
                          cudaStream_t stream) {
   const range_kernel_type range = dtype == RDKV_F16    ? range_kernel<RDKV_F16>
@@ -6018,16 +7405,27 @@ static void launch_range(const range_args &r, rdkv_dtype dtype, bool errors, int
   if (r.n > 0) (errors ? error : range)<<<grid, RANGE_THREADS, 0, stream>>>(r);
 }
 
-static tile_kernel_type tile_kernel_of(const channel_args &c) {
-  switch (shared_type(c)) {
-    case RDKV_F16:
-      return narrow(c) ? tile_kernel<4, RDKV_F16> : tile_kernel<8, RDKV_F16>;
-    case RDKV_BF16:
-      return narrow(c) ? tile_kernel<4, RDKV_BF16> : tile_kernel<8, RDKV_BF16>;
-    case RDKV_F32:
-      return narrow(c) ? tile_kernel<4, RDKV_F32> : tile_kernel<8, RDKV_F32>;
-  }
-  return tile_kernel<8, -1>;
+/* 16-byte loads of whole rows are possible. */
+static bool wide_rows(const rdkv_tensor &t, int dim, int each) {
+  return t.dtype != RDKV_F32 && (t.dim_stride == 0 || t.dim_stride == 1) && dim % each == 0 &&
+         t.token_stride % 8 == 0 && t.head_stride % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
+}
+
+/* The kernel for rows in 16-byte pieces; NULL where they are not. */
+template <int LANES>
+static tile_kernel_type rows_kernel_for(bool joint, bool bf16) {
+  return joint ? (bf16 ? rows_kernel<LANES, true, true> : rows_kernel<LANES, true, false>)
+               : (bf16 ? rows_kernel<LANES, false, true> : rows_kernel<LANES, false, false>);
+}
+static tile_kernel_type rows_kernel_of(const pack_args &a) {
+  const rdkv_tensor &k = a.channel.k, &v = a.channel.v;
+  if (!wide_rows(k, a.channel.k_dim, 16) || !wide_rows(v, a.channel.v_dim, 16) ||
+      k.dtype != v.dtype)
+    return nullptr;
+  const bool bf16 = k.dtype == RDKV_BF16;
+  return a.channel.v_dim <= 128 ? rows_kernel_for<8>(a.joint, bf16)
+                                : rows_kernel_for<16>(a.joint, bf16);
 }
 /* The items as kernels see them, n at most ITEMS of them from `first` on. */
 static item_list items_of(const rdkv_kv *kv, const rdkv_layer *layers, const float *const *lse,
@@ -6082,13 +7480,6 @@ static void layout_score(const rdkv_config *cfg, int n_items, uint32_t n, void *
   s->m.take(&a->square, heads * splits * static_cast<uint64_t>(a->k_dim));
   s->m.take(&a->out, heads * splits * static_cast<uint64_t>(a->v_dim));
   s->m.take(&a->mean, (a->columns > 16 * WARPS ? 2 : 1) * heads * n + 1);
-}
-
-/* 16-byte loads of whole rows are possible. */
-static bool wide_rows(const rdkv_tensor &t, int dim, int each) {
-  return t.dtype != RDKV_F32 && (t.dim_stride == 0 || t.dim_stride == 1) && dim % each == 0 &&
-         t.token_stride % 8 == 0 && t.head_stride % 8 == 0 &&
-         reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
 }
 
 typedef void (*score_kernel)(score_args);
@@ -6189,18 +7580,93 @@ struct solve_memory {
 static void layout_solve(const rdkv_config *cfg, int n_layers, uint32_t n, void *workspace,
                          solve_memory *s) {
   const uint64_t heads = static_cast<uint64_t>(n_layers) * static_cast<uint64_t>(cfg->n_kv_heads);
+  const bool paper = cfg->profile == RDKV_PAPER;
   s->a = solve_args();
   s->m.next = static_cast<uint8_t *>(workspace), s->m.bytes = 0;
+  /* a list for a level, which all four have in one where that is too small */
+  s->a.capacity = n < 2 ? 2 : n < 1024 ? n : n / 4 < 1024 ? 1024 : n / 4;
+  s->m.take(&s->a.pin, cfg->n_pins > 0 ? heads * n : 0);
   s->m.take(&s->a.state, 1);
-  s->m.take(&s->a.pin, static_cast<uint64_t>(n) + 1); /* zeroed together with state */
+  s->m.take(&s->a.teams, paper ? heads : 0);
+  s->m.take(&s->a.hist[0], paper ? 0 : BINS);
+  s->m.take(&s->a.bins[0], paper ? 0 : heads * BINS);
+  s->m.take(&s->a.hist[1], paper ? 0 : BINS); /* up to here it is zeroed */
+  s->m.take(&s->a.bins[1], paper ? 0 : heads * BINS);
   s->m.take(&s->a.layers, static_cast<uint64_t>(n_layers));
   s->m.take(&s->a.heads, heads);
-  s->m.take(&s->a.bins, heads * BINS);
-  s->m.take(&s->a.more, heads * BINS);
-  s->m.take(&s->a.hist, static_cast<uint64_t>(BINS));
-  s->m.take(&s->a.gain, heads * 8);
-  s->m.take(&s->a.cost, heads * 8);
-  s->m.take(&s->a.list, cfg->profile == RDKV_PAPER ? 1 : heads * n + 1);
+  s->m.take(&s->a.ahead, paper ? 0 : heads);
+  s->m.take(&s->a.list, paper ? 0 : heads * 4 * s->a.capacity);
+}
+
+/* rdkv_allocate for a budget or a lambda on the device, or NULL: the config's. */
+static cudaError_t allocate(const rdkv_config *cfg, const rdkv_layer *layers, int n_layers,
+                            const uint64_t *budget, const double *given, double *lambda,
+                            uint32_t *status, void *workspace, size_t bytes, cudaStream_t stream) {
+  const uint32_t n = layers[0].n_tokens;
+  solve_memory s;
+  layout_solve(cfg, n_layers, n, workspace, &s);
+  if (bytes < s.m.bytes) return cudaErrorInvalidValue;
+  solve_args &a = s.a;
+  uint8_t *const zero = cfg->n_pins > 0 ? a.pin : reinterpret_cast<uint8_t *>(a.state);
+  cudaError_t e = cudaMemsetAsync(
+      zero, 0, static_cast<size_t>(reinterpret_cast<uint8_t *>(a.hist[1]) - zero), stream);
+  if (e) return e;
+  for (int first = 0; first < n_layers; first += VIEWS) {
+    solve_views views;
+    int i = 0;
+    for (; i < VIEWS && first + i < n_layers; ++i) {
+      const rdkv_layer &l = layers[first + i];
+      const layer_view v = {l.token,        l.q_square, l.k_square, l.v_distortion,
+                            l.k_distortion, l.v_bits,   l.k_bits};
+      views.view[i] = v;
+    }
+    a.few = views;
+    if (n_layers > VIEWS) view_kernel<<<1, VIEWS, 0, stream>>>(a.layers + first, views, i);
+  }
+  if (cfg->n_pins == 0) a.pin = nullptr;
+  a.given_budget = budget, a.device_lambda = given, a.lambda = lambda, a.status = status, a.n = n;
+  a.n_kv_heads = static_cast<uint32_t>(cfg->n_kv_heads);
+  a.n_heads = static_cast<uint32_t>(n_layers) * a.n_kv_heads, a.n_layers = n_layers;
+  a.k_dim = cfg->k_dim, a.v_dim = cfg->v_dim, a.positions = cfg->positions;
+  a.scope = cfg->scope, a.paper = cfg->profile == RDKV_PAPER;
+  a.budget = budget_of(cfg, n, n_layers), a.fixed = fixed_bytes(a.n_heads);
+  a.most = max_block(cfg, n, n_layers), a.max_error = cfg->max_error;
+  a.given_lambda = cfg->lambda, a.k_share = cfg->k_share;
+  a.tokens = cfg->token_budget;
+  a.search = cfg->token_budget == 0 && cfg->budget_bytes > 0;
+  if (cfg->token_budget == 0) a.tokens = cfg->keep * static_cast<double>(n); /* or searched */
+  a.eps_k[0] = a.eps_v[0] = 1, a.eps_k[4] = a.eps_v[4] = 0;
+  for (int i = 0; i < 3; ++i) a.eps_k[i + 1] = cfg->eps_k[i], a.eps_v[i + 1] = cfg->eps_v[i];
+  for (int first = 0; first < cfg->n_pins; first += 64) {
+    solve_pins pins;
+    int i = 0;
+    for (; i < 64 && first + i < cfg->n_pins; ++i) {
+      const rdkv_pin &p = cfg->pins[first + i];
+      solve_pin &to = pins.pin[i];
+      to.begin = least(p.begin, n), to.end = least(p.end, n), to.level = level_of(p.min_bits);
+      const uint32_t of = to.end - to.begin;
+      to.take = p.share > 0 && p.share < 1
+                    ? least(static_cast<uint32_t>(ceil(static_cast<double>(p.share) * of)), of)
+                    : of;
+    }
+    pin_kernel<<<a.n_heads, THREADS, 0, stream>>>(a, pins, i);
+  }
+  /* at most a block on every multiprocessor: all are resident, as their barriers want; and no more
+     than there is work for, as barriers take longer the more meet there */
+  int device = 0, most_blocks = 0;
+  e = cudaGetDevice(&device);
+  if (!e) e = cudaDeviceGetAttribute(&most_blocks, cudaDevAttrMultiProcessorCount, device);
+  if (!e)
+    e = cudaFuncSetAttribute(reinterpret_cast<const void *>(solve_kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, SOLVE_WORDS * 4);
+  if (e) return e;
+  const uint64_t work = static_cast<uint64_t>(n) * a.n_heads / (SOLVE * BATCH) + 1;
+  uint32_t blocks = static_cast<uint32_t>(most_blocks);
+  if (blocks > work) blocks = most(static_cast<uint32_t>(work), least(a.n_heads, blocks));
+  void *pack[] = {&a};
+  e = cudaLaunchCooperativeKernel(reinterpret_cast<const void *>(solve_kernel), dim3(blocks),
+                                  dim3(SOLVE), pack, SOLVE_WORDS * 4, stream);
+  return e ? e : cudaGetLastError();
 }
 
 /* pack */
@@ -6221,16 +7687,14 @@ static void layout_pack(const rdkv_config *cfg, int n_layers, uint32_t n, void *
   s->r = range_args();
   s->m.take(&s->a.state, 1);
   s->m.take(&s->a.heads, heads);
-  s->m.take(&s->a.slot_of, kv * MAX_DIM);
-  s->m.take(&s->a.quantiser, kv * 2 * PACKED);
+  s->m.take(&s->a.codes, kv * MAX_DIM);
   layout_list(&s->m, heads, kv, n, &s->a.list);
   s->m.take(&s->items, static_cast<uint64_t>(n_layers));
   s->m.take(&s->r.lo, heads * MAX_DIM);
   s->m.take(&s->r.hi, heads * MAX_DIM);
   s->m.take(&s->r.sum, heads * MAX_DIM);
-  s->m.take(&s->a.list.odd, heads);
-  layout_range(cfg, &s->m, kv, heads, n, &s->r); /* its counters are zeroed together with odd */
-  s->r.items = s->items, s->r.with_v = 1;
+  layout_range(cfg, &s->m, kv, heads, n, &s->r);
+  s->r.items = s->items, s->r.with_v = 0; /* V is looked at while it is packed */
   s->a.channel.lo = s->r.lo, s->a.channel.hi = s->r.hi, s->a.channel.sum = s->r.sum;
 }
 
@@ -6240,7 +7704,7 @@ static pack_args pack_layer(const rdkv_config *cfg, const pack_args &all, const 
   pack_args a = all;
   const size_t first = static_cast<size_t>(layer) * static_cast<size_t>(cfg->n_kv_heads);
   a.heads += first;
-  a.list.odd += first, a.list.kept += first * 5;
+  a.list.kept += first * 5;
   a.list.v_bits = layers[layer].v_bits;
   a.list.v_distortion = a.joint ? layers[layer].v_distortion : nullptr;
   a.k_bits = layers[layer].k_bits, a.k_distortion = layers[layer].k_distortion;
@@ -6400,90 +7864,83 @@ extern "C" cudaError_t rdkv_cuda_allocate(const rdkv_config *cfg, const rdkv_lay
                                           int n_layers, double *lambda, uint32_t *status,
                                           void *workspace, size_t bytes, cudaStream_t stream) {
   using namespace rdkv_cuda_compress;
-  if (!resolved(cfg) || !layers || n_layers < 1 || n_layers > cfg->n_layers || !lambda || !status ||
-      !workspace)
+  if (!resolved(cfg) || !layers || n_layers > cfg->n_layers || !layers_ok(layers, n_layers) ||
+      !lambda || !status || !workspace)
     return cudaErrorInvalidValue;
-  const uint32_t n = layers[0].n_tokens;
-  for (int i = 0; i < n_layers; ++i)
-    if (!layer_ok(&layers[i]) || layers[i].n_tokens != n) return cudaErrorInvalidValue;
-  if (cfg->max_error > 0) return cudaErrorNotSupported;
-  solve_memory s;
-  layout_solve(cfg, n_layers, n, workspace, &s);
-  if (bytes < s.m.bytes) return cudaErrorInvalidValue;
-  solve_args &a = s.a;
-  const size_t zero = static_cast<size_t>(reinterpret_cast<uint8_t *>(a.layers) -
-                                          reinterpret_cast<uint8_t *>(a.state));
-  cudaError_t e = cudaMemsetAsync(a.state, 0, zero, stream);
-  if (e) return e;
-  for (int first = 0; first < n_layers; first += 32) {
-    solve_views views;
-    int i = 0;
-    for (; i < 32 && first + i < n_layers; ++i) {
-      const rdkv_layer &l = layers[first + i];
-      const layer_view v = {l.token,        l.q_square, l.k_square, l.v_distortion,
-                            l.k_distortion, l.v_bits,   l.k_bits};
-      views.view[i] = v;
-    }
-    view_kernel<<<1, 32, 0, stream>>>(a.layers + first, views, i);
-  }
-  for (int first = 0; first < cfg->n_pins && n > 0; first += 64) {
-    solve_pins pins;
-    int i = 0;
-    for (; i < 64 && first + i < cfg->n_pins; ++i) {
-      const rdkv_pin &p = cfg->pins[first + i];
-      pins.pin[i].begin = p.begin, pins.pin[i].end = p.end;
-      pins.pin[i].level = level_of(p.min_bits);
-    }
-    pin_kernel<<<(n + THREADS - 1) / THREADS, THREADS, 0, stream>>>(a.pin, n, pins, i);
-  }
-  if (cfg->n_pins == 0) a.pin = nullptr;
-  a.lambda = lambda, a.status = status, a.n = n;
-  a.n_kv_heads = static_cast<uint32_t>(cfg->n_kv_heads);
-  a.n_heads = static_cast<uint32_t>(n_layers) * a.n_kv_heads, a.n_layers = n_layers;
-  a.k_dim = cfg->k_dim, a.v_dim = cfg->v_dim, a.positions = cfg->positions;
-  a.scope = cfg->scope, a.paper = cfg->profile == RDKV_PAPER;
-  a.budget = budget_of(cfg, n, n_layers), a.fixed = fixed_bytes(a.n_heads);
-  a.given_lambda = cfg->lambda, a.k_share = cfg->k_share;
-  a.threshold =
-      cfg->lambda > 3.4028234663852886e38 ? 3.402823466e38f : static_cast<float>(cfg->lambda);
-  a.tokens = cfg->token_budget;
-  a.search = cfg->token_budget == 0 && cfg->budget_bytes > 0;
-  if (cfg->token_budget == 0 && !a.search) a.tokens = cfg->keep * static_cast<double>(n);
-  a.eps_k[0] = a.eps_v[0] = 1, a.eps_k[4] = a.eps_v[4] = 0;
-  for (int i = 0; i < 3; ++i) a.eps_k[i + 1] = cfg->eps_k[i], a.eps_v[i + 1] = cfg->eps_v[i];
-  /* a block on every multiprocessor: all are resident, as their barriers want */
-  int device = 0, blocks = 0;
-  e = cudaGetDevice(&device);
-  if (!e) e = cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);
-  if (e) return e;
-  void *pack[] = {&a};
-  e = cudaLaunchCooperativeKernel(reinterpret_cast<const void *>(solve_kernel),
-                                  dim3(static_cast<uint32_t>(blocks)), dim3(SOLVE), pack, 0,
-                                  stream);
-  return e ? e : cudaGetLastError();
+  return allocate(cfg, layers, n_layers, nullptr, nullptr, lambda, status, workspace, bytes,
+                  stream);
 }
 
-extern "C" cudaError_t rdkv_cuda_pack(const rdkv_config *cfg, const rdkv_kv *kv,
-                                      const rdkv_layer *layers, int n_layers, const double *lambda,
-                                      int first_layer, uint64_t token_begin, void *block,
-                                      size_t capacity, uint64_t *block_bytes, uint32_t *status,
-                                      void *workspace, size_t bytes, cudaStream_t stream) {
+extern "C" cudaError_t rdkv_cuda_allocate_at(const rdkv_config *cfg, const rdkv_layer *layers,
+                                             int n_layers, const double *given, double *lambda,
+                                             uint32_t *status, void *workspace, size_t bytes,
+                                             cudaStream_t stream) {
   using namespace rdkv_cuda_compress;
-  if (!resolved(cfg) || !kv || !layers || n_layers < 1 || n_layers > 65535 || first_layer < 0 ||
-      !block || reinterpret_cast<uintptr_t>(block) % 128 != 0 || !block_bytes || !status ||
-      !workspace)
+  if (!resolved(cfg) || !layers || n_layers > cfg->n_layers || !layers_ok(layers, n_layers) ||
+      !given || !lambda || !status || !workspace || cfg->profile == RDKV_PAPER)
     return cudaErrorInvalidValue;
+  rdkv_config at = *cfg;
+  at.scope = RDKV_SCOPE_LAMBDA;
+  return allocate(&at, layers, n_layers, nullptr, given, lambda, status, workspace, bytes, stream);
+}
+
+namespace rdkv_cuda_compress {
+
+static void add_histogram(const rdkv_config *cfg, const rdkv_layer *layer, uint64_t *bytes,
+                          cudaStream_t stream) {
+  const uint32_t heads = static_cast<uint32_t>(cfg->n_kv_heads);
+  histogram_args a;
+  a.v_distortion = layer->v_distortion, a.k_bits = layer->k_bits;
+  a.bytes = reinterpret_cast<u64 *>(bytes), a.n = layer->n_tokens;
+  a.k_dim = cfg->k_dim, a.v_dim = cfg->v_dim, a.positions = cfg->positions;
+  if (a.n == 0) return;
+  const uint32_t slices = blocks_of(a.n, 4 * SOLVE, 264 / heads + 1);
+  a.slice = (a.n + slices - 1) / slices;
+  histogram_kernel<<<dim3(slices, heads), SOLVE, 0, stream>>>(a);
+}
+
+} /* namespace rdkv_cuda_compress */
+
+extern "C" cudaError_t rdkv_cuda_histogram_add(const rdkv_config *cfg, const rdkv_layer *layer,
+                                               rdkv_histogram *histogram, cudaStream_t stream) {
+  using namespace rdkv_cuda_compress;
+  if (!resolved(cfg) || !layer_ok(layer) || !histogram) return cudaErrorInvalidValue;
+  add_histogram(cfg, layer, histogram->bytes, stream);
+  return cudaGetLastError();
+}
+
+extern "C" cudaError_t rdkv_cuda_histogram_merge(rdkv_histogram *dst, const rdkv_histogram *src,
+                                                 cudaStream_t stream) {
+  using namespace rdkv_cuda_compress;
+  if (!dst || !src) return cudaErrorInvalidValue;
+  merge_kernel<<<BINS / THREADS, THREADS, 0, stream>>>(reinterpret_cast<u64 *>(dst->bytes),
+                                                       src->bytes);
+  return cudaGetLastError();
+}
+
+extern "C" cudaError_t rdkv_cuda_histogram_lambda(const rdkv_histogram *histogram,
+                                                  uint64_t budget_bytes, double *lambda,
+                                                  cudaStream_t stream) {
+  using namespace rdkv_cuda_compress;
+  if (!histogram || !lambda) return cudaErrorInvalidValue;
+  lambda_kernel<<<1, 32, 0, stream>>>(histogram->bytes, budget_bytes, lambda);
+  return cudaGetLastError();
+}
+
+namespace rdkv_cuda_compress {
+
+static cudaError_t pack(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv_layer *layers,
+                        int n_layers, const double *lambda, const uint64_t *budget, int first_layer,
+                        uint64_t token_begin, void *block, size_t capacity, uint64_t *block_bytes,
+                        uint32_t *status, void *workspace, size_t bytes, cudaStream_t stream) {
   const uint32_t n = layers[0].n_tokens, heads = static_cast<uint32_t>(cfg->n_kv_heads);
-  for (int i = 0; i < n_layers; ++i)
-    if (!layer_ok(&layers[i]) || layers[i].n_tokens != n ||
-        (n > 0 && (!tensor_ok(kv[i].k) || !tensor_ok(kv[i].v))))
-      return cudaErrorInvalidValue;
   pack_memory s;
   layout_pack(cfg, n_layers, n, workspace, &s);
   if (bytes < s.m.bytes) return cudaErrorInvalidValue;
   pack_args &a = s.a;
-  a.list.status = status, a.list.n = n, a.list.chunks = chunks_of(n);
-  a.lambda = lambda, a.block = static_cast<uint8_t *>(block), a.capacity = capacity;
+  a.list.status = status, a.list.n = n, a.list.chunks = chunks_of(n), a.all_heads = a.heads;
+  a.lambda = lambda, a.budget = budget, a.block = static_cast<uint8_t *>(block),
+  a.capacity = capacity;
   a.bytes = block_bytes, a.n_heads = static_cast<uint32_t>(n_layers) * heads;
   a.joint = cfg->profile == RDKV_JOINT, a.positions = cfg->positions;
   a.channel.k_dim = cfg->k_dim, a.channel.v_dim = cfg->v_dim;
@@ -6500,33 +7957,149 @@ extern "C" cudaError_t rdkv_cuda_pack(const rdkv_config *cfg, const rdkv_kv *kv,
   h.keep = cfg->keep, h.max_error = cfg->max_error, h.token_budget = cfg->token_budget;
   h.budget_bytes = cfg->budget_bytes;
   const size_t zero = static_cast<size_t>(reinterpret_cast<uint8_t *>(s.r.parts) -
-                                          reinterpret_cast<uint8_t *>(a.list.odd));
-  const cudaError_t e = cudaMemsetAsync(a.list.odd, 0, zero, stream);
+                                          reinterpret_cast<uint8_t *>(s.r.kept));
+  cudaError_t e = cudaMemsetAsync(s.r.kept, 0, zero, stream);
   if (e) return e;
   s.r.status = status;
   for (int first = 0, of = 0; first < n_layers; first += of) {
     const item_list list = items_of(kv, layers, nullptr, n_layers, first, &of);
     items_kernel<<<1, 32, 0, stream>>>(s.items + first, list, of);
   }
-  for (int i = 0; i < n_layers;
-       ++i) { /* nothing is written before all of the input is known good */
-    const pack_args l = pack_layer(cfg, a, kv, layers, i);
-    list_tokens(l.list, heads, stream);
-    head_kernel<<<heads, THREADS, 0, stream>>>(l);
-    if (a.joint && n > 0) serial_kernel<<<heads, THREADS, 0, stream>>>(l);
+  for (int i = 0; i < n_layers; ++i) {
+    list_tokens(pack_layer(cfg, a, kv, layers, i), heads, stream);
     launch_range(range_layer(s.r, i), kv[i].k.dtype, false, 1, stream);
   }
-  offsets_kernel<<<1, THREADS, 0, stream>>>(a);
-  header_kernel<<<blocks_of(a.n_heads + 4, THREADS, 64), THREADS, 0, stream>>>(a);
+  /* tiles: enough blocks to fill 132 multiprocessors, then up to 4 tiles a warp */
+  const uint32_t tiles = n / TILE + 4, each = tiles * heads / (132 * 4 * TILE_WARPS * 2);
+  a.each = each < 1 ? 1 : each > 4 ? 4 : each;
+  bool all_rows = true; /* then the body's checksum is added up on the way */
+  for (int i = 0; i < n_layers; ++i)
+    all_rows = all_rows && rows_kernel_of(pack_layer(cfg, a, kv, layers, i));
   for (int i = 0; i < n_layers; ++i) {
     const pack_args l = pack_layer(cfg, a, kv, layers, i);
-    if (n_layers > 1) list_tokens(l.list, heads, stream); /* the order has room for one layer */
+    if (n_layers > 1) list_tokens(l, heads, stream); /* the order has room for one layer */
     table_kernel<<<heads, THREADS, 0, stream>>>(l);
-    const dim3 tiles(blocks_of(n, TILE, 1024 / heads + 1), heads);
-    if (n > 0) tile_kernel_of(l.channel)<<<tiles, THREADS, 0, stream>>>(l);
+    if (n == 0) continue;
+    if (all_rows) {
+      const tile_kernel_type k = rows_kernel_of(l);
+      const dim3 grid(blocks_of(tiles, l.each * TILE_WARPS, 0x7fffffff), heads);
+      const size_t shared = rows_shared(cfg->k_dim);
+      if (shared > 48 * 1024 &&
+          (e = cudaFuncSetAttribute(reinterpret_cast<const void *>(k),
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared))) != cudaSuccess)
+        return e;
+      k<<<grid, 32 * TILE_WARPS, shared, stream>>>(l);
+    } else {
+      const dim3 grid(blocks_of(n, TILE, 1024 / heads + 1), heads);
+      const tile_kernel_type k =
+          cfg->k_dim <= 128 && cfg->v_dim <= 128 ? tile_kernel<4> : tile_kernel<8>;
+      k<<<grid, THREADS, 0, stream>>>(l);
+    }
   }
-  body_sum_kernel<<<264, THREADS, 0, stream>>>(status, a.state, a.block);
-  head_sum_kernel<<<1, THREADS, 0, stream>>>(status, a.state, a.block, block_bytes);
+  if (!all_rows) body_sum_kernel<<<264, THREADS, 0, stream>>>(status, a.state, a.block);
+  header_kernel<<<1, THREADS, 0, stream>>>(a);
+  return cudaGetLastError();
+}
+
+} /* namespace rdkv_cuda_compress */
+
+extern "C" cudaError_t rdkv_cuda_pack(const rdkv_config *cfg, const rdkv_kv *kv,
+                                      const rdkv_layer *layers, int n_layers, const double *lambda,
+                                      int first_layer, uint64_t token_begin, void *block,
+                                      size_t capacity, uint64_t *block_bytes, uint32_t *status,
+                                      void *workspace, size_t bytes, cudaStream_t stream) {
+  using namespace rdkv_cuda_compress;
+  if (!resolved(cfg) || !kv || !layers || n_layers > 65535 || !layers_ok(layers, n_layers) ||
+      first_layer < 0 || !block || reinterpret_cast<uintptr_t>(block) % 128 != 0 || !block_bytes ||
+      !status || !workspace)
+    return cudaErrorInvalidValue;
+  for (int i = 0; i < n_layers; ++i)
+    if (layers[0].n_tokens > 0 && (!tensor_ok(kv[i].k) || !tensor_ok(kv[i].v)))
+      return cudaErrorInvalidValue;
+  return pack(cfg, kv, layers, n_layers, lambda, nullptr, first_layer, token_begin, block, capacity,
+              block_bytes, status, workspace, bytes, stream);
+}
+
+namespace rdkv_cuda_compress {
+
+/* What a stream keeps from step to step of a layer, in front of the workspace of the steps. */
+struct stream_memory {
+  arena m;
+  rdkv_histogram *own;
+  uint64_t *budget;
+  double *lambda;
+};
+
+static void layout_stream(void *workspace, stream_memory *s) {
+  s->m.next = static_cast<uint8_t *>(workspace), s->m.bytes = 0;
+  s->m.take(&s->own, 1);
+  s->m.take(&s->budget, 1);
+  s->m.take(&s->lambda, 1);
+}
+
+} /* namespace rdkv_cuda_compress */
+
+extern "C" size_t rdkv_cuda_stream_workspace(const rdkv_config *cfg, uint32_t n_tokens) {
+  using namespace rdkv_cuda_compress;
+  stream_memory s;
+  if (!resolved(cfg)) return 0;
+  layout_stream(nullptr, &s);
+  const size_t a = rdkv_cuda_layer_workspace(cfg, 1, n_tokens),
+               b = rdkv_cuda_allocate_workspace(cfg, 1, n_tokens);
+  return s.m.bytes + (a > b ? a : b);
+}
+
+extern "C" cudaError_t rdkv_cuda_stream_layer(const rdkv_config *cfg, rdkv_stream *state, int index,
+                                              const rdkv_kv *kv, const float *lse,
+                                              ptrdiff_t lse_stride, const rdkv_layer *layer,
+                                              void *block, size_t capacity, uint64_t *block_bytes,
+                                              uint32_t *status, void *workspace, size_t bytes,
+                                              cudaStream_t stream) {
+  using namespace rdkv_cuda_compress;
+  if (!resolved(cfg) || !state || index < 0 || index >= cfg->n_layers || !kv || !layer_ok(layer) ||
+      cfg->max_error > 0 || !status || !workspace ||
+      bytes < rdkv_cuda_stream_workspace(cfg, layer->n_tokens))
+    return cudaErrorInvalidValue;
+  const uint32_t n = layer->n_tokens;
+  const uint64_t heads = static_cast<uint64_t>(cfg->n_kv_heads);
+  const bool joint = cfg->profile == RDKV_JOINT;
+  const bool share = joint && cfg->scope != RDKV_SCOPE_LAMBDA;
+  const bool by_budget = share || (!joint && cfg->token_budget == 0 && cfg->budget_bytes > 0);
+  rdkv_config one = *cfg;
+  one.n_layers = 1;
+  stream_memory s;
+  layout_stream(workspace, &s);
+  uint8_t *const work = static_cast<uint8_t *>(workspace) + s.m.bytes;
+  const size_t work_bytes = bytes - s.m.bytes;
+  stream_args a;
+  a.state = state, a.own = joint ? reinterpret_cast<u64 *>(s.own->bytes) : nullptr;
+  a.budget = s.budget, a.lambda = s.lambda, a.bytes = block_bytes, a.status = status;
+  a.total = budget_of(cfg, n, cfg->n_layers), a.fixed = fixed_bytes(heads);
+  /* every channel's entry, most of them not dropped */
+  a.tables =
+      heads * round_up(5 * static_cast<uint64_t>(pad16(cfg->k_dim)), 128) + fixed_bytes(heads);
+  a.layer = index, a.n_layers = cfg->n_layers, a.share = share;
+  cudaError_t e = rdkv_cuda_score(&one, kv, lse ? &lse : nullptr, lse_stride, layer, 1, status,
+                                  work, work_bytes, stream);
+  if (!e) e = rdkv_cuda_measure(&one, kv, layer, 1, status, work, work_bytes, stream);
+  if (!e && share) {
+    e = cudaMemsetAsync(s.own, 0, sizeof *s.own, stream);
+    add_histogram(&one, layer, s.own->bytes, stream);
+  }
+  if (e) return e;
+  share_kernel<<<1, THREADS, 0, stream>>>(a);
+  e = allocate(&one, layer, 1, by_budget ? s.budget : nullptr, nullptr, s.lambda, status, work,
+               work_bytes, stream);
+  if (!e)
+    e = pack(&one, kv, layer, 1, s.lambda, by_budget ? s.budget : nullptr, index, 0, block,
+             capacity, block_bytes, status, work, work_bytes, stream);
+  if (!e && joint) { /* now with the K that was chosen */
+    e = cudaMemsetAsync(s.own, 0, sizeof *s.own, stream);
+    add_histogram(&one, layer, s.own->bytes, stream);
+  }
+  if (e) return e;
+  seen_kernel<<<1, THREADS, 0, stream>>>(a);
   return cudaGetLastError();
 }
 

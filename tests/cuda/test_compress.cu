@@ -466,8 +466,9 @@ static void test_allocate() {
   static const uint32_t length[] = {0, 1, 31, 33, 150, 700, 6000};
   static const double keep[] = {0.02, 0.1, 0.3, 0.7, 1.0};
   const rdkv_pin_reason any = RDKV_PIN_OTHER;
-  const rdkv_pin pins[] = {
-      {0, 4, 16, any, 0}, {20, 40, 8, any, 0}, {10, 30, 2, any, 0}, {140, 100000, 4, any, 0}};
+  const rdkv_pin pins[] = {{0, 4, 16, any, 0},         {20, 40, 8, any, 0},
+                           {10, 30, 2, any, 0},        {140, 300, 4, any, 0},
+                           {25, 100000, 4, any, 0.2f}, {8, 8, 16, any, 0.5f}};
   uint64_t seed = 1;
   for (size_t s = 0; s < sizeof shape / sizeof *shape; ++s)
     for (size_t n = 0; n < sizeof length / sizeof *length; ++n)
@@ -483,7 +484,7 @@ static void test_allocate() {
         if (variant >= 8) c.profile = RDKV_PAPER, c.lambda = 0;
         if (variant == 8) c.budget_bytes = 3000 + 2 * length[n] * static_cast<uint64_t>(c.k_dim);
         if (variant == 4 || variant == 5 || variant == 7)
-          c.pins = pins, c.n_pins = 4, c.keep = variant == 5 ? 0.9 : c.keep;
+          c.pins = pins, c.n_pins = variant == 4 ? 4 : 6, c.keep = variant == 5 ? 0.9 : c.keep;
         test_where("allocate: shape %zu, %u tokens, variant %d", s, length[n], variant);
         problem p = problem_make(&c, length[n], RDKV_F16, DENSE, seed);
         problem_score(&p);
@@ -541,7 +542,197 @@ static void test_allocate_edges() {
       }
 }
 
+/* config.max_error: the same budget is found, or none. */
+static void test_max_error() {
+  static const int shape[][4] = {{4, 2, 128, 128}, {2, 1, 40, 24}};
+  static const uint32_t length[] = {0, 1, 31, 33, 150, 3000};
+  static const double error[] = {0.5, 0.1, 0.003, 1e-9};
+  for (size_t s = 0; s < sizeof shape / sizeof *shape; ++s)
+    for (size_t n = 0; n < sizeof length / sizeof *length; ++n)
+      for (int variant = 0; variant < 4; ++variant) {
+        if (small_run && (length[n] > 40 || (variant + static_cast<int>(s + n)) % 4)) continue;
+        rdkv_config c = config_of(shape[s][0], shape[s][1], shape[s][2], shape[s][3]);
+        const rdkv_pin pin = {3, 9, 8, RDKV_PIN_OTHER, 0};
+        c.max_error = error[variant], c.n_layers = variant % 2 + 1;
+        if (variant == 1) c.pins = &pin, c.n_pins = 1;
+        test_where("max_error: shape %zu, %u tokens, variant %d", s, length[n], variant);
+        problem p = problem_make(&c, length[n], RDKV_F16, DENSE, s + n);
+        problem_score(&p);
+        if (variant == 2)
+          memset(p.layer[0].v_distortion, 0,
+                 5 * sizeof(float) * length[n] * static_cast<size_t>(c.n_kv_heads));
+        device_problem d = to_device(&p);
+        compare_allocate(&p, &d, true);
+        device_free(&d), problem_free(&p);
+      }
+}
+
+static double fetch_double(const double *device) {
+  double x;
+  CUDA(cudaMemcpy(&x, device, sizeof x, cudaMemcpyDeviceToHost));
+  return x;
+}
+
+/* Histograms before and after K is chosen, over layers; lambdas; widths at a lambda that is found
+   on the device. */
+static void test_histogram() {
+  static const int shape[][4] = {{4, 2, 128, 128}, {2, 1, 40, 24}, {3, 1, 1, 1}};
+  static const uint32_t length[] = {0, 1, 33, 700, 5000};
+  for (size_t s = 0; s < sizeof shape / sizeof *shape; ++s)
+    for (size_t n = 0; n < sizeof length / sizeof *length; ++n)
+      for (int variant = 0; variant < 2; ++variant) {
+        if (small_run && (length[n] > 40 || s == 1)) continue;
+        rdkv_config c = config_of(shape[s][0], shape[s][1], shape[s][2], shape[s][3]);
+        c.n_layers = 2, c.positions = variant, c.scope = RDKV_SCOPE_LAMBDA, c.lambda = 1e-5;
+        test_where("histogram: shape %zu, %u tokens, variant %d", s, length[n], variant);
+        problem p = problem_make(&c, length[n], RDKV_F16, DENSE, 3 * s + n);
+        problem_score(&p);
+        if (variant) CHECK_OK(problem_allocate(&p));
+        device_problem d = to_device(&p);
+        static rdkv_histogram want[2], got[2];
+        rdkv_histogram *h;
+        CUDA(cudaMalloc(&h, sizeof want));
+        CUDA(cudaMemset(h, 0, sizeof want));
+        memset(want, 0, sizeof want);
+        for (int l = 0; l < 2; ++l) {
+          CHECK_OK(rdkv_histogram_add(&p.cfg, &p.layer[l], &want[l]));
+          CUDA(rdkv_cuda_histogram_add(&p.cfg, &d.layer[l], h + l, 0));
+        }
+        CUDA(cudaMemcpy(got, h, sizeof got, cudaMemcpyDeviceToHost));
+        CHECK(memcmp(got, want, sizeof got) == 0);
+        want[0].bytes[77] = ~0ull; /* sums stay at the largest */
+        CUDA(cudaMemcpy(h, want, sizeof want, cudaMemcpyHostToDevice));
+        rdkv_histogram_merge(&want[1], &want[0]);
+        CUDA(rdkv_cuda_histogram_merge(h + 1, h, 0));
+        CUDA(cudaMemcpy(got, h, sizeof got, cudaMemcpyDeviceToHost));
+        CHECK(memcmp(got, want, sizeof got) == 0);
+        const uint64_t budget[] = {0, 3000, 40000, 1000000, 1ull << 60};
+        for (uint64_t b : budget) {
+          CUDA(rdkv_cuda_histogram_lambda(h + 1, b, d.lambda, 0));
+          CHECK(fetch_double(d.lambda) == rdkv_histogram_lambda(&want[1], b));
+        }
+        /* the widths of the last but one */
+        CUDA(rdkv_cuda_histogram_lambda(h + 1, budget[2], d.lambda + 3, 0));
+        p.cfg.lambda = rdkv_histogram_lambda(&want[1], budget[2]);
+        CHECK_OK(problem_allocate(&p));
+        CUDA(rdkv_cuda_allocate_at(&p.cfg, d.layer, 2, d.lambda + 3, d.lambda, d.status,
+                                   d.workspace, d.workspace_bytes, 0));
+        CHECK_EQ(status_of(&d), RDKV_OK);
+        for (int l = 0; l < 2; ++l) {
+          char *m = fetch(&d, l);
+          const size_t heads = static_cast<size_t>(c.n_kv_heads);
+          check_array(&p, l, m, p.layer[l].v_bits, heads * length[n], "v_bits");
+          check_array(&p, l, m, p.layer[l].k_bits, heads * static_cast<size_t>(c.k_dim), "k_bits");
+          CHECK(fetch_double(d.lambda + l) == p.cfg.lambda);
+          free(m);
+        }
+        CUDA(cudaFree(h));
+        device_free(&d), problem_free(&p);
+      }
+}
+
 /* ---- the whole chain ------------------------------------------------------------------------- */
+
+/* Two prompts, a layer at a time, each layer's K and V overwritten once it is packed. rdkv.h gets
+   the scores and distortions that the device had. */
+static void test_stream() {
+  static const uint32_t length[] = {1, 33, 200, 3000};
+  enum { LAYERS = 3, VARIANTS = 6 };
+  for (size_t n = 0; n < sizeof length / sizeof *length; ++n)
+    for (int variant = 0; variant < VARIANTS; ++variant) {
+      if (small_run && (length[n] > 40 || (variant + n) % 3)) continue;
+      rdkv_config c = config_of(4, 2, 64, 64);
+      c.n_layers = LAYERS, c.window = 8;
+      if (variant == 1) c.keep = 0.4, c.positions = 1;
+      if (variant == 2) c.profile = RDKV_PAPER, c.budget_bytes = 9000 + 100 * length[n];
+      if (variant == 3) c.scope = RDKV_SCOPE_LAMBDA, c.lambda = 1e-4;
+      if (variant == 4) c.scope = RDKV_SCOPE_HEAD, c.keep = 0.2;
+      if (variant == 5) c.profile = RDKV_PAPER;
+      const bool remembers = variant != 1;
+      rdkv_config one;
+      static rdkv_histogram earlier[LAYERS], fetched[LAYERS], bins[2];
+      static rdkv_stream want, got;
+      rdkv_histogram *device_earlier;
+      rdkv_stream *state;
+      CUDA(cudaMalloc(&device_earlier, sizeof earlier));
+      CUDA(cudaMemset(device_earlier, 0, sizeof earlier));
+      CUDA(cudaMalloc(&state, sizeof want));
+      memset(earlier, 0, sizeof earlier);
+      for (int prompt = 0; prompt < 2; ++prompt) {
+        test_where("stream: %u tokens, variant %d, prompt %d", length[n], variant, prompt);
+        problem p =
+            problem_make(&c, length[n], RDKV_F16, DENSE, 7 * n + static_cast<size_t>(prompt));
+        device_problem d = to_device(&p);
+        const size_t work_bytes = rdkv_cuda_stream_workspace(&p.cfg, length[n]);
+        void *work;
+        CUDA(cudaMalloc(&work, work_bytes));
+        CUDA(cudaMemset(work, 0x5c, work_bytes));
+        memset(&want, 0, sizeof want), memset(&got, 0, sizeof got);
+        got.earlier = remembers ? device_earlier : nullptr;
+        want.earlier = remembers ? earlier : nullptr;
+        CUDA(cudaMemcpy(state, &got, sizeof got, cudaMemcpyHostToDevice));
+        one = p.cfg, one.n_layers = 1;
+        const size_t scratch_bytes =
+            largest(rdkv_allocate_scratch(&one, 1, length[n]), rdkv_layer_scratch(&one, length[n]));
+        void *scratch = mem_new(scratch_bytes);
+        uint64_t spent = 0;
+        rdkv_status st = RDKV_OK;
+        for (int l = 0; l < LAYERS && st == RDKV_OK; ++l) {
+          poison(&d, 0x11 * l);
+          CUDA(cudaMemset(d.memory[l], 0x6e, d.layer_bytes));
+          CUDA(rdkv_cuda_stream_layer(&p.cfg, state, l, &d.kv[l], nullptr, 0, &d.layer[l], d.block,
+                                      d.capacity, d.block_bytes, d.status, work, work_bytes, 0));
+          for (int i = 0; i < 3; ++i)
+            CUDA(cudaMemsetAsync(d.raw[l][i], 0xff, mem_bytes(p.raw[l][i])));
+          uint64_t device_bytes = 0;
+          CUDA(cudaMemcpy(&device_bytes, d.block_bytes, 8, cudaMemcpyDeviceToHost));
+          char *m = fetch(&d, l);
+          rdkv_layer *layer = &p.layer[l];
+          memcpy(p.layer_memory[l], m, d.layer_bytes);
+          memset(layer->v_bits, 0, 2 * length[n]), memset(layer->k_bits, 0, 2 * 64);
+          const size_t capacity = rdkv_block_bound(&one, length[n]) * 11 + 100000;
+          char *block = static_cast<char *>(mem_new(capacity));
+          size_t bytes = 0;
+          st = rdkv__stream_pack(&p.cfg, &want, &p.kv[l], layer, bins, block, capacity, &bytes,
+                                 scratch, scratch_bytes);
+          CHECK_EQ(status_of(&d), st);
+          CHECK_EQ(device_bytes, bytes);
+          if (st == RDKV_OK && device_bytes == bytes) {
+            char *packed = static_cast<char *>(malloc(bytes));
+            CUDA(cudaMemcpy(packed, d.block, bytes, cudaMemcpyDeviceToHost));
+            CHECK(memcmp(packed, block, bytes) == 0);
+            free(packed);
+          }
+          spent += bytes;
+          CUDA(cudaMemcpy(&got, state, sizeof got, cudaMemcpyDeviceToHost));
+          CHECK_EQ(got.next_layer, want.next_layer);
+          CHECK_EQ(got.spent_bytes, want.spent_bytes);
+          CHECK(got.lambda == want.lambda);
+          CHECK(memcmp(&got.seen, &want.seen, 2 * sizeof got.seen) == 0);
+          mem_free(block), free(m);
+        }
+        if (p.cfg.profile == RDKV_JOINT && p.cfg.scope != RDKV_SCOPE_LAMBDA)
+          CHECK_LE(spent, rdkv__budget(&p.cfg, length[n], LAYERS));
+        CUDA(cudaMemcpy(fetched, device_earlier, sizeof fetched, cudaMemcpyDeviceToHost));
+        CHECK(memcmp(fetched, earlier, sizeof fetched) == 0);
+        /* a layer out of turn is refused and changes nothing */
+        CUDA(cudaMemset(d.status, 0, 4));
+        for (int i = 0; i < 3; ++i)
+          CUDA(
+              cudaMemcpy(d.raw[0][i], p.raw[0][i], mem_bytes(p.raw[0][i]), cudaMemcpyHostToDevice));
+        CUDA(rdkv_cuda_stream_layer(&p.cfg, state, (want.next_layer + 1) % LAYERS, &d.kv[0],
+                                    nullptr, 0, &d.layer[0], d.block, d.capacity, d.block_bytes,
+                                    d.status, work, work_bytes, 0));
+        mem_free(scratch);
+        CHECK_EQ(status_of(&d), RDKV_ERR_ARGUMENT);
+        CUDA(cudaMemcpy(&got, state, sizeof got, cudaMemcpyDeviceToHost));
+        CHECK_EQ(got.next_layer, want.next_layer);
+        CUDA(cudaFree(work));
+        device_free(&d), problem_free(&p);
+      }
+      CUDA(cudaFree(state)), CUDA(cudaFree(device_earlier));
+    }
+}
 
 /* Values that do not belong in a cache are refused at each stage, and nothing is packed. */
 static void test_refused() {
@@ -657,6 +848,9 @@ int main(int argc, char **argv) {
   RUN(test_items);
   RUN(test_allocate);
   RUN(test_allocate_edges);
+  RUN(test_max_error);
+  RUN(test_histogram);
+  RUN(test_stream);
   RUN(test_refused);
 #ifndef RDKV_TEST_NO_GRAPH
   RUN(test_graph);
