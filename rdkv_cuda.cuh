@@ -23,8 +23,10 @@
 
    CONTENTS (search for the tag)
        >>cuda-types  >>cuda-host       the API, callable from C
+       >>cuda-compress  >>cuda-sequence
        >>cuda-blocks                   device functions for kernels of your own
        >>cuda-plan  >>cuda-attend  >>cuda-latency  >>cuda-launch       the code
+       >>cuda-compress  >>cuda-sequence
 
    HOW IT WORKS. Codes go from the packed tile into fp16 tensor-core fragments by AND alone: a code
    left inside the mantissa of a half with exponent 0 is a subnormal number worth code * 4^k *
@@ -226,6 +228,123 @@ cudaError_t rdkv_cuda_stream_layer(const rdkv_config *cfg, rdkv_stream *state, i
                                    const rdkv_layer *layer, void *block, size_t capacity,
                                    uint64_t *block_bytes, uint32_t *status, void *workspace,
                                    size_t workspace_bytes, cudaStream_t stream);
+
+/* ---- >>cuda-sequence : a cache that lives, on the device ---------------------------------------
+
+   The sequences of rdkv.h in a batch: blocks of generated tokens become segments while a captured
+   graph is replayed. The tail's oldest block is packed once its successor is complete, by its
+   successor's queries; list, lengths, queries and the room for segments lie in device memory and
+   change there, without the host. A step is
+
+       for (layer = 0; layer < n_layers; ++layer) {
+         rdkv_cuda_attend(&cfg, plan, layer, &io, workspace, stream);      // io.lse not NULL
+         rdkv_cuda_keep(&cfg, &batch, layer, &io, stream);                 // its query, for later
+       }
+       rdkv_cuda_advance(tail_tokens, cfg.batch, stream);
+       rdkv_cuda_sequence_compress(&rdkv, &cfg, &batch, &blocks, plan, memory, bytes, stream);
+
+   A prefill may write rows of K, V and queries itself and set tail_tokens: a chunk of a prompt is a
+   block. Rollback and fork are stream-ordered too. All calls of one batch belong on one stream. */
+
+/* What a sequence needs beside its rdkv_cuda_sequence, whose capacity and list it shares: an array
+   [batch] in device memory. Fields are the sequence's own on the device; a host that wants to read
+   them copies them. */
+typedef struct rdkv_cuda_live {
+  void *q;    /* [layer][query head][capacity][k_dim] of tail_dtype: queries of the tail's tokens */
+  void *out;  /* [layer][query head][capacity][v_dim] what attention gave them */
+  float *lse; /* [layer][query head][capacity] log-sum-exp of the queries */
+  uint8_t *arena; /* 128-byte aligned: where blocks go, one after the other; NULL = nowhere */
+  uint64_t arena_bytes, arena_used;
+  uint64_t arena_shared; /* bytes before it are in use by forks and are never written again */
+  uint64_t tail_begin;   /* position of the tail's first token */
+  uint32_t query_begin;  /* queries are kept from the tail's token query_begin on */
+  uint32_t status;       /* an rdkv_status. While it is not RDKV_OK no blocks are made of this
+                            sequence and its tail grows: set it to 0 to try again */
+} rdkv_cuda_live;
+
+/* The batch's arrays in device memory, each [batch]. sequences[i].segments has room for
+   config.max_segments entries, which are written. */
+typedef struct rdkv_cuda_batch {
+  rdkv_cuda_sequence *sequences;
+  rdkv_cuda_live *live;
+  uint32_t *tail_tokens;
+} rdkv_cuda_batch;
+
+/* How generated tokens become segments; zero means default. */
+typedef struct rdkv_cuda_blocks {
+  uint32_t block;  /* tokens of a block, 1..1024; 0 = 128 */
+  uint32_t recent; /* as many tokens at least stay dense; 0 = block, the least. A tail needs room
+                      for block + max(block, recent) */
+  uint32_t fan;   /* 2..16: whenever the last `fan` segments in the arena are of equally many tokens
+                     they become one, as rdkv_sequence_merge does it, with the sum of their budgets:
+                     attention takes its time over every segment, small as it may be. 0: never */
+  uint32_t rows;  /* tokens a head may hold of what is merged, beyond which it is not; 0 = 1024 */
+  uint32_t lanes; /* 1..8: sequences that are served side by side where many have a complete block;
+                     0 = 1. Each takes a workspace of its own */
+} rdkv_cuda_blocks;
+
+/* Bytes of the queries of one sequence; and their places at device address data [bytes], 256-byte
+   aligned, as live's q, out and lse. Layers count from 0 to first_layer + n_layers - 1, as in the
+   tail. n_q_heads (k_dim + v_dim) elements a token: 4 times K and V for groups of 4. */
+size_t rdkv_cuda_queries_bytes(const rdkv_cuda_config *cfg, uint32_t capacity);
+void rdkv_cuda_queries(const rdkv_cuda_config *cfg, void *data, uint32_t capacity,
+                       rdkv_cuda_live *live);
+
+/* Keeps the queries, outputs and log-sum-exps of a layer's attention for the token that it
+   appended, in every sequence that has room for it. io: as given to attend, with lse; out 16-byte
+   aligned too. One small launch. */
+cudaError_t rdkv_cuda_keep(const rdkv_cuda_config *cfg, const rdkv_cuda_batch *batch, int layer,
+                           const rdkv_cuda_io *io, cudaStream_t stream);
+
+/* Workspace bytes of rdkv_cuda_sequence_compress; 0 if the configs are not resolved or do not
+   agree. It grows with layers, heads, block, rows and lanes, not with the batch. */
+size_t rdkv_cuda_sequence_workspace(const rdkv_config *rdkv, const rdkv_cuda_config *cfg,
+                                    const rdkv_cuda_blocks *blocks);
+
+/* rdkv_sequence_compress for every sequence of the batch, and rdkv_cuda_plan if a segment was made.
+   Captured into a graph (CUDA 12.4 or later) it is a loop on the device, over whatever has become
+   complete when the graph gets there, and next to nothing while nothing has. On a stream that is
+   not captured, or with an older toolkit, it is one turn: the first sequence with a complete block
+   gets one segment, and where there is none the same kernels run for nothing; call it once for each
+   block that the host knows to be complete.
+   rdkv: resolved, of the same shape and n_layers, with the budget of one block or RDKV_SCOPE_LAMBDA
+   and the prompt's lambda; no pins. plan as for rdkv_cuda_plan. workspace [bytes] 256-byte aligned.
+   What a sequence cannot do goes to its status and leaves its tail dense: RDKV_ERR_FULL (list or
+   arena), RDKV_ERR_ARGUMENT (queries missing), and as rdkv_compress. What cannot be merged stays as
+   it is. Returns cudaErrorInvalidValue for arguments that are wrong on their face,
+   cudaErrorNotSupported for pins and max_error, and for merging with RDKV_PAPER or positions. */
+cudaError_t rdkv_cuda_sequence_compress(const rdkv_config *rdkv, const rdkv_cuda_config *cfg,
+                                        const rdkv_cuda_batch *batch,
+                                        const rdkv_cuda_blocks *blocks, void *plan, void *workspace,
+                                        size_t bytes, cudaStream_t stream);
+
+/* rdkv_sequence_rollback of every sequence i to its first n_tokens[i] tokens, n_tokens [batch] on
+   the device (UINT64_MAX: as it is). Its errors go to the sequence's status and change nothing
+   else: RDKV_ERR_ARGUMENT (more tokens than there are), RDKV_ERR_GONE (inside a segment). Where
+   segments were dropped the plan must be made anew. */
+cudaError_t rdkv_cuda_sequence_rollback(const rdkv_cuda_config *cfg, const rdkv_cuda_batch *batch,
+                                        const uint64_t *n_tokens, cudaStream_t stream);
+
+/* rdkv_sequence_fork within the batch: sequence `to`, with memory and an arena of its own, goes on
+   from where `from` is. Its errors go to the status of `to` and change nothing else: RDKV_ERR_FULL,
+   RDKV_ERR_ARGUMENT (one of them keeps queries). The plan must be made anew. */
+cudaError_t rdkv_cuda_sequence_fork(const rdkv_cuda_config *cfg, const rdkv_cuda_batch *batch,
+                                    int from, int to, cudaStream_t stream);
+
+/* A sequence of rdkv.h, such as one that rdkv_load opened, becomes entry `index` of the batch,
+   whose addresses, strides, capacity, arena and arena_bytes are set on the device: segments go to
+   the arena as they are, tail and queries to their places. Its tail's dtype is tail_dtype. Waits
+   for the stream. cudaErrorInvalidValue where the shape differs or room is missing; then the entry
+   is as before. */
+cudaError_t rdkv_cuda_sequence_upload(const rdkv_cuda_config *cfg, const rdkv_sequence *from,
+                                      const rdkv_cuda_batch *batch, int index, cudaStream_t stream);
+
+/* The way back, for rdkv_save: entry `index` into a sequence that rdkv_sequence_init made, with an
+   arena that has room for all segments. Waits for the stream. cudaErrorInvalidValue where the shape
+   differs or room is missing; then `to` is empty. */
+cudaError_t rdkv_cuda_sequence_download(const rdkv_cuda_config *cfg, const rdkv_cuda_batch *batch,
+                                        int index, rdkv_sequence *to, cudaStream_t stream);
+
 
 #ifdef __cplusplus
 }
@@ -4575,7 +4694,8 @@ struct score_args {
   uint32_t *done;   /* [heads] */
   uint32_t *status;
   ptrdiff_t lse_stride;
-  uint32_t n, split; /* tokens of a split: a multiple of STAGE */
+  uint32_t n, seen;  /* tokens; how many of them the first query sees besides its own */
+  uint32_t split;    /* tokens of a split: a multiple of STAGE */
   int splits, heads, group, window, columns, k_dim, v_dim, pool, joint; /* heads of an item */
   int given, plain, fused; /* log-sum-exp is; no tensor cores; V is read together with K */
   float scale;             /* softmax_scale * log2(e) */
@@ -4723,7 +4843,7 @@ __global__ void __launch_bounds__(THREADS) plain_kernel(score_args a) {
   const int h = static_cast<int>(blockIdx.z) * a.heads + head;
   const item &it = a.items[blockIdx.z];
   const uint32_t first = blockIdx.x * a.split, end = least(first + a.split, a.n);
-  const uint32_t seen = a.n - static_cast<uint32_t>(a.window); /* token of the first query */
+  const uint32_t seen = a.seen;
   const ptrdiff_t stride = it.k.dim_stride ? it.k.dim_stride : 1;
   const float *query = a.query + static_cast<size_t>(h) * static_cast<size_t>(a.k_dim * a.columns);
   const size_t part = static_cast<size_t>(h) * static_cast<size_t>(a.splits) + blockIdx.x;
@@ -5007,7 +5127,7 @@ __global__ void __launch_bounds__(THREADS, 2) tensor_kernel(score_args a) {
       reinterpret_cast<float *>(rdkv_cuda_compress_memory + (with_v ? 4 : 2) * STAGE * CHUNKS);
   float4 *my_sums = reinterpret_cast<float4 *>(partial + 2 * STAGE * WARPS) + tid;
   const uint32_t first = blockIdx.x * a.split, end = least(first + a.split, a.n);
-  const uint32_t seen = a.n - static_cast<uint32_t>(a.window);
+  const uint32_t seen = a.seen;
   const int n_stages = static_cast<int>((end - first + STAGE - 1) / STAGE);
   const int needed = (a.columns - 1) / (16 * M) + 1; /* column warps */
   const int column_warps = needed > 4 ? 8 : needed > 2 ? 4 : needed;
@@ -5293,7 +5413,7 @@ static __global__ void __launch_bounds__(THREADS) pool_kernel(score_args a) {
     return;
   }
   const float *see = a.see + a.window + 1, *mean = a.mean + static_cast<size_t>(h) * a.n;
-  const int64_t seen = static_cast<int64_t>(a.n) - a.window, last = static_cast<int64_t>(a.n) - 1;
+  const int64_t seen = a.seen, last = static_cast<int64_t>(a.n) - 1;
   const int64_t t0 = static_cast<int64_t>(blockIdx.x) * 4 * THREADS;
   const int half = (a.pool - 1) / 2 > last ? static_cast<int>(last) : (a.pool - 1) / 2;
   for (int i = tid; i < 4 * THREADS + 2 * half; i += THREADS) {
@@ -7757,11 +7877,13 @@ extern "C" size_t rdkv_cuda_allocate_workspace(const rdkv_config *cfg, int n_lay
   return s.m.bytes;
 }
 
-extern "C" cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv,
-                                       const float *const *lse, ptrdiff_t lse_stride,
-                                       const rdkv_layer *layers, int n_items, uint32_t *status,
-                                       void *workspace, size_t bytes, cudaStream_t stream) {
-  using namespace rdkv_cuda_compress;
+namespace rdkv_cuda_compress {
+
+/* rdkv_cuda_score by queries of which the first sits at position `seen` of the range. */
+static cudaError_t score_by(const rdkv_config *cfg, const rdkv_kv *kv, uint32_t seen,
+                            const float *const *lse, ptrdiff_t lse_stride, const rdkv_layer *layers,
+                            int n_items, uint32_t *status, void *workspace, size_t bytes,
+                            cudaStream_t stream) {
   if (!resolved(cfg) || !kv || !layers || !layers_ok(layers, n_items) || !status || !workspace)
     return cudaErrorInvalidValue;
   const uint32_t n = layers[0].n_tokens, heads = static_cast<uint32_t>(cfg->n_kv_heads),
@@ -7791,7 +7913,7 @@ extern "C" cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv
   a.fused = a.joint && wide && a.v_dim == a.k_dim;
   const score_kernel stats = tensor ? tensor_kernel_of(a, bf16, true, &stats_shared) : nullptr;
   const score_kernel weigh = tensor ? tensor_kernel_of(a, bf16, false, &shared) : nullptr;
-  a.status = status, a.lse_stride = lse_stride, a.given = lse != nullptr;
+  a.status = status, a.seen = seen, a.lse_stride = lse_stride, a.given = lse != nullptr;
   a.plain = !weigh || (!lse && !stats);
   for (int first = 0, of = 0; first < n_items; first += of) {
     const item_list list = items_of(kv, layers, lse, n_items, first, &of);
@@ -7811,6 +7933,19 @@ extern "C" cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv
   const dim3 pool((n + 4 * THREADS - 1) / (4 * THREADS) + 1, heads, items);
   pool_kernel<<<pool, THREADS, 0, stream>>>(a);
   return cudaGetLastError();
+}
+
+} /* namespace rdkv_cuda_compress */
+
+extern "C" cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv,
+                                       const float *const *lse, ptrdiff_t lse_stride,
+                                       const rdkv_layer *layers, int n_items, uint32_t *status,
+                                       void *workspace, size_t bytes, cudaStream_t stream) {
+  using namespace rdkv_cuda_compress;
+  if (!resolved(cfg) || !layers) return cudaErrorInvalidValue;
+  const uint32_t n = layers->n_tokens, window = least(static_cast<uint32_t>(cfg->window), n);
+  return score_by(cfg, kv, n - window, lse, lse_stride, layers, n_items, status, workspace, bytes,
+                  stream);
 }
 
 extern "C" cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *kv,
@@ -8102,6 +8237,1129 @@ extern "C" cudaError_t rdkv_cuda_stream_layer(const rdkv_config *cfg, rdkv_strea
   seen_kernel<<<1, THREADS, 0, stream>>>(a);
   return cudaGetLastError();
 }
+
+/* ---- >>cuda-sequence : a cache that lives, on the device ---------------------------------------
+
+   One turn packs the oldest block of one sequence: pick (which), gather (its K, V and the queries
+   of the block after it to fixed addresses, all layers), then score, measure, allocate and pack as
+   ever, settle (to the arena, into the list) and move (what is left of the tail to its start). A
+   merge is the same with rows unpacked from segments. Layers are independent in all but allocation,
+   so that the others get them as heads of one layer. */
+
+namespace rdkv_cuda_live_code {
+
+using rdkv_cuda_compress::arena;
+using rdkv_cuda_compress::mix;
+using rdkv_cuda_compress::u64;
+
+enum { THREADS = 256, NONE = -1, MAX_FAN = 16, MAX_LAYERS = 512, MAX_LANES = 8 };
+
+/* What one turn's kernels tell each other. */
+struct turn {
+  int picked;           /* a sequence, or NONE */
+  uint32_t status;      /* of the chain that compresses it */
+  uint32_t made;        /* its segment is in the list */
+  uint32_t tokens;      /* of its tail before */
+  uint32_t merge;       /* segments that become one; 0: it is about a block of the tail */
+  uint32_t first_query; /* the tail's token whose query is the first that scores */
+  uint32_t n_tokens;    /* of the range */
+  uint64_t budget;      /* of what is merged */
+  uint64_t bytes;       /* of the new segment */
+  uint8_t *to;          /* where it goes */
+};
+
+struct live_args {
+  rdkv_cuda_batch batch;
+  turn *state;       /* of this lane */
+  size_t lane_bytes; /* to that of the next one */
+  int n_lanes;
+  uint16_t *k, *v, *q; /* [layer][head][rows][dim]; of q [block] */
+  float *lse;          /* [layer][query head][block] */
+  float *token;        /* [layer][kv head][rows] */
+  uint32_t *counts;    /* [layer][kv head][MAX_FAN + 1] rows before those of each merged segment */
+  float *mean_out;     /* [layer][kv head][v_dim] */
+  double *lambda;      /* [layer] */
+  uint8_t *packed;
+  int n_sequences, n_layers, first_layer, n_q_heads, n_kv_heads, k_dim, v_dim, max_segments;
+  uint32_t block, least; /* tokens of a block; of a tail at which one is made */
+  uint32_t rows;         /* of a head in k and v: a block's, or what a merged segment may hold */
+  uint32_t fan;
+  double keep; /* and budget_bytes: a block's budget */
+  uint64_t budget_bytes;
+  int bf16, joint;
+};
+
+/* The per-token arrays of a sequence: of each layer K and V of every kv head, q, out and lse of
+   every query head, in this order. Rows of `bytes`, `stride` bytes apart; base NULL: none. */
+struct rows {
+  uint8_t *base;
+  size_t stride;
+  uint32_t bytes;
+  int what, head; /* 0 K, 1 V, 2 q, 3 out, 4 lse; head counts over the layers */
+};
+enum { ROW_K, ROW_V, ROW_Q, ROW_OUT, ROW_LSE };
+
+__host__ __device__ inline int arrays_of(const live_args &a) {
+  return a.n_layers * (2 * a.n_kv_heads + 3 * a.n_q_heads);
+}
+
+__device__ inline rows rows_of(const live_args &a, int sequence, int index) {
+  const rdkv_cuda_sequence &s = a.batch.sequences[sequence];
+  const rdkv_cuda_live &l = a.batch.live[sequence];
+  const int each = 2 * a.n_kv_heads + 3 * a.n_q_heads, layer = index / each;
+  const int64_t at = a.first_layer + layer;
+  rows r;
+  int head = index - layer * each;
+  if (head < 2 * a.n_kv_heads) {
+    r.what = head < a.n_kv_heads ? ROW_K : ROW_V;
+    head -= r.what * a.n_kv_heads;
+    void *base = r.what == ROW_K ? s.k : s.v;
+    const int64_t first =
+        r.what == ROW_K ? at * s.k_layer + head * s.k_head : at * s.v_layer + head * s.v_head;
+    r.base = static_cast<uint8_t *>(base) + 2 * first;
+    r.stride = 2 * static_cast<size_t>(r.what == ROW_K ? s.k_token : s.v_token);
+    r.bytes = 2 * static_cast<uint32_t>(r.what == ROW_K ? a.k_dim : a.v_dim);
+    if (!base) r.base = nullptr;
+    r.head = layer * a.n_kv_heads + head;
+    return r;
+  }
+  head -= 2 * a.n_kv_heads;
+  r.what = ROW_Q + head / a.n_q_heads;
+  head %= a.n_q_heads;
+  const size_t row =
+      (static_cast<size_t>(at) * static_cast<size_t>(a.n_q_heads) + static_cast<size_t>(head)) *
+      s.capacity;
+  void *base = r.what == ROW_Q ? l.q : r.what == ROW_OUT ? l.out : static_cast<void *>(l.lse);
+  r.bytes = r.what == ROW_LSE ? 4 : 2 * static_cast<uint32_t>(r.what == ROW_Q ? a.k_dim : a.v_dim);
+  r.stride = r.bytes;
+  r.base = base ? static_cast<uint8_t *>(base) + row * r.bytes : nullptr;
+  r.head = layer * a.n_q_heads + head;
+  return r;
+}
+
+/* Row `from` of r becomes row `to` of another, 16 bytes (lse: 4) at `column` of it. */
+__device__ __forceinline__ void copy_piece(const rows &to, size_t to_row, const rows &from,
+                                           size_t from_row, uint32_t column) {
+  const uint8_t *src = from.base + from_row * from.stride;
+  uint8_t *dst = to.base + to_row * to.stride;
+  if (to.what == ROW_LSE)
+    *reinterpret_cast<float *>(dst) = *reinterpret_cast<const float *>(src);
+  else
+    reinterpret_cast<uint4 *>(dst)[column] = reinterpret_cast<const uint4 *>(src)[column];
+}
+__device__ __forceinline__ uint32_t pieces_of(const rows &r) {
+  return r.what == ROW_LSE ? 1 : r.bytes / 16;
+}
+
+/* Whether the sequence has a block to compress; one that cannot be gets its status. */
+static __device__ bool ready(const live_args &a, int i) {
+  rdkv_cuda_live &l = a.batch.live[i];
+  const rdkv_cuda_sequence &s = a.batch.sequences[i];
+  if (l.status != RDKV_OK || a.batch.tail_tokens[i] < a.least) return false;
+  if (!l.q || !l.out || !l.lse || l.query_begin > a.block)
+    l.status = RDKV_ERR_ARGUMENT;
+  else if (!l.arena || s.n_segments >= static_cast<uint32_t>(a.max_segments))
+    l.status = RDKV_ERR_FULL;
+  return l.status == RDKV_OK;
+}
+
+/* The first sequences that are ready, one a lane; whether there is one. One block. */
+static __device__ bool pick(const live_args &a) {
+  __shared__ uint32_t set[4096 / 32];
+  for (int i = static_cast<int>(threadIdx.x); i < 4096 / 32; i += THREADS) set[i] = 0;
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < a.n_sequences; i += THREADS)
+    if (ready(a, i)) atomicOr(&set[i / 32], 1u << i % 32);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int word = 0;
+    for (int lane = 0; lane < a.n_lanes; ++lane) {
+      while (word < 4096 / 32 - 1 && set[word] == 0) ++word;
+      const int picked = set[word] ? 32 * word + __ffs(static_cast<int>(set[word])) - 1 : NONE;
+      set[word] &= set[word] - 1;
+      turn *t = reinterpret_cast<turn *>(reinterpret_cast<uint8_t *>(a.state) +
+                                         static_cast<size_t>(lane) * a.lane_bytes);
+      t->picked = picked, t->made = t->merge = 0, t->bytes = 0;
+      t->first_query = t->n_tokens = a.block;
+      /* where there is nothing to do allocate and pack stand still behind an error */
+      t->status = picked == NONE ? RDKV_ERR_ARGUMENT : RDKV_OK;
+      t->tokens = picked == NONE ? 0 : a.batch.tail_tokens[picked];
+    }
+  }
+  __syncthreads();
+  return a.state->picked != NONE;
+}
+
+static __global__ void pick_kernel(live_args a) { pick(a); }
+
+static __global__ void gather_kernel(live_args a) {
+  const turn t = *a.state;
+  if (t.picked == NONE || (a.rows != a.block && !t.merge)) return;
+  const rows from = rows_of(a, t.picked, static_cast<int>(blockIdx.y));
+  if (from.what == ROW_OUT || (t.merge && from.what < ROW_Q)) return;
+  rows to = from;
+  to.stride = from.bytes;
+  to.base = reinterpret_cast<uint8_t *>(from.what == ROW_K   ? static_cast<void *>(a.k)
+                                        : from.what == ROW_V ? static_cast<void *>(a.v)
+                                        : from.what == ROW_Q ? static_cast<void *>(a.q)
+                                                             : static_cast<void *>(a.lse)) +
+            static_cast<size_t>(from.head) * a.block * from.bytes;
+  const uint32_t pieces = pieces_of(from), first = from.what < ROW_Q ? 0 : t.first_query;
+  for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < a.block * pieces;
+       i += gridDim.x * THREADS)
+    copy_piece(to, i / pieces, from, first + i / pieces, i % pieces);
+}
+
+__device__ __forceinline__ float value16(uint16_t x, int bf16) {
+  return bf16 ? __uint_as_float(static_cast<uint32_t>(x) << 16) : __half2float(__ushort_as_half(x));
+}
+
+/* Mean output of the queries' attention to everything: weights as rdkv__recency. One block for a
+   (layer, kv head), a thread for 8 dims of every n_rows-th row. */
+static __global__ void __launch_bounds__(THREADS) mean_out_kernel(live_args a) {
+  __shared__ float weight[1024];
+  __shared__ double sums[THREADS * 8], part[THREADS / 32];
+  const int sequence = a.state->picked, tid = static_cast<int>(threadIdx.x);
+  const uint32_t first = a.state->first_query;
+  if (sequence == NONE) return;
+  const int layer = static_cast<int>(blockIdx.x) / a.n_kv_heads, group = a.n_q_heads / a.n_kv_heads;
+  const int head = static_cast<int>(blockIdx.x) % a.n_kv_heads;
+  const int n = static_cast<int>(a.block), each = 2 * a.n_kv_heads + 3 * a.n_q_heads;
+  const int pieces = a.v_dim / 8, n_rows = THREADS / pieces, row = tid / pieces;
+  double all = 0, acc[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  bool bad = false;
+  for (int i = tid; i < n; i += THREADS) all += 1 / sqrt(static_cast<double>(n - i));
+  for (int m = 16; m; m >>= 1) all += __shfl_xor_sync(rdkv_cuda_compress::FULL, all, m);
+  if (tid % 32 == 0) part[tid / 32] = all;
+  __syncthreads();
+  all = 0;
+  for (int w = 0; w < THREADS / 32; ++w) all += part[w];
+  for (int i = tid; i < n; i += THREADS)
+    weight[i] = static_cast<float>(n / all / sqrt(static_cast<double>(n - i)));
+  __syncthreads();
+  for (int g = 0; g < group && row < n_rows; ++g) {
+    const rows out =
+        rows_of(a, sequence, layer * each + 2 * a.n_kv_heads + a.n_q_heads + head * group + g);
+    const uint8_t *at = out.base + first * out.stride + 16 * (tid % pieces);
+#pragma unroll 4
+    for (int i = row; i < n; i += n_rows) {
+      const uint4 y = *reinterpret_cast<const uint4 *>(at + static_cast<size_t>(i) * out.stride);
+      const uint32_t z[4] = {y.x, y.y, y.z, y.w};
+      const double w = static_cast<double>(weight[i]);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float x = value16(static_cast<uint16_t>(z[j / 2] >> (16 * (j & 1))), a.bf16);
+        bad |= !rdkv_cuda_compress::in_range(x);
+        acc[j] += w * static_cast<double>(x);
+      }
+    }
+  }
+  if (bad) rdkv_cuda_compress::fail(&a.state->status, RDKV_ERR_NONFINITE);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) sums[8 * tid + j] = acc[j];
+  __syncthreads();
+  for (int d = tid; d < a.v_dim; d += THREADS) {
+    double s = 0;
+    for (int r = 0; r < n_rows; ++r) s += sums[r * a.v_dim + d];
+    a.mean_out[static_cast<int>(blockIdx.x) * a.v_dim + d] =
+        static_cast<float>(s / (static_cast<double>(group) * n));
+  }
+}
+
+/* The new segment gets its place in the arena and the list, and its true shape, position and length
+   in the header (words 5, 6, 8 and 9; 3 is the checksum, a sum, which need not be computed anew).
+   One thread. */
+static __global__ void settle_kernel(live_args a, bool merge) {
+  turn *t = a.state;
+  if (t->picked == NONE || (merge && t->merge == 0)) return;
+  rdkv_cuda_live &l = a.batch.live[t->picked];
+  rdkv_cuda_sequence &s = a.batch.sequences[t->picked];
+  const void **list = const_cast<const void **>(s.segments);
+  const uint32_t at = s.n_segments - t->merge;
+  uint64_t first = l.arena_used, begin = l.tail_begin;
+  if (t->merge) {
+    const uint8_t *old = static_cast<const uint8_t *>(list[at]);
+    first = static_cast<uint64_t>(old - l.arena);
+    begin = reinterpret_cast<const rdkv_header *>(old)->token_begin;
+  }
+  if (t->status == RDKV_OK && l.arena_bytes - first < t->bytes) t->status = RDKV_ERR_FULL;
+  if (t->status != RDKV_OK) {
+    if (!t->merge) l.status = t->status; /* what cannot be merged stays as it is */
+    return;
+  }
+  u64 *words = reinterpret_cast<u64 *>(a.packed), sum = words[3], header[10];
+  for (u64 i = 5; i < 10; ++i) header[i] = words[i];
+  header[5] = (words[5] & 0xffffffffu) | static_cast<u64>(a.n_layers) << 32;
+  header[6] = static_cast<u64>(a.n_q_heads) | static_cast<u64>(a.n_kv_heads) << 32;
+  header[8] = begin;
+  header[9] = (words[9] >> 32 << 32) | t->n_tokens;
+  for (u64 i = 5; i < 10; ++i) {
+    const u64 salt = (i + 1) * 0x9e3779b97f4a7c15ull;
+    sum += mix(header[i] + salt) - mix(words[i] + salt);
+    words[i] = header[i];
+  }
+  words[3] = sum;
+  t->to = l.arena + first, t->made = 1;
+  list[at] = t->to;
+  s.n_segments = at + 1, l.arena_used = first + t->bytes;
+  if (t->merge) return;
+  l.tail_begin += a.block;
+  l.query_begin = l.query_begin > a.block ? l.query_begin - a.block : 0;
+  a.batch.tail_tokens[t->picked] = t->tokens - a.block;
+}
+
+/* The segment to the arena, blockIdx.y 0; the tail's rows down by a block. A thread moves the rows
+   that are a block apart, so that it alone reads what it overwrites. */
+static __global__ void move_kernel(live_args a) {
+  const turn t = *a.state;
+  if (!t.made || (t.merge && blockIdx.y)) return;
+  const uint32_t first = blockIdx.x * THREADS + threadIdx.x, step = gridDim.x * THREADS;
+  if (blockIdx.y == 0) {
+    const uint4 *from = reinterpret_cast<const uint4 *>(a.packed);
+    for (uint64_t i = first; i < t.bytes / 16; i += step)
+      reinterpret_cast<uint4 *>(t.to)[i] = from[i];
+    return;
+  }
+  const rows r = rows_of(a, t.picked, static_cast<int>(blockIdx.y) - 1);
+  const uint32_t pieces = pieces_of(r);
+  for (uint32_t i = first; i < a.block * pieces; i += step)
+    for (uint32_t to = i / pieces; to + a.block < t.tokens; to += a.block)
+      copy_piece(r, to, r, to + a.block, i % pieces);
+}
+
+/* Whether the last segments of the sequence that was just given one are to become one: `fan` of
+   equally many tokens, its own, one behind the other, which fit in the rows there are. One block.
+ */
+static __device__ bool mergeable(const live_args &a) {
+  __shared__ uint32_t fits;
+  turn *t = a.state;
+  const bool made = t->made;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    fits = made, t->made = t->merge = 0, t->bytes = 0, t->status = RDKV_ERR_ARGUMENT;
+    if (made) {
+      const rdkv_cuda_live &l = a.batch.live[t->picked];
+      const rdkv_cuda_sequence &s = a.batch.sequences[t->picked];
+      const uint32_t tokens = a.batch.tail_tokens[t->picked];
+      uint64_t sum = 0;
+      fits = s.n_segments >= a.fan && tokens >= a.block && l.query_begin <= tokens - a.block;
+      const uint8_t *next = nullptr;
+      uint32_t each = 0;
+      for (uint32_t i = 0; i < a.fan && fits; ++i) {
+        const uint8_t *at = static_cast<const uint8_t *>(s.segments[s.n_segments - a.fan + i]);
+        const rdkv_header *h = reinterpret_cast<const rdkv_header *>(at);
+        if (i == 0) next = at, each = h->n_tokens;
+        fits = at == next && at >= l.arena + l.arena_shared && at < l.arena + l.arena_used &&
+               h->n_tokens == each && h->first_layer == static_cast<uint32_t>(a.first_layer) &&
+               h->n_layers == static_cast<uint32_t>(a.n_layers);
+        next = at + h->total_bytes, sum += h->n_tokens;
+      }
+      fits = fits && next == l.arena + l.arena_used && sum < 0xffffffffu;
+      t->n_tokens = static_cast<uint32_t>(sum), t->first_query = tokens - a.block;
+      const double fp16 = static_cast<double>(a.n_layers) * a.n_kv_heads * (a.k_dim + a.v_dim) * 2;
+      t->budget = a.budget_bytes ? a.budget_bytes * (sum / a.block)
+                                 : static_cast<uint64_t>(a.keep * fp16 * static_cast<double>(sum));
+    }
+  }
+  __syncthreads();
+  if (!fits) return false;
+  const rdkv_cuda_sequence &s = a.batch.sequences[t->picked];
+  bool over = false;
+  for (int h = static_cast<int>(threadIdx.x); h < a.n_layers * a.n_kv_heads; h += THREADS) {
+    uint32_t *count = a.counts + h * (MAX_FAN + 1), n = 0;
+    for (uint32_t i = 0; i < a.fan; ++i) {
+      rdkv_cuda_head head;
+      rdkv_cuda_head_of(s.segments[s.n_segments - a.fan + i], a.first_layer + h / a.n_kv_heads,
+                        h % a.n_kv_heads, &head);
+      count[i] = n;
+      for (int run = 0; run < 4; ++run) n += head.n_tokens[run];
+    }
+    count[a.fan] = n;
+    over |= n > a.rows;
+  }
+  if (__syncthreads_or(over)) return false;
+  if (threadIdx.x == 0) t->merge = a.fan, t->status = RDKV_OK;
+  return true;
+}
+
+static __global__ void mergeable_kernel(live_args a) { mergeable(a); }
+
+/* A code of a K block, token 0..31 and column 0..15; of a V block, dim 0..15. */
+__device__ __forceinline__ int code_at(const uint32_t *words, int level, int lane, int sub, int pr,
+                                       int r, int e) {
+  if (level == 1) return static_cast<int>(words[lane] >> (2 * (2 * sub + pr) + 8 * r + 16 * e) & 3);
+  if (level == 2) return static_cast<int>(words[2 * lane + sub] >> (4 * pr + 8 * r + 16 * e) & 15);
+  return static_cast<int>(words[4 * lane + 2 * sub + pr] >> (8 * (2 * r + e)) & 255);
+}
+__device__ __forceinline__ int key_code(const uint32_t *words, int level, int t, int c) {
+  return code_at(words, level, 4 * (t & 7) + (c >> 2), t >> 4, c >> 1 & 1, t >> 3 & 1, c & 1);
+}
+__device__ __forceinline__ int value_code(const uint32_t *words, int level, int t, int d) {
+  return code_at(words, level, 4 * (d & 7) + (t >> 1 & 3), t >> 4, t >> 3 & 1, d >> 3, t & 1);
+}
+
+/* What the segments hold, as fp16 rows: heads are blockIdx.y, tiles shared out over blockIdx.x. */
+static __global__ void __launch_bounds__(THREADS) unpack_kernel(live_args a) {
+  __shared__ uint16_t k[32][256], v[32][256];
+  const turn turn_now = *a.state;
+  if (!turn_now.merge) return;
+  const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
+  const rdkv_cuda_sequence &s = a.batch.sequences[turn_now.picked];
+  for (uint32_t i = 0; i < turn_now.merge; ++i) {
+    const void *block = s.segments[s.n_segments - turn_now.merge + i];
+    const int layer = head / a.n_kv_heads, kv_head = head % a.n_kv_heads;
+    rdkv_cuda_head h;
+    rdkv_cuda_head_of(block, a.first_layer + layer, kv_head, &h);
+    const rdkv_record &record =
+        reinterpret_cast<const rdkv_record *>(static_cast<const rdkv_header *>(block) + 1)[head];
+    const int first[4] = {0, h.n_blocks[0], h.n_blocks[0] + h.n_blocks[1],
+                          h.n_blocks[0] + h.n_blocks[1] + h.n_blocks[2]};
+    const int slots = 16 * first[3], all = slots + h.n_dropped;
+    const uint16_t *scale = reinterpret_cast<const uint16_t *>(h.table), *mid = scale + slots;
+    const uint8_t *channel = reinterpret_cast<const uint8_t *>(mid + all);
+    for (uint32_t tile = blockIdx.x; tile < rdkv_cuda_tiles(h); tile += gridDim.x) {
+      int run;
+      uint32_t tokens, row = a.counts[head * (MAX_FAN + 1) + static_cast<int>(i)], tiles = 0;
+      uint64_t offset;
+      rdkv_cuda_tile_at(h, a.v_dim, tile, &run, &tokens, &offset);
+      for (int r = 0; r < run; ++r) row += h.n_tokens[r], tiles += (h.n_tokens[r] + 31) / 32;
+      row += 32 * (tile - tiles);
+      const uint32_t *words = reinterpret_cast<const uint32_t *>(h.tiles + offset);
+      const int n = static_cast<int>(tokens);
+      __syncthreads();
+      for (int x = tid; x < 32 * all; x += THREADS) {
+        const int t = x & 31, slot = x >> 5;
+        float value = rdkv_cuda_compress::half_value(mid[slot]);
+        if (slot < slots) {
+          const int b = slot >> 4, level = b < first[1] ? 1 : b < first[2] ? 2 : 3;
+          if (slot - 16 * first[level - 1] >= record.n_channels[level - 1]) continue; /* a pad */
+          const uint32_t *at = words + 32 * min(b, first[1]) +
+                               64 * min(max(b - first[1], 0), first[2] - first[1]) +
+                               128 * max(b - first[2], 0);
+          value +=
+              rdkv_cuda_compress::half_value(scale[slot]) *
+              static_cast<float>(key_code(at, level, t, slot & 15) - (1 << ((1 << level) - 1)));
+        }
+        k[t][channel[slot]] = rdkv_cuda_compress::to_half(value);
+      }
+      words += 32 * first[1] + 64 * (first[2] - first[1]) + 128 * (first[3] - first[2]);
+      const uint16_t *params = reinterpret_cast<const uint16_t *>(words);
+      words += 32;
+      for (int x = tid; x < 32 * a.v_dim; x += THREADS) {
+        const int t = x & 31, d = x >> 5, level = run + 1;
+        if (level == 4) {
+          const int lane = 4 * (d & 7) + (t >> 1 & 3), word = (d >> 3 & 1) + 2 * (t >> 3 & 1);
+          const int b = (t >> 4) * (a.v_dim / 16) + d / 16;
+          v[t][d] =
+              reinterpret_cast<const uint16_t *>(words)[2 * ((b * 32 + lane) * 4 + word) + (t & 1)];
+        } else {
+          const int at = 2 * (4 * (t & 7) + (t >> 3));
+          const int code = value_code(words + (d / 16) * (16 << level), level, t, d & 15);
+          v[t][d] =
+              rdkv_cuda_compress::to_half(rdkv_cuda_compress::half_value(params[at + 1]) +
+                                          rdkv_cuda_compress::half_value(params[at]) *
+                                              static_cast<float>(code - (1 << ((1 << level) - 1))));
+        }
+      }
+      __syncthreads();
+      const size_t to = static_cast<size_t>(head) * a.rows + row;
+      for (int x = tid; x < n * a.k_dim; x += THREADS)
+        a.k[to * static_cast<size_t>(a.k_dim) + static_cast<size_t>(x)] =
+            k[x / a.k_dim][x % a.k_dim];
+      for (int x = tid; x < n * a.v_dim; x += THREADS)
+        a.v[to * static_cast<size_t>(a.v_dim) + static_cast<size_t>(x)] =
+            v[x / a.v_dim][x % a.v_dim];
+    }
+  }
+}
+
+/* Rows that a head does not have repeat its first one, so that no range is wider for them. */
+static __global__ void pad_kernel(live_args a) {
+  const turn t = *a.state;
+  if (!t.merge) return;
+  const size_t head = blockIdx.y, kd = static_cast<size_t>(a.k_dim),
+               vd = static_cast<size_t>(a.v_dim);
+  const uint32_t n = a.counts[head * (MAX_FAN + 1) + t.merge];
+  uint16_t *k = a.k + head * a.rows * kd, *v = a.v + head * a.rows * vd;
+  for (size_t i = n * kd + blockIdx.x * THREADS + threadIdx.x; i < a.rows * kd;
+       i += gridDim.x * THREADS)
+    k[i] = n ? k[i % kd] : static_cast<uint16_t>(0);
+  for (size_t i = n * vd + blockIdx.x * THREADS + threadIdx.x; i < a.rows * vd;
+       i += gridDim.x * THREADS)
+    v[i] = n ? v[i % vd] : static_cast<uint16_t>(0);
+}
+
+/* Such rows weigh nothing: no width saves anything, so that they are left out. */
+static __global__ void mask_kernel(live_args a) {
+  const turn t = *a.state;
+  if (!t.merge) return;
+  const uint32_t n = a.counts[blockIdx.x * (MAX_FAN + 1) + t.merge];
+  for (uint32_t i = n + threadIdx.x; i < a.rows; i += THREADS)
+    a.token[static_cast<size_t>(blockIdx.x) * a.rows + i] = 0;
+}
+
+/* A thread takes 8 elements of q or out; blockIdx.y is the sequence. */
+static __global__ void keep_kernel(live_args a, int layer, rdkv_cuda_io io, int dtype) {
+  const uint32_t sequence = blockIdx.y, token = a.batch.tail_tokens[sequence];
+  const uint32_t capacity = a.batch.sequences[sequence].capacity;
+  const rdkv_cuda_live &l = a.batch.live[sequence];
+  const uint32_t of_q = static_cast<uint32_t>(a.k_dim) / 8;
+  const uint32_t each = of_q + static_cast<uint32_t>(a.v_dim) / 8;
+  const uint32_t i = blockIdx.x * THREADS + threadIdx.x, head = i / each;
+  const uint32_t n_heads = static_cast<uint32_t>(a.n_q_heads);
+  if (head >= n_heads || token >= capacity || !l.q || !l.out || !l.lse) return;
+  const size_t row =
+      (static_cast<size_t>(a.first_layer + layer) * n_heads + head) * capacity + token;
+  const bool is_out = i % each >= of_q;
+  const size_t piece = i % each - (is_out ? of_q : 0), pieces = is_out ? each - of_q : of_q;
+  const size_t from = sequence * n_heads + head, at = from * pieces + piece;
+  const void *src = is_out ? io.out : io.q;
+  uint4 *to = static_cast<uint4 *>(is_out ? l.out : l.q) + row * pieces + piece;
+  if (dtype == (a.bf16 ? RDKV_BF16 : RDKV_F16)) {
+    *to = static_cast<const uint4 *>(src)[at];
+  } else {
+    uint16_t x[8];
+    for (int k = 0; k < 8; ++k) {
+      const float f = rdkv_cuda_compress::element(src, dtype, static_cast<ptrdiff_t>(8 * at) + k);
+      x[k] = a.bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(f)) : rdkv_cuda_compress::to_half(f);
+    }
+    *to = make_uint4(
+        x[0] | static_cast<uint32_t>(x[1]) << 16, x[2] | static_cast<uint32_t>(x[3]) << 16,
+        x[4] | static_cast<uint32_t>(x[5]) << 16, x[6] | static_cast<uint32_t>(x[7]) << 16);
+  }
+  if (i % each == 0) l.lse[row] = io.lse[from];
+}
+
+static __device__ uint64_t end_of(const void *segment) {
+  const rdkv_header *h = static_cast<const rdkv_header *>(segment);
+  return h->token_begin + h->n_tokens;
+}
+
+/* As rdkv_sequence_rollback. A thread a sequence. */
+static __global__ void rollback_kernel(live_args a, const uint64_t *n_tokens) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= a.n_sequences || n_tokens[i] == UINT64_MAX) return;
+  rdkv_cuda_live &l = a.batch.live[i];
+  rdkv_cuda_sequence &s = a.batch.sequences[i];
+  const uint64_t want = n_tokens[i];
+  uint32_t left = 0;
+  if (want > l.tail_begin + a.batch.tail_tokens[i]) {
+    l.status = RDKV_ERR_ARGUMENT;
+    return;
+  }
+  if (want >= l.tail_begin) {
+    left = static_cast<uint32_t>(want - l.tail_begin);
+  } else {
+    uint64_t end = 0;
+    uint32_t n = 0;
+    for (uint32_t j = 0; j < s.n_segments; ++j) {
+      const uint64_t e = end_of(s.segments[j]);
+      if (e <= want)
+        end = e > end ? e : end;
+      else if (static_cast<const rdkv_header *>(s.segments[j])->token_begin < want)
+        end = UINT64_MAX;
+    }
+    if (end != want) {
+      l.status = RDKV_ERR_GONE;
+      return;
+    }
+    for (uint32_t j = 0; j < s.n_segments; ++j) {
+      const uint8_t *at = static_cast<const uint8_t *>(s.segments[j]);
+      if (end_of(at) <= want)
+        const_cast<const void **>(s.segments)[n++] = at;
+      else if (l.arena && at >= l.arena + l.arena_shared && at < l.arena + l.arena_used)
+        l.arena_used = static_cast<uint64_t>(at - l.arena);
+    }
+    s.n_segments = n, l.tail_begin = want;
+  }
+  a.batch.tail_tokens[i] = left;
+  if (l.query_begin > left) l.query_begin = left;
+}
+
+/* As rdkv_sequence_fork, but for the rows. One thread. */
+static __global__ void fork_kernel(live_args a, int from, int to) {
+  rdkv_cuda_live &l = a.batch.live[from], &m = a.batch.live[to];
+  const rdkv_cuda_sequence &s = a.batch.sequences[from];
+  rdkv_cuda_sequence &t = a.batch.sequences[to];
+  const uint32_t n = a.batch.tail_tokens[from];
+  m.status = !l.q != !m.q ? RDKV_ERR_ARGUMENT : n > t.capacity ? RDKV_ERR_FULL : RDKV_OK;
+  if (m.status != RDKV_OK) return;
+  for (uint32_t i = 0; i < s.n_segments; ++i)
+    const_cast<const void **>(t.segments)[i] = s.segments[i];
+  t.n_segments = s.n_segments, m.tail_begin = l.tail_begin, m.query_begin = l.query_begin;
+  m.arena_used = m.arena_shared; /* nothing of its own yet */
+  l.arena_shared = l.arena_used;
+  a.batch.tail_tokens[to] = n;
+}
+
+static __global__ void fork_rows_kernel(live_args a, int from, int to) {
+  if (a.batch.live[to].status != RDKV_OK) return;
+  const rows src = rows_of(a, from, static_cast<int>(blockIdx.y));
+  const rows dst = rows_of(a, to, static_cast<int>(blockIdx.y));
+  if (!src.base || !dst.base) return;
+  const uint32_t pieces = pieces_of(src), n = a.batch.tail_tokens[to];
+  for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < n * pieces; i += gridDim.x * THREADS)
+    copy_piece(dst, i / pieces, src, i / pieces, i % pieces);
+}
+
+/* ---- the host's side */
+
+static live_args args_of(const rdkv_cuda_config *cfg, const rdkv_cuda_batch *batch) {
+  live_args a = live_args();
+  a.batch = *batch;
+  a.n_sequences = cfg->batch, a.n_layers = cfg->n_layers, a.first_layer = cfg->first_layer;
+  a.n_q_heads = cfg->n_q_heads, a.n_kv_heads = cfg->n_kv_heads;
+  a.k_dim = cfg->k_dim, a.v_dim = cfg->v_dim, a.max_segments = cfg->max_segments;
+  a.bf16 = cfg->tail_dtype == RDKV_BF16;
+  return a;
+}
+static bool batch_ok(const rdkv_cuda_config *cfg, const rdkv_cuda_batch *b) {
+  return cfg && b && b->sequences && b->live && b->tail_tokens;
+}
+
+/* The workspace of a turn. */
+struct turn_memory {
+  arena m;
+  live_args a;
+  rdkv_config cfg;   /* of the block */
+  rdkv_config heads; /* the same with the layers' heads in one layer */
+  rdkv_layer all;    /* that layer */
+  uint8_t *work;
+  size_t work_bytes, packed_bytes;
+};
+
+/* merge: of a turn that merges; both lie in the same memory. */
+static bool layout_turn(const rdkv_config *rdkv, const rdkv_cuda_config *cfg,
+                        const rdkv_cuda_batch *batch, const rdkv_cuda_blocks *blocks, bool merge,
+                        void *workspace, turn_memory *t) {
+  const uint32_t block = blocks && blocks->block ? blocks->block : 128;
+  const uint32_t rows = merge ? (blocks->rows ? blocks->rows : 1024) : block;
+  if (!cfg || !rdkv_cuda_compress::resolved(rdkv) || rdkv->n_layers != cfg->n_layers ||
+      rdkv->n_q_heads != cfg->n_q_heads || rdkv->n_kv_heads != cfg->n_kv_heads ||
+      rdkv->k_dim != cfg->k_dim || rdkv->v_dim != cfg->v_dim || !blocks || block > 1024 ||
+      rows < block || rows > 65536 || blocks->fan == 1 || blocks->fan > MAX_FAN ||
+      blocks->lanes > MAX_LANES || cfg->n_layers > MAX_LAYERS)
+    return false;
+  t->a = args_of(cfg, batch);
+  t->cfg = *rdkv, t->cfg.window = static_cast<int32_t>(block); /* all queries count */
+  if (merge) t->cfg.pool = 1; /* segments do not keep the order of tokens */
+  t->heads = t->cfg, t->heads.n_layers = 1;
+  t->heads.n_q_heads = cfg->n_layers * cfg->n_q_heads;
+  t->heads.n_kv_heads = cfg->n_layers * cfg->n_kv_heads;
+  t->a.n_lanes = blocks->lanes ? static_cast<int>(blocks->lanes) : 1;
+  t->a.block = block, t->a.rows = rows, t->a.fan = blocks->fan;
+  t->a.least = block + (blocks->recent > block ? blocks->recent : block);
+  t->a.keep = rdkv->keep, t->a.budget_bytes = rdkv->budget_bytes;
+  t->a.joint = rdkv->profile == RDKV_JOINT;
+  const uint64_t kv = static_cast<uint64_t>(t->heads.n_kv_heads);
+  const uint64_t qs = static_cast<uint64_t>(t->heads.n_q_heads);
+  const uint64_t kd = static_cast<uint64_t>(cfg->k_dim), vd = static_cast<uint64_t>(cfg->v_dim);
+  rdkv_layer *l = &t->all;
+  *l = rdkv_layer();
+  l->n_tokens = rows;
+  t->m.next = static_cast<uint8_t *>(workspace), t->m.bytes = 0;
+  t->m.take(&t->a.state, 1);
+  t->m.take(&t->a.lambda, static_cast<uint64_t>(cfg->n_layers));
+  t->m.take(&t->a.counts, kv * (MAX_FAN + 1));
+  t->m.take(&t->a.k, kv * rows * kd);
+  t->m.take(&t->a.v, kv * rows * vd);
+  t->m.take(&t->a.q, qs * block * kd);
+  t->m.take(&t->a.lse, qs * block);
+  t->m.take(&l->token, kv * rows);
+  t->m.take(&l->q_square, kv * kd);
+  t->m.take(&l->k_square, kv * kd);
+  t->m.take(&l->mean_out, kv * vd);
+  t->m.take(&l->v_distortion, kv * 5 * rows);
+  t->m.take(&l->k_distortion, kv * 4 * kd);
+  t->m.take(&l->v_bits, kv * rows);
+  t->m.take(&l->k_bits, kv * kd);
+  t->a.mean_out = l->mean_out, t->a.token = l->token;
+  rdkv_config any = t->cfg; /* a merged segment's budget is not of its rows */
+  if (merge) any.scope = RDKV_SCOPE_LAMBDA, any.budget_bytes = 0;
+  t->packed_bytes = rdkv_block_bound(&any, rows);
+  t->m.take(&t->a.packed, t->packed_bytes);
+  const size_t a = rdkv_cuda_layer_workspace(&t->heads, 1, rows);
+  const size_t b = rdkv_cuda_allocate_workspace(&t->cfg, cfg->n_layers, rows);
+  t->work_bytes = a > b ? a : b;
+  t->m.take(&t->work, t->work_bytes);
+  return t->packed_bytes > 0;
+}
+
+/* The launches of a turn, after pick or mergeable. */
+static cudaError_t launch_turn(turn_memory *t, bool merge, cudaStream_t stream) {
+  const live_args &a = t->a;
+  const uint32_t n = a.rows;
+  const int kv_heads = t->heads.n_kv_heads, q_heads = t->heads.n_q_heads;
+  uint32_t *status = &a.state->status;
+  const uint32_t widest =
+      static_cast<uint32_t>(a.k_dim > a.v_dim ? a.k_dim : a.v_dim) / 8 * a.block;
+  const dim3 grid((widest + THREADS - 1) / THREADS, static_cast<uint32_t>(arrays_of(a)));
+  gather_kernel<<<grid, THREADS, 0, stream>>>(a);
+  if (merge) {
+    const dim3 heads(4, static_cast<uint32_t>(kv_heads));
+    unpack_kernel<<<heads, THREADS, 0, stream>>>(a);
+    pad_kernel<<<heads, THREADS, 0, stream>>>(a);
+  }
+  rdkv_kv kv;
+  const rdkv_dtype type = a.bf16 && !merge ? RDKV_BF16 : RDKV_F16;
+  kv.k = rdkv_dense(a.k, type, kv_heads, a.k_dim), kv.v = rdkv_dense(a.v, type, kv_heads, a.v_dim);
+  kv.q = rdkv_dense(a.q, a.bf16 ? RDKV_BF16 : RDKV_F16, q_heads, a.k_dim);
+  kv.k.token_stride = kv.q.token_stride = a.k_dim, kv.v.token_stride = a.v_dim;
+  kv.k.head_stride = static_cast<ptrdiff_t>(n) * a.k_dim;
+  kv.q.head_stride = static_cast<ptrdiff_t>(a.block) * a.k_dim;
+  kv.v.head_stride = static_cast<ptrdiff_t>(n) * a.v_dim;
+  rdkv_layer *l = &t->all;
+  const float *lse = a.lse;
+  cudaError_t e = rdkv_cuda_compress::score_by(&t->heads, &kv, n, &lse, a.block, l, 1, status,
+                                               t->work, t->work_bytes, stream);
+  if (e) return e;
+  if (merge) mask_kernel<<<static_cast<uint32_t>(kv_heads), THREADS, 0, stream>>>(a);
+  if (a.joint) mean_out_kernel<<<static_cast<uint32_t>(kv_heads), THREADS, 0, stream>>>(a);
+  e = rdkv_cuda_measure(&t->heads, &kv, l, 1, status, t->work, t->work_bytes, stream);
+  /* allocation shares out bytes over the true layers */
+  rdkv_layer layers[MAX_LAYERS];
+  for (int i = 0; i < t->cfg.n_layers; ++i) {
+    const size_t first = static_cast<size_t>(i) * static_cast<size_t>(a.n_kv_heads);
+    const size_t kd = static_cast<size_t>(a.k_dim), vd = static_cast<size_t>(a.v_dim);
+    layers[i] = *l;
+    layers[i].token += first * n, layers[i].q_square += first * kd;
+    layers[i].k_square += first * kd, layers[i].mean_out += first * vd;
+    layers[i].v_distortion += first * 5 * n, layers[i].k_distortion += first * 4 * kd;
+    layers[i].v_bits += first * n, layers[i].k_bits += first * kd;
+  }
+  if (!e)
+    e = rdkv_cuda_compress::allocate(&t->cfg, layers, t->cfg.n_layers,
+                                            merge ? &a.state->budget : nullptr, nullptr, a.lambda, status,
+                                            t->work, t->work_bytes, stream);
+  if (!e)
+    e = rdkv_cuda_pack(&t->heads, &kv, l, 1, a.lambda, a.first_layer, 0, a.packed, t->packed_bytes,
+                       &a.state->bytes, status, t->work, t->work_bytes, stream);
+  if (e) return e;
+  settle_kernel<<<1, 1, 0, stream>>>(a, merge);
+  const dim3 moves(grid.x, grid.y + 1);
+  move_kernel<<<moves, THREADS, 0, stream>>>(a);
+  return cudaGetLastError();
+}
+
+/* A conditional node behind what the stream has captured so far; its body is captured on *inner. */
+#if CUDART_VERSION >= 12040
+static cudaError_t capture_state(cudaStream_t stream, cudaStreamCaptureStatus *status,
+                                 cudaGraph_t *graph, const cudaGraphNode_t **nodes,
+                                 const cudaGraphEdgeData **edges, size_t *n) {
+#if CUDART_VERSION >= 13000
+  return cudaStreamGetCaptureInfo(stream, status, nullptr, graph, nodes, edges, n);
+#else
+  return cudaStreamGetCaptureInfo_v3(stream, status, nullptr, graph, nodes, edges, n);
+#endif
+}
+
+static cudaError_t add_conditional(cudaStream_t stream, cudaGraphConditionalHandle handle,
+                                   cudaGraphConditionalNodeType type, cudaGraph_t *body) {
+  cudaStreamCaptureStatus status;
+  cudaGraph_t graph;
+  const cudaGraphNode_t *nodes;
+  const cudaGraphEdgeData *edges;
+  cudaGraphNode_t node;
+  size_t n;
+  cudaError_t e = capture_state(stream, &status, &graph, &nodes, &edges, &n);
+  if (e) return e;
+  cudaGraphNodeParams p = {};
+  p.type = cudaGraphNodeTypeConditional;
+  p.conditional.handle = handle, p.conditional.type = type, p.conditional.size = 1;
+#if CUDART_VERSION >= 13000
+  e = cudaGraphAddNode(&node, graph, nodes, edges, n, &p);
+  if (!e)
+    e = cudaStreamUpdateCaptureDependencies(stream, &node, nullptr, 1,
+                                            cudaStreamSetCaptureDependencies);
+#else
+  e = cudaGraphAddNode_v2(&node, graph, nodes, edges, n, &p);
+  if (!e)
+    e = cudaStreamUpdateCaptureDependencies_v2(stream, &node, nullptr, 1,
+                                               cudaStreamSetCaptureDependencies);
+#endif
+  if (!e) *body = p.conditional.phGraph_out[0];
+  return e;
+}
+
+static __global__ void pick_conditional_kernel(live_args a, cudaGraphConditionalHandle handle) {
+  const bool some = pick(a);
+  if (threadIdx.x == 0) cudaGraphSetConditional(handle, some);
+}
+
+static __global__ void mergeable_conditional_kernel(live_args a,
+                                                    cudaGraphConditionalHandle handle) {
+  const bool merge = mergeable(a);
+  if (threadIdx.x == 0) cudaGraphSetConditional(handle, merge);
+}
+
+/* Streams and events of a capture. */
+struct capture_lanes {
+  cudaStream_t stream[MAX_LANES];
+  cudaEvent_t event[MAX_LANES];
+};
+
+static cudaError_t open_lanes(capture_lanes *c, int n) {
+  *c = capture_lanes();
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaError_t e = cudaThreadExchangeStreamCaptureMode(&mode); /* they are made during a capture */
+  if (e) return e;
+  for (int i = 0; i < n && !e; ++i) {
+    e = cudaStreamCreateWithFlags(&c->stream[i], cudaStreamNonBlocking);
+    if (!e) e = cudaEventCreateWithFlags(&c->event[i], cudaEventDisableTiming);
+  }
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  return e;
+}
+static cudaError_t close_lanes(capture_lanes *c) {
+  cudaError_t e = cudaSuccess;
+  for (int i = 0; i < MAX_LANES; ++i) {
+    const cudaError_t a = c->stream[i] ? cudaStreamDestroy(c->stream[i]) : cudaSuccess;
+    const cudaError_t b = c->event[i] ? cudaEventDestroy(c->event[i]) : cudaSuccess;
+    if (!e) e = a ? a : b;
+  }
+  return e;
+}
+
+/* One round of all lanes, captured on their streams, which come together on that of lane 0. merges
+   [lane] gets the body of the loop that merges. */
+static cudaError_t capture_round(turn_memory *t, turn_memory *m, cudaGraph_t loop, capture_lanes *c,
+                                 cudaGraphConditionalHandle *merge, cudaGraph_t *merges) {
+  const int n = t->a.n_lanes;
+  cudaError_t e = cudaEventRecord(c->event[0], c->stream[0]);
+  for (int i = 0; i < n && !e; ++i) {
+    if (i > 0) e = cudaStreamWaitEvent(c->stream[i], c->event[0], 0);
+    if (!e) e = launch_turn(&t[i], false, c->stream[i]);
+    if (!e && m)
+      e = cudaGraphConditionalHandleCreate(&merge[i], loop, 0, cudaGraphCondAssignDefault);
+    if (!e && m) {
+      mergeable_conditional_kernel<<<1, THREADS, 0, c->stream[i]>>>(m[i].a, merge[i]);
+      e = add_conditional(c->stream[i], merge[i], cudaGraphCondTypeWhile, &merges[i]);
+    }
+    if (!e && i > 0) e = cudaEventRecord(c->event[i], c->stream[i]);
+  }
+  for (int i = 1; i < n && !e; ++i) e = cudaStreamWaitEvent(c->stream[0], c->event[i], 0);
+  return e;
+}
+
+/* Into the graph: pick; if there is one { while there is one { in each lane { turn; while the last
+   segments are to be merged { merge } }; pick } plan }. */
+static cudaError_t capture_turns(turn_memory *t, turn_memory *m, const rdkv_cuda_config *cfg,
+                                 void *plan, cudaGraph_t graph, cudaStream_t stream) {
+  const cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaGraphConditionalHandle some, more, merge[MAX_LANES];
+  cudaGraph_t body, loop, merges[MAX_LANES], same;
+  capture_lanes c;
+  cudaError_t e = cudaGraphConditionalHandleCreate(&some, graph, 0, cudaGraphCondAssignDefault);
+  if (e) return e;
+  pick_conditional_kernel<<<1, THREADS, 0, stream>>>(t->a, some);
+  e = add_conditional(stream, some, cudaGraphCondTypeIf, &body);
+  if (!e) e = cudaGraphConditionalHandleCreate(&more, body, 1, cudaGraphCondAssignDefault);
+  if (e) return e;
+  e = open_lanes(&c, t->a.n_lanes);
+  const cudaStream_t inner = c.stream[0];
+  if (!e) e = cudaStreamBeginCaptureToGraph(inner, body, nullptr, nullptr, 0, mode);
+  if (!e) {
+    e = add_conditional(inner, more, cudaGraphCondTypeWhile, &loop);
+    if (!e) e = rdkv_cuda_plan(cfg, t->a.batch.sequences, t->a.batch.tail_tokens, plan, inner);
+    const cudaError_t end = cudaStreamEndCapture(inner, &same);
+    if (!e) e = end;
+  }
+  if (!e) e = cudaStreamBeginCaptureToGraph(inner, loop, nullptr, nullptr, 0, mode);
+  if (!e) {
+    e = capture_round(t, m, loop, &c, merge, merges);
+    if (!e) pick_conditional_kernel<<<1, THREADS, 0, inner>>>(t->a, more);
+    const cudaError_t end = cudaStreamEndCapture(inner, &same);
+    if (!e) e = end;
+  }
+  for (int i = 0; i < t->a.n_lanes && m && !e; ++i) {
+    e = cudaStreamBeginCaptureToGraph(inner, merges[i], nullptr, nullptr, 0, mode);
+    if (e) break;
+    e = launch_turn(&m[i], true, inner);
+    if (!e) mergeable_conditional_kernel<<<1, THREADS, 0, inner>>>(m[i].a, merge[i]);
+    const cudaError_t end = cudaStreamEndCapture(inner, &same);
+    if (!e) e = end;
+  }
+  const cudaError_t closed = close_lanes(&c);
+  return e ? e : closed ? closed : cudaGetLastError();
+}
+#endif
+
+/* Rows of a tail of rdkv.h, whose buffer holds the lengths [n_layers] first. */
+static uint8_t *host_rows(const rdkv_tail *t, int layer, int head, bool is_v) {
+  const size_t k = static_cast<size_t>((t->k_dim + 15) / 16 * 16) * t->capacity * 2;
+  const size_t v = static_cast<size_t>((t->v_dim + 15) / 16 * 16) * t->capacity * 2;
+  const size_t heads = static_cast<size_t>(t->n_kv_heads);
+  const size_t first = (static_cast<size_t>(t->n_layers) * 4 + 63) / 64 * 64;
+  return static_cast<uint8_t *>(t->memory) + first + static_cast<size_t>(layer) * heads * (k + v) +
+         (is_v ? heads * k + static_cast<size_t>(head) * v : static_cast<size_t>(head) * k);
+}
+
+static bool same_shape(const rdkv_cuda_config *cfg, const rdkv_sequence *s) {
+  return s && s->tail.memory && s->tail.n_layers == cfg->first_layer + cfg->n_layers &&
+         s->tail.n_kv_heads == cfg->n_kv_heads && s->tail.k_dim == cfg->k_dim &&
+         s->tail.v_dim == cfg->v_dim && s->tail.dtype == cfg->tail_dtype &&
+         s->n_q_heads == static_cast<uint32_t>(cfg->n_q_heads) && cfg->v_dim % 16 == 0;
+}
+
+/* Copies the rows of tail and queries between host and device. */
+static cudaError_t copy_rows(const rdkv_cuda_config *cfg, const rdkv_sequence *host,
+                             const rdkv_cuda_sequence &s, const rdkv_cuda_live &l, uint32_t tokens,
+                             uint32_t queries, bool up, cudaStream_t stream) {
+  const cudaMemcpyKind kind = up ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost;
+  cudaError_t e = cudaSuccess;
+  for (int layer = 0; layer < host->tail.n_layers && !e; ++layer) {
+    for (int i = 0; i < 2 * cfg->n_kv_heads && tokens && !e; ++i) {
+      const bool is_v = i >= cfg->n_kv_heads;
+      const int head = is_v ? i - cfg->n_kv_heads : i;
+      const size_t width = 2 * static_cast<size_t>(is_v ? cfg->v_dim : cfg->k_dim);
+      const size_t pitch = 2 * static_cast<size_t>(is_v ? s.v_token : s.k_token);
+      uint16_t *device =
+          static_cast<uint16_t *>(is_v ? s.v : s.k) +
+          (is_v ? layer * s.v_layer + head * s.v_head : layer * s.k_layer + head * s.k_head);
+      uint8_t *at = host_rows(&host->tail, layer, head, is_v);
+      e = up ? cudaMemcpy2DAsync(device, pitch, at, width, width, tokens, kind, stream)
+             : cudaMemcpy2DAsync(at, width, device, pitch, width, tokens, kind, stream);
+    }
+    for (int head = 0; head < cfg->n_q_heads && queries && !e; ++head) {
+      const size_t row = (static_cast<size_t>(layer) * static_cast<size_t>(cfg->n_q_heads) +
+                          static_cast<size_t>(head)) *
+                             s.capacity +
+                         l.query_begin;
+      for (int i = 0; i < 2 && !e; ++i) {
+        const size_t dim = static_cast<size_t>(i ? cfg->v_dim : cfg->k_dim);
+        uint16_t *device = static_cast<uint16_t *>(i ? l.out : l.q) + row * dim;
+        uint8_t *at = host_rows(&host->queries, layer, head, i == 1);
+        e = up ? cudaMemcpyAsync(device, at, queries * dim * 2, kind, stream)
+               : cudaMemcpyAsync(at, device, queries * dim * 2, kind, stream);
+      }
+      float *at = host->lse +
+                  static_cast<size_t>(layer) * host->queries.capacity * host->lse_stride +
+                  head; /* one of a row's [lse_stride] */
+      const size_t pitch = host->lse_stride * sizeof(float);
+      if (!e)
+        e = up ? cudaMemcpy2DAsync(l.lse + row, 4, at, pitch, 4, queries, kind, stream)
+               : cudaMemcpy2DAsync(at, pitch, l.lse + row, 4, 4, queries, kind, stream);
+    }
+  }
+  return e;
+}
+
+} /* namespace rdkv_cuda_live_code */
+
+extern "C" size_t rdkv_cuda_queries_bytes(const rdkv_cuda_config *cfg, uint32_t capacity) {
+  const size_t rows = static_cast<size_t>(cfg->first_layer + cfg->n_layers) *
+                      static_cast<size_t>(cfg->n_q_heads) * capacity;
+  return rows * (2 * static_cast<size_t>(cfg->k_dim + cfg->v_dim) + sizeof(float));
+}
+
+extern "C" void rdkv_cuda_queries(const rdkv_cuda_config *cfg, void *data, uint32_t capacity,
+                                  rdkv_cuda_live *live) {
+  const size_t rows = static_cast<size_t>(cfg->first_layer + cfg->n_layers) *
+                      static_cast<size_t>(cfg->n_q_heads) * capacity;
+  uint16_t *q = static_cast<uint16_t *>(data), *out = q + rows * static_cast<size_t>(cfg->k_dim);
+  live->q = q, live->out = out;
+  live->lse = reinterpret_cast<float *>(out + rows * static_cast<size_t>(cfg->v_dim));
+}
+
+extern "C" cudaError_t rdkv_cuda_keep(const rdkv_cuda_config *cfg, const rdkv_cuda_batch *batch,
+                                      int layer, const rdkv_cuda_io *io, cudaStream_t stream) {
+  using namespace rdkv_cuda_live_code;
+  if (!batch_ok(cfg, batch) || layer < 0 || layer >= cfg->n_layers || !io || !io->q || !io->out ||
+      !io->lse || reinterpret_cast<uintptr_t>(io->q) % 16 != 0 ||
+      reinterpret_cast<uintptr_t>(io->out) % 16 != 0)
+    return cudaErrorInvalidValue;
+  const uint32_t pieces = static_cast<uint32_t>(cfg->n_q_heads * (cfg->k_dim + cfg->v_dim)) / 8;
+  const dim3 grid((pieces + THREADS - 1) / THREADS, static_cast<uint32_t>(cfg->batch));
+  keep_kernel<<<grid, THREADS, 0, stream>>>(args_of(cfg, batch), layer, *io, cfg->dtype);
+  return cudaGetLastError();
+}
+
+namespace rdkv_cuda_live_code {
+
+/* Bytes that one lane takes; 0: not possible. */
+static size_t lane_bytes(const rdkv_config *rdkv, const rdkv_cuda_config *cfg,
+                         const rdkv_cuda_blocks *blocks) {
+  turn_memory t, m;
+  const rdkv_cuda_batch none = rdkv_cuda_batch();
+  if (!layout_turn(rdkv, cfg, &none, blocks, false, nullptr, &t)) return 0;
+  if (blocks->fan == 0) return t.m.bytes;
+  if (!layout_turn(rdkv, cfg, &none, blocks, true, nullptr, &m)) return 0;
+  return t.m.bytes > m.m.bytes ? t.m.bytes : m.m.bytes;
+}
+
+} /* namespace rdkv_cuda_live_code */
+
+extern "C" size_t rdkv_cuda_sequence_workspace(const rdkv_config *rdkv, const rdkv_cuda_config *cfg,
+                                               const rdkv_cuda_blocks *blocks) {
+  const size_t each = rdkv_cuda_live_code::lane_bytes(rdkv, cfg, blocks);
+  return each ? each * (blocks->lanes ? blocks->lanes : 1) : 0;
+}
+
+extern "C" cudaError_t rdkv_cuda_sequence_compress(const rdkv_config *rdkv,
+                                                   const rdkv_cuda_config *cfg,
+                                                   const rdkv_cuda_batch *batch,
+                                                   const rdkv_cuda_blocks *blocks, void *plan,
+                                                   void *workspace, size_t bytes,
+                                                   cudaStream_t stream) {
+  using namespace rdkv_cuda_live_code;
+  turn_memory t[MAX_LANES], m[MAX_LANES];
+  const size_t each = lane_bytes(rdkv, cfg, blocks);
+  if (!batch_ok(cfg, batch) || !plan || !workspace || each == 0 ||
+      bytes < rdkv_cuda_sequence_workspace(rdkv, cfg, blocks))
+    return cudaErrorInvalidValue;
+  const bool merge = blocks->fan > 0;
+  if (rdkv->n_pins || rdkv->max_error > 0 ||
+      (merge && (rdkv->profile == RDKV_PAPER || rdkv->positions)))
+    return cudaErrorNotSupported;
+  for (uint32_t i = 0; i < (blocks->lanes ? blocks->lanes : 1); ++i) {
+    uint8_t *own = static_cast<uint8_t *>(workspace) + i * each;
+    layout_turn(rdkv, cfg, batch, blocks, false, own, &t[i]);
+    if (merge) layout_turn(rdkv, cfg, batch, blocks, true, own, &m[i]);
+    t[i].a.lane_bytes = m[i].a.lane_bytes = each;
+  }
+#if CUDART_VERSION >= 12040
+  cudaStreamCaptureStatus status;
+  cudaGraph_t graph;
+  const cudaGraphNode_t *nodes;
+  const cudaGraphEdgeData *edges;
+  size_t n;
+  const cudaError_t captures = capture_state(stream, &status, &graph, &nodes, &edges, &n);
+  if (captures) return captures;
+  if (status == cudaStreamCaptureStatusActive)
+    return capture_turns(t, merge ? m : nullptr, cfg, plan, graph, stream);
+#endif
+  t->a.n_lanes = 1;
+  pick_kernel<<<1, THREADS, 0, stream>>>(t->a);
+  cudaError_t e = launch_turn(t, false, stream);
+  if (!e && merge) {
+    mergeable_kernel<<<1, THREADS, 0, stream>>>(m->a);
+    e = launch_turn(m, true, stream);
+  }
+  return e ? e : rdkv_cuda_plan(cfg, batch->sequences, batch->tail_tokens, plan, stream);
+}
+
+extern "C" cudaError_t rdkv_cuda_sequence_rollback(const rdkv_cuda_config *cfg,
+                                                   const rdkv_cuda_batch *batch,
+                                                   const uint64_t *n_tokens, cudaStream_t stream) {
+  using namespace rdkv_cuda_live_code;
+  if (!batch_ok(cfg, batch) || !n_tokens) return cudaErrorInvalidValue;
+  rollback_kernel<<<static_cast<uint32_t>(cfg->batch + 31) / 32, 32, 0, stream>>>(
+      args_of(cfg, batch), n_tokens);
+  return cudaGetLastError();
+}
+
+extern "C" cudaError_t rdkv_cuda_sequence_fork(const rdkv_cuda_config *cfg,
+                                               const rdkv_cuda_batch *batch, int from, int to,
+                                               cudaStream_t stream) {
+  using namespace rdkv_cuda_live_code;
+  if (!batch_ok(cfg, batch) || from < 0 || to < 0 || from >= cfg->batch || to >= cfg->batch ||
+      from == to)
+    return cudaErrorInvalidValue;
+  const live_args a = args_of(cfg, batch);
+  fork_kernel<<<1, 1, 0, stream>>>(a, from, to);
+  const dim3 grid(8, static_cast<uint32_t>(arrays_of(a)));
+  fork_rows_kernel<<<grid, THREADS, 0, stream>>>(a, from, to);
+  return cudaGetLastError();
+}
+
+extern "C" cudaError_t rdkv_cuda_sequence_upload(const rdkv_cuda_config *cfg,
+                                                 const rdkv_sequence *from,
+                                                 const rdkv_cuda_batch *batch, int index,
+                                                 cudaStream_t stream) {
+  using namespace rdkv_cuda_live_code;
+  if (!batch_ok(cfg, batch) || index < 0 || index >= cfg->batch || !same_shape(cfg, from))
+    return cudaErrorInvalidValue;
+  rdkv_cuda_sequence s;
+  rdkv_cuda_live l;
+  cudaError_t e =
+      cudaMemcpyAsync(&s, batch->sequences + index, sizeof s, cudaMemcpyDeviceToHost, stream);
+  if (!e) e = cudaMemcpyAsync(&l, batch->live + index, sizeof l, cudaMemcpyDeviceToHost, stream);
+  if (!e) e = cudaStreamSynchronize(stream);
+  if (e) return e;
+  const uint32_t tokens = from->tail.n_tokens[0];
+  const bool queries = from->queries.memory && l.q && l.out && l.lse;
+  uint64_t used = 0;
+  for (int i = 0; i < from->n_segments; ++i) used += from->segments[i].header->total_bytes;
+  if (from->n_segments > cfg->max_segments || tokens > s.capacity ||
+      (used > 0 && (!l.arena || used > l.arena_bytes)))
+    return cudaErrorInvalidValue;
+  used = 0;
+  for (int i = 0; i < from->n_segments && !e; ++i) {
+    const void *to = l.arena + used;
+    e = rdkv_cuda_upload(&from->segments[i], l.arena + used, stream);
+    if (!e) /* pageable memory: to is read before the call returns */
+      e = cudaMemcpyAsync(const_cast<const void **>(s.segments) + i, &to, sizeof to,
+                          cudaMemcpyHostToDevice, stream);
+    used += from->segments[i].header->total_bytes;
+  }
+  s.n_segments = static_cast<uint32_t>(from->n_segments);
+  l.arena_used = used, l.arena_shared = 0, l.tail_begin = from->tail_begin;
+  l.query_begin = queries ? from->query_begin : tokens, l.status = RDKV_OK;
+  if (!e)
+    e = copy_rows(cfg, from, s, l, tokens, queries ? from->queries.n_tokens[0] : 0, true, stream);
+  if (!e)
+    e = cudaMemcpyAsync(batch->sequences + index, &s, sizeof s, cudaMemcpyHostToDevice, stream);
+  if (!e) e = cudaMemcpyAsync(batch->live + index, &l, sizeof l, cudaMemcpyHostToDevice, stream);
+  if (!e)
+    e = cudaMemcpyAsync(batch->tail_tokens + index, &tokens, sizeof tokens, cudaMemcpyHostToDevice,
+                        stream);
+  const cudaError_t end = cudaStreamSynchronize(stream);
+  return e ? e : end;
+}
+
+extern "C" cudaError_t rdkv_cuda_sequence_download(const rdkv_cuda_config *cfg,
+                                                   const rdkv_cuda_batch *batch, int index,
+                                                   rdkv_sequence *to, cudaStream_t stream) {
+  using namespace rdkv_cuda_live_code;
+  if (!batch_ok(cfg, batch) || index < 0 || index >= cfg->batch || !same_shape(cfg, to))
+    return cudaErrorInvalidValue;
+  rdkv_cuda_sequence s;
+  rdkv_cuda_live l;
+  uint32_t tokens;
+  cudaError_t e =
+      cudaMemcpyAsync(&s, batch->sequences + index, sizeof s, cudaMemcpyDeviceToHost, stream);
+  if (!e) e = cudaMemcpyAsync(&l, batch->live + index, sizeof l, cudaMemcpyDeviceToHost, stream);
+  if (!e)
+    e = cudaMemcpyAsync(&tokens, batch->tail_tokens + index, sizeof tokens, cudaMemcpyDeviceToHost,
+                        stream);
+  if (!e) e = cudaStreamSynchronize(stream);
+  if (e) return e;
+  const bool queries = to->queries.memory && l.q && l.out && l.lse;
+  const uint32_t n_queries = queries && tokens > l.query_begin ? tokens - l.query_begin : 0;
+  to->n_segments = 0, to->arena_used = to->arena_shared, to->tail_begin = l.tail_begin;
+  rdkv_tail_rewind(&to->tail, 0);
+  if (to->queries.memory) rdkv_tail_rewind(&to->queries, 0);
+  if (s.n_segments > static_cast<uint32_t>(to->max_segments) || tokens > to->tail.capacity ||
+      (s.n_segments && !to->arena))
+    return cudaErrorInvalidValue;
+  rdkv_segment last = rdkv_segment();
+  for (uint32_t i = 0; i < s.n_segments && !e; ++i) {
+    const void *block;
+    rdkv_header h;
+    uint8_t *at = to->arena + to->arena_used;
+    const size_t room = to->arena_bytes - to->arena_used;
+    e = cudaMemcpyAsync(&block, s.segments + i, sizeof block, cudaMemcpyDeviceToHost, stream);
+    if (!e) e = cudaStreamSynchronize(stream);
+    if (!e) e = cudaMemcpyAsync(&h, block, sizeof h, cudaMemcpyDeviceToHost, stream);
+    if (!e) e = cudaStreamSynchronize(stream);
+    if (!e && h.total_bytes > room) e = cudaErrorInvalidValue;
+    if (!e) e = cudaMemcpyAsync(at, block, h.total_bytes, cudaMemcpyDeviceToHost, stream);
+    if (!e) e = cudaStreamSynchronize(stream);
+    if (!e && rdkv_open(at, h.total_bytes, RDKV_MAP, &last) != RDKV_OK) e = cudaErrorInvalidValue;
+    if (!e) to->segments[i] = last, to->arena_used += h.total_bytes;
+  }
+  to->query_begin = queries ? l.query_begin : tokens;
+  if (!e) e = copy_rows(cfg, to, s, l, tokens, n_queries, false, stream);
+  const cudaError_t end = cudaStreamSynchronize(stream);
+  if (e || end) return e ? e : end;
+  to->n_segments = static_cast<int32_t>(s.n_segments);
+  for (int layer = 0; layer < to->tail.n_layers; ++layer) {
+    to->tail.n_tokens[layer] = tokens;
+    if (to->queries.memory) to->queries.n_tokens[layer] = n_queries;
+  }
+  return cudaSuccess;
+}
+
 
 #endif /* RDKV_CUDA_IMPLEMENTED */
 #endif /* RDKV_CUDA_IMPLEMENTATION */

@@ -34,7 +34,6 @@ typedef struct living {
   void *owner[4];
   void *scratch;
   size_t scratch_bytes, fixed_bytes; /* of tail and queries, all of it */
-  int merged;
 } living;
 
 static struct {
@@ -127,6 +126,17 @@ static void live(living *v, int kind, const kv_cache *dense, const options *o) {
   v->scratch = memory(v->scratch_bytes, &v->owner[3]);
 }
 
+/* Whether the last n segments are blocks, or what was made of blocks, of equally many tokens. */
+static int alike(const rdkv_sequence *s, int n) {
+  int i;
+  if (s->n_segments - 1 < n) return 0; /* the first is the prompt */
+  for (i = 2; i <= n; i++)
+    if (s->segments[s->n_segments - i].header->n_tokens !=
+        s->segments[s->n_segments - 1].header->n_tokens)
+      return 0;
+  return 1;
+}
+
 /* What the sequence takes now: segments, and dense tokens with what is kept of their queries. */
 static double kept(const living *v) {
   double bytes = 0;
@@ -192,7 +202,7 @@ static void usage(const options *o) {
       "  --window N    queries at the prompt's end that decide what matters (%d)\n"
       "  --pool N      tokens over which their attention is averaged, odd (%d)\n"
       "  --block-pool N  the same for blocks (%d)\n"
-      "  --merge N     blocks that become one segment once there are so many; 0 = never (%d)\n"
+      "  --merge N     segments of equally many tokens that become one; 0 = never (%d)\n"
       "  --bar X       times the prompt's KL that blocks may cost; 0 = any (%g)\n"
       "  --chunk N     tokens of a chunk of the prompt (%d)\n"
       "  --chunk-bar X   times the prompt's KL that chunks may cost; 0 = any (%g)\n"
@@ -315,12 +325,11 @@ int main(int argc, char **argv) {
           check(rdkv_sequence_compress(&v[i].config, &v[i].s, (uint32_t)o.block, (uint32_t)o.recent,
                                        v[i].scratch, v[i].scratch_bytes),
                 "block");
-          if (o.merge > 0 && v[i].s.n_segments - 1 - v[i].merged == o.merge) {
+          while (o.merge > 0 && alike(&v[i].s, o.merge)) {
             void *own;
             size_t need = rdkv_sequence_merge_scratch(&v[i].config, &v[i].s, o.merge);
             void *scratch = memory(need, &own);
             check(rdkv_sequence_merge(&v[i].config, &v[i].s, o.merge, scratch, need), "merge");
-            v[i].merged++;
             free(own);
           }
           if (v[i].s.tail.n_tokens[0] >= (uint32_t)(o.block + o.recent)) failed = 1;

@@ -19,7 +19,7 @@ has() { case $parts in *" $1 "*) return 0 ;; esac; return 1; }
   nvcc --version | tail -2
 } > "$out/machine.txt"
 for source in tests/cuda/test_cuda.cu tests/cuda/test_compress.cu bench/bench_cuda.cu \
-  bench/bench_compress.cu examples/decode.cu; do
+  tests/cuda/test_sequence.cu bench/bench_compress.cu bench/bench_sequence.cu examples/decode.cu; do
   name=$(basename $source .cu)
   nvcc $flags $source -o "$bin/$name" > "$bin/$name.log" 2>&1 &
 done
@@ -32,6 +32,8 @@ if has test; then
   grep FAIL "$out/test.txt"
   "$bin/test_compress" > "$out/test_compress.txt" 2>&1 || failed=1
   tail -1 "$out/test_compress.txt"
+  "$bin/test_sequence" > "$out/test_sequence.txt" 2>&1 || failed=1
+  tail -1 "$out/test_sequence.txt"
   "$bin/decode" > "$out/decode.txt" 2>&1 || failed=1
   cat "$out/decode.txt"
 fi
@@ -40,12 +42,11 @@ if has sanitize; then
   for tool in memcheck racecheck initcheck synccheck; do
     options="--error-exitcode 9 --tool $tool"
     [ $tool = synccheck ] && options="$options --num-cuda-barriers 65536" # every warp has six
-    compute-sanitizer $options "$bin/test_cuda" small > "$bin/log" 2>&1 || failed=1
-    { echo "== $tool"; head -200 "$bin/log"; } >> "$out/sanitizer.txt"
-    echo "$tool: $(tail -1 "$bin/log")"
-    compute-sanitizer --error-exitcode 9 --tool $tool "$bin/test_compress" small > "$bin/log" 2>&1 || failed=1
-    { echo "== $tool, test_compress"; head -200 "$bin/log"; } >> "$out/sanitizer.txt"
-    echo "$tool, test_compress: $(tail -1 "$bin/log")"
+    for test in test_cuda test_compress "test_sequence plain"; do # of graphs the tools say less
+      compute-sanitizer $options "$bin"/$test small > "$bin/log" 2>&1 || failed=1
+      { echo "== $tool, $test"; head -200 "$bin/log"; } >> "$out/sanitizer.txt"
+      echo "$tool, $test: $(tail -1 "$bin/log")"
+    done
   done
 fi
 if has bench; then
@@ -53,6 +54,10 @@ if has bench; then
   cat "$out/bench.csv"
   "$bin/bench_compress" > "$out/bench_compress.txt" || failed=1
   cat "$out/bench_compress.txt"
+  "$bin/bench_sequence" > "$out/bench_sequence.txt" || failed=1
+  "$bin/bench_sequence" --warps 3 >> "$out/bench_sequence.txt" || failed=1
+  "$bin/bench_sequence" --dense >> "$out/bench_sequence.txt" || failed=1
+  cat "$out/bench_sequence.txt"
 fi
 if has peers; then
   python3 bench/peers.py "$out/bench.csv" > "$out/peers.txt" 2>&1
