@@ -345,7 +345,6 @@ cudaError_t rdkv_cuda_sequence_upload(const rdkv_cuda_config *cfg, const rdkv_se
 cudaError_t rdkv_cuda_sequence_download(const rdkv_cuda_config *cfg, const rdkv_cuda_batch *batch,
                                         int index, rdkv_sequence *to, cudaStream_t stream);
 
-
 #ifdef __cplusplus
 }
 #endif
@@ -4694,8 +4693,8 @@ struct score_args {
   uint32_t *done;   /* [heads] */
   uint32_t *status;
   ptrdiff_t lse_stride;
-  uint32_t n, seen;  /* tokens; how many of them the first query sees besides its own */
-  uint32_t split;    /* tokens of a split: a multiple of STAGE */
+  uint32_t n, seen; /* tokens; how many of them the first query sees besides its own */
+  uint32_t split;   /* tokens of a split: a multiple of STAGE */
   int splits, heads, group, window, columns, k_dim, v_dim, pool, joint; /* heads of an item */
   int given, plain, fused; /* log-sum-exp is; no tensor cores; V is read together with K */
   float scale;             /* softmax_scale * log2(e) */
@@ -8929,8 +8928,8 @@ static cudaError_t launch_turn(turn_memory *t, bool merge, cudaStream_t stream) 
   }
   if (!e)
     e = rdkv_cuda_compress::allocate(&t->cfg, layers, t->cfg.n_layers,
-                                            merge ? &a.state->budget : nullptr, nullptr, a.lambda, status,
-                                            t->work, t->work_bytes, stream);
+                                     merge ? &a.state->budget : nullptr, nullptr, a.lambda, status,
+                                     t->work, t->work_bytes, stream);
   if (!e)
     e = rdkv_cuda_pack(&t->heads, &kv, l, 1, a.lambda, a.first_layer, 0, a.packed, t->packed_bytes,
                        &a.state->bytes, status, t->work, t->work_bytes, stream);
@@ -9359,7 +9358,6 @@ extern "C" cudaError_t rdkv_cuda_sequence_download(const rdkv_cuda_config *cfg,
   }
   return cudaSuccess;
 }
-
 
 #endif /* RDKV_CUDA_IMPLEMENTED */
 #endif /* RDKV_CUDA_IMPLEMENTATION */
