@@ -3116,23 +3116,29 @@ RDKV_DEF size_t rdkv_stream_scratch(const rdkv_config *cfg, uint32_t n_tokens) {
   return bytes ? rdkv__size(rdkv__add(bytes, 2 * sizeof(rdkv_histogram))) : 0;
 }
 
-/* score, measure, allocate. K is measured over the tokens likely to be kept: measuring it again
-   over those that were kept, and allocating again, was no better in the answers of a trained model.
-   */
-static rdkv_status rdkv__choose(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_layer *layers,
-                                int n_layers, void *scratch, size_t bytes) {
-  rdkv_status st = RDKV_OK;
-  int a;
-  for (a = 0; a < n_layers && st == RDKV_OK; a++) {
-    st = rdkv_score(cfg, &kv[a], &layers[a], scratch, bytes);
-    if (st == RDKV_OK) st = rdkv_measure(cfg, &kv[a], &layers[a], scratch, bytes);
+/* The config's pins as a range that starts at token_begin sees them. */
+static const rdkv_pin *rdkv__move_pins(const rdkv_config *cfg, uint64_t token_begin,
+                                       rdkv__arena *arena) {
+  rdkv_pin *pins;
+  int i;
+  if (cfg->n_pins <= 0 || token_begin == 0) return cfg->pins;
+  pins = (rdkv_pin *)rdkv__take(arena, NULL, (uint64_t)cfg->n_pins, sizeof *pins);
+  for (i = 0; i < cfg->n_pins; i++) {
+    pins[i] = cfg->pins[i];
+    pins[i].begin = pins[i].begin > token_begin ? pins[i].begin - (uint32_t)token_begin : 0;
+    pins[i].end = pins[i].end > token_begin ? pins[i].end - (uint32_t)token_begin : 0;
   }
-  return st == RDKV_OK ? rdkv_allocate(cfg, layers, n_layers, scratch, bytes) : st;
+  return pins;
 }
 
-RDKV_DEF rdkv_status rdkv_compress(const rdkv_config *cfg, const rdkv_kv *kv, uint32_t n_tokens,
-                                   void *block, size_t capacity, size_t *bytes, void *scratch,
-                                   size_t scratch_bytes) {
+/* Scores each layer, by its own last queries or by those handed in, measures it, allocates over all
+   and packs. K is measured over the tokens likely to be kept: measuring it again over those that
+   were kept, and allocating again, was no better in the answers of a trained model. */
+static rdkv_status rdkv__compress(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv_queries *by,
+                                  uint32_t n_tokens, uint64_t token_begin, void *block,
+                                  size_t capacity, size_t *bytes, void *scratch,
+                                  size_t scratch_bytes) {
+  rdkv_config moved;
   rdkv__arena arena;
   rdkv_layer *layers;
   rdkv_status st;
@@ -3142,16 +3148,57 @@ RDKV_DEF rdkv_status rdkv_compress(const rdkv_config *cfg, const rdkv_kv *kv, ui
   int a;
   if (!rdkv__resolved(cfg) || kv == NULL || block == NULL || bytes == NULL)
     return RDKV_ERR_ARGUMENT;
+  for (a = 0; by && a < cfg->n_layers; a++)
+    if (n_tokens > 0 && (by[a].n < 1 || by[a].n > RDKV__MAX_TOKENS ||
+                         by[a].position > RDKV__MAX_TOKENS || by[a].position + by[a].n < n_tokens ||
+                         (by[a].out.data != NULL && !rdkv__tensor_ok(&by[a].out)) ||
+                         (by[a].lse_stride && by[a].lse_stride < (size_t)cfg->n_q_heads)))
+      return RDKV_ERR_ARGUMENT;
   st = rdkv__scratch(scratch, scratch_bytes, rdkv_compress_scratch(cfg, n_tokens), &arena);
   if (st != RDKV_OK) return st;
   rdkv__compress_layout(cfg, cfg->n_layers, n_tokens, &arena, &layers, &mem, &work, &work_bytes);
+  moved = *cfg, cfg = &moved; /* pins are of the sequence */
+  moved.pins = rdkv__move_pins(cfg, token_begin, &arena);
   each = (size_t)rdkv__round_up(rdkv_layer_bytes(cfg, n_tokens), 64);
-  for (a = 0; a < cfg->n_layers && st == RDKV_OK; a++)
+  for (a = 0; a < cfg->n_layers && st == RDKV_OK; a++) {
+    rdkv_kv one = kv[a];
     st = rdkv_layer_init(cfg, n_tokens, mem + (size_t)a * each, each, &layers[a]);
-  if (st == RDKV_OK) st = rdkv__choose(cfg, kv, layers, cfg->n_layers, work, (size_t)work_bytes);
+    if (st == RDKV_OK && by == NULL) {
+      st = rdkv_score(cfg, &one, &layers[a], work, (size_t)work_bytes);
+    } else if (st == RDKV_OK) {
+      rdkv_queries last = by[a];
+      uint32_t n = rdkv__min_u32(last.n, (uint32_t)cfg->window), before = last.n - n;
+      if (last.lse_stride == 0) last.lse_stride = (size_t)cfg->n_q_heads;
+      one.q = last.q;
+      if (before > 0) { /* the last ones alone */
+        one.q.data = rdkv__at(&one.q, before, 0);
+        if (last.out.data) last.out.data = rdkv__at(&last.out, before, 0);
+        if (last.lse) last.lse += before * last.lse_stride;
+      }
+      st = rdkv__score_by(cfg, &one, (int)n, last.position + before, &last, &layers[a], work,
+                          (size_t)work_bytes);
+    }
+    if (st == RDKV_OK) st = rdkv_measure(cfg, &one, &layers[a], work, (size_t)work_bytes);
+  }
+  if (st == RDKV_OK) st = rdkv_allocate(cfg, layers, cfg->n_layers, work, (size_t)work_bytes);
   if (st != RDKV_OK) return st;
-  return rdkv_pack(cfg, kv, layers, cfg->n_layers, 0, 0, block, capacity, bytes, work,
+  return rdkv_pack(cfg, kv, layers, cfg->n_layers, 0, token_begin, block, capacity, bytes, work,
                    (size_t)work_bytes);
+}
+
+RDKV_DEF rdkv_status rdkv_compress(const rdkv_config *cfg, const rdkv_kv *kv, uint32_t n_tokens,
+                                   void *block, size_t capacity, size_t *bytes, void *scratch,
+                                   size_t scratch_bytes) {
+  return rdkv__compress(cfg, kv, NULL, n_tokens, 0, block, capacity, bytes, scratch, scratch_bytes);
+}
+
+RDKV_DEF rdkv_status rdkv_compress_by(const rdkv_config *cfg, const rdkv_kv *kv,
+                                      const rdkv_queries *by, uint32_t n_tokens,
+                                      uint64_t token_begin, void *block, size_t capacity,
+                                      size_t *bytes, void *scratch, size_t scratch_bytes) {
+  if (by == NULL) return RDKV_ERR_ARGUMENT;
+  return rdkv__compress(cfg, kv, by, n_tokens, token_begin, block, capacity, bytes, scratch,
+                        scratch_bytes);
 }
 
 RDKV_DEF size_t rdkv_stream_bound(const rdkv_config *cfg, uint32_t n_tokens,
@@ -3945,70 +3992,6 @@ RDKV_DEF rdkv_status rdkv_measure_error(const rdkv_config *cfg, const rdkv_cache
 }
 
 /* ---- >>impl-sequence : a cache that lives ---------------------------------------------------- */
-
-/* The config's pins as a range that starts at token_begin sees them. */
-static const rdkv_pin *rdkv__move_pins(const rdkv_config *cfg, uint64_t token_begin,
-                                       rdkv__arena *arena) {
-  rdkv_pin *pins;
-  int i;
-  if (cfg->n_pins <= 0 || token_begin == 0) return cfg->pins;
-  pins = (rdkv_pin *)rdkv__take(arena, NULL, (uint64_t)cfg->n_pins, sizeof *pins);
-  for (i = 0; i < cfg->n_pins; i++) {
-    pins[i] = cfg->pins[i];
-    pins[i].begin = pins[i].begin > token_begin ? pins[i].begin - (uint32_t)token_begin : 0;
-    pins[i].end = pins[i].end > token_begin ? pins[i].end - (uint32_t)token_begin : 0;
-  }
-  return pins;
-}
-
-RDKV_DEF rdkv_status rdkv_compress_by(const rdkv_config *cfg, const rdkv_kv *kv,
-                                      const rdkv_queries *by, uint32_t n_tokens,
-                                      uint64_t token_begin, void *block, size_t capacity,
-                                      size_t *bytes, void *scratch, size_t scratch_bytes) {
-  rdkv_config moved;
-  rdkv__arena arena;
-  rdkv_layer *layers;
-  rdkv_status st;
-  uint8_t *mem, *work;
-  uint64_t work_bytes;
-  size_t each;
-  int a;
-  if (!rdkv__resolved(cfg) || kv == NULL || by == NULL || block == NULL || bytes == NULL)
-    return RDKV_ERR_ARGUMENT;
-  for (a = 0; a < cfg->n_layers; a++)
-    if (n_tokens > 0 && (by[a].n < 1 || by[a].n > RDKV__MAX_TOKENS ||
-                         by[a].position > RDKV__MAX_TOKENS || by[a].position + by[a].n < n_tokens ||
-                         (by[a].out.data != NULL && !rdkv__tensor_ok(&by[a].out)) ||
-                         (by[a].lse_stride && by[a].lse_stride < (size_t)cfg->n_q_heads)))
-      return RDKV_ERR_ARGUMENT;
-  st = rdkv__scratch(scratch, scratch_bytes, rdkv_compress_scratch(cfg, n_tokens), &arena);
-  if (st != RDKV_OK) return st;
-  rdkv__compress_layout(cfg, cfg->n_layers, n_tokens, &arena, &layers, &mem, &work, &work_bytes);
-  moved = *cfg, cfg = &moved; /* pins are of the sequence */
-  moved.pins = rdkv__move_pins(cfg, token_begin, &arena);
-  each = (size_t)rdkv__round_up(rdkv_layer_bytes(cfg, n_tokens), 64);
-  for (a = 0; a < cfg->n_layers && st == RDKV_OK; a++) {
-    rdkv_queries last = by[a];
-    rdkv_kv one = kv[a];
-    uint32_t n = rdkv__min_u32(last.n, (uint32_t)cfg->window), before = last.n - n;
-    if (last.lse_stride == 0) last.lse_stride = (size_t)cfg->n_q_heads;
-    one.q = last.q;
-    if (before > 0) { /* the last ones alone */
-      one.q.data = rdkv__at(&one.q, before, 0);
-      if (last.out.data) last.out.data = rdkv__at(&last.out, before, 0);
-      if (last.lse) last.lse += before * last.lse_stride;
-    }
-    st = rdkv_layer_init(cfg, n_tokens, mem + (size_t)a * each, each, &layers[a]);
-    if (st == RDKV_OK)
-      st = rdkv__score_by(cfg, &one, (int)n, last.position + before, &last, &layers[a], work,
-                          (size_t)work_bytes);
-    if (st == RDKV_OK) st = rdkv_measure(cfg, &one, &layers[a], work, (size_t)work_bytes);
-  }
-  if (st == RDKV_OK) st = rdkv_allocate(cfg, layers, cfg->n_layers, work, (size_t)work_bytes);
-  if (st != RDKV_OK) return st;
-  return rdkv_pack(cfg, kv, layers, cfg->n_layers, 0, token_begin, block, capacity, bytes, work,
-                   (size_t)work_bytes);
-}
 
 /* One config and one layer for a head alone, to weigh each head's own tokens. */
 static rdkv_config rdkv__one_head(const rdkv_config *cfg) {
