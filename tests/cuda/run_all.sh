@@ -1,30 +1,38 @@
 #!/bin/sh
 # Builds, tests, sanitizes and measures the CUDA header on this machine's GPU. Full output goes to
 # FOLDER, a summary is printed. Exit code 0: everything passed.
-# tests/cuda/run_all.sh FOLDER [test] [sanitize] [bench] [peers] [profile]   (no words: all)
+# tests/cuda/run_all.sh FOLDER [build] [test] [sanitize] [bench] [peers] [profile]
+# No words: all. Programs go to RDKV_BIN, or a temporary folder: where time on the GPU is short, build
+# elsewhere (RDKV_ARCH=90) and run the other parts with the same RDKV_BIN there.
 cd "$(dirname "$0")/../.." || exit 2
 out=${1:?usage: run_all.sh FOLDER [parts]}
 mkdir -p "$out"
 shift
-parts=" ${*:-test sanitize bench peers profile} "
-bin=$(mktemp -d)
-arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
-flags="-O3 -std=c++17 -lineinfo -gencode arch=compute_$arch,code=sm_$arch"
+parts=" ${*:-build test sanitize bench peers profile} "
+bin=${RDKV_BIN:-$(mktemp -d)}
 failed=0
 has() { case $parts in *" $1 "*) return 0 ;; esac; return 1; }
 
+if has build; then
+  arch=${RDKV_ARCH:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)}
+  flags="-O3 -std=c++17 -lineinfo -gencode arch=compute_$arch,code=sm_$arch"
+  mkdir -p "$bin"
+  for source in tests/cuda/test_cuda.cu tests/cuda/test_compress.cu tests/cuda/test_sequence.cu \
+    bench/bench_cuda.cu bench/bench_compress.cu bench/bench_sequence.cu examples/decode.cu \
+    examples/prefill_decode.cu; do
+    name=$(basename $source .cu)
+    library=
+    [ $name = prefill_decode ] && library=-lcublas
+    nvcc $flags $source -o "$bin/$name" $library > "$bin/$name.log" 2>&1 || echo "$name: not built" &
+  done
+  wait
+  cat "$bin"/*.log
+fi
 {
   date -u
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
   nvcc --version | tail -2
-} > "$out/machine.txt"
-for source in tests/cuda/test_cuda.cu tests/cuda/test_compress.cu bench/bench_cuda.cu \
-  tests/cuda/test_sequence.cu bench/bench_compress.cu bench/bench_sequence.cu examples/decode.cu; do
-  name=$(basename $source .cu)
-  nvcc $flags $source -o "$bin/$name" > "$bin/$name.log" 2>&1 &
-done
-wait
-cat "$bin"/*.log
+} > "$out/machine.txt" 2>&1
 
 if has test; then
   "$bin/test_cuda" > "$out/test.txt" 2>&1 || failed=1
@@ -36,6 +44,8 @@ if has test; then
   tail -1 "$out/test_sequence.txt"
   "$bin/decode" > "$out/decode.txt" 2>&1 || failed=1
   cat "$out/decode.txt"
+  "$bin/prefill_decode" --check > "$out/prefill_decode_check.txt" 2>&1 || failed=1
+  cat "$out/prefill_decode_check.txt"
 fi
 if has sanitize; then
   : > "$out/sanitizer.txt"
@@ -54,8 +64,9 @@ if has bench; then
   cat "$out/bench.csv"
   "$bin/bench_compress" > "$out/bench_compress.txt" || failed=1
   cat "$out/bench_compress.txt"
+  "$bin/prefill_decode" > "$out/prefill_decode.txt" || failed=1
+  cat "$out/prefill_decode.txt"
   "$bin/bench_sequence" > "$out/bench_sequence.txt" || failed=1
-  "$bin/bench_sequence" --warps 3 >> "$out/bench_sequence.txt" || failed=1
   "$bin/bench_sequence" --dense >> "$out/bench_sequence.txt" || failed=1
   cat "$out/bench_sequence.txt"
 fi
@@ -72,6 +83,6 @@ if has profile; then # what bounds the kernel: counters of one launch in the mid
       grep -vE "OPT|INF"
   done > "$out/ncu.txt"
 fi
-rm -r "$bin"
+[ -n "$RDKV_BIN" ] || rm -r "$bin"
 [ $failed = 0 ] && echo "all passed" || echo "FAILED"
 exit $failed
