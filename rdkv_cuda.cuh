@@ -6684,6 +6684,23 @@ __device__ __noinline__ void spend(solver &s, u64 left) {
   const uint32_t tile =
       (static_cast<uint32_t>(pad16(s.a.k_dim)) + static_cast<uint32_t>(pad16(s.a.v_dim))) * 8;
   __syncthreads();
+  /* with nothing to share out there are steps that cost nothing: each head by itself */
+  for (uint32_t i = blockIdx.x * WARPS + warp; i < n_heads && left == 0 && warp < WARPS;
+       i += gridDim.x * WARPS) {
+    steps_ahead *o = s.a.ahead + i;
+    if ((threadIdx.x & 31) == 0) o->n = o->used = 0;
+    __syncwarp();
+    do {
+      look_ahead(s, i, 0, AHEAD, o, st);
+      if ((threadIdx.x & 31) == 0) o->used = o->n;
+      __syncwarp();
+    } while (o->n == AHEAD);
+    if (o->used) carry_out(s, i, o, st);
+  }
+  if (left == 0) {
+    s.sync();
+    return;
+  }
   for (uint32_t i = threadIdx.x; i < n_heads && blockIdx.x == 0; i += SOLVE)
     all[i].n = all[i].used = 0, all[i].stale = 1;
   __syncthreads();
