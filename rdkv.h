@@ -1075,15 +1075,15 @@ typedef struct rdkv__kernels {
   void (*axpy)(float a, const float *x, int n, float *y);
   /* smallest and largest of x [n], n > 0 */
   void (*ends)(const float *x, int n, float *lo, float *hi);
-  /* squared error of v [n] at 0 (replaced by o), 2, 4, 8, 16 bits */
-  void (*v_error)(const float *v, const float *o, int n, float error[5]);
+  /* squared distance of v [n] from o, or, NULL, from v rounded to halves */
+  float (*distance)(const float *v, const float *o, int n);
   /* slopes [4][CHUNK] of n tokens' hulls, n a multiple of 16 */
   void (*hull)(const float *d, size_t stride, int n, const float *inv, float *slope);
   /* running minimum, maximum and sum of n channels; n a multiple of 16 */
   void (*range)(const float *x, int n, float *lo, float *hi, float *sum);
-  /* error[j][c] += g * (x[c] - q_j(x[c]))^2, widths j = 0, 2, 4, 8; arrays [4][256] */
-  void (*k_error)(const float *x, int n, float g, const float *scale, const float *mid,
-                  const float *inv, float *error);
+  /* smallest and largest of n channels, and with u = x - o the sums [3][256] of u, g u and g u^2;
+     n a multiple of 16 */
+  void (*moments)(const float *x, const float *o, int n, float g, float *lo, float *hi, float *sum);
   /* codes of x [n], n a multiple of 16: round((x - mid) * inv), clamped to lo..hi, minus lo */
   void (*quantise)(const float *x, int n, const float *mid, const float *inv, const float *lo,
                    const float *hi, uint8_t *code);
@@ -1124,13 +1124,12 @@ static float rdkv__lanes(const float *a) {
   return rdkv__f(s[0] + s[8]);
 }
 
-/* Squared error of one value of those that the quantiser was fitted to, so that the code needs no
-   clamp. The product that gives the code is rounded once, to a whole number; a double holds it, and
-   scale * code is exact in a float. */
-static float rdkv__error(float x, rdkv__affine a) {
-  float d = rdkv__f(x - a.mid), c = (float)lrint((double)d * (double)a.inv);
-  d = rdkv__f(d - rdkv__f(a.scale * c));
-  return rdkv__f(d * d);
+/* Squared error of one of n values spread over a range, as a part of the range squared: codes are
+   steps of range / (2^b - 1) apart, and an error is anything up to half a step, all alike. What
+   the ends are sure to be costs nothing. */
+static float rdkv__noise(int n, int bits) {
+  float steps = (float)((1 << bits) - 1);
+  return (float)n / (12 * steps * steps);
 }
 
 /* Sums over tokens run over those of 64 positions, then over 8 such sums, then over all of these,
@@ -1643,21 +1642,28 @@ RDKV_DEF rdkv_status rdkv_measure(const rdkv_config *cfg, const rdkv_kv *kv, rdk
     const uint8_t *v_bits = layer->v_bits + (size_t)head * n;
     float *dv = layer->v_distortion + (size_t)head * 5 * n;
     float *dk = layer->k_distortion + (size_t)head * 4 * (size_t)kd;
-    float *scale = w.channel, *mid = scale + 4 * RDKV__MAX_DIM, *inv = mid + 4 * RDKV__MAX_DIM;
-    float *error = inv + 4 * RDKV__MAX_DIM, *lo = error, *hi = lo + RDKV__MAX_DIM, norm;
-    float *sum = hi + RDKV__MAX_DIM; /* of error and sum: rows for three levels */
+    float *ref = w.channel, *lo = ref + RDKV__MAX_DIM, *hi = lo + RDKV__MAX_DIM;
+    float *sum = hi + RDKV__MAX_DIM,
+          *all = sum + 2 * 4 * RDKV__MAX_DIM; /* three levels; the last */
+    float norm = rdkv__f(cfg->softmax_scale * cfg->softmax_scale);
     for (t = 0, kept = 0; t < n; t++)
       if (v_bits[t]) w.order[kept++] = t;
     if (kept == 0) {
       memset(w.channel, 0, RDKV__MAX_DIM * sizeof(float));
       memcpy(w.channel, layer->mean_out + (size_t)head * (size_t)vd, (size_t)vd * sizeof(float));
       for (t = 0; t < n; t++) {
-        float e[5];
+        float low, high, range;
         if (t + RDKV__AHEAD < n) rdkv__ahead(&kv->v, t + RDKV__AHEAD, head, vd);
         if (!rdkv__row(kn, &kv->v, t, head, vd, w.rows)) return RDKV_ERR_NONFINITE;
-        kn->v_error(w.rows, w.channel, vd, e);
-        dv[t] = e[0];
-        for (j = 1; j < 5; j++) dv[(size_t)j * n + t] = rdkv__f(token[t] * e[j]);
+        dv[t] = kn->distance(w.rows, w.channel, vd);
+        kn->ends(w.rows, vd, &low, &high);
+        range = rdkv__f(high - low), range = rdkv__f(range * range);
+        for (j = 1; j < 4; j++) /* the ends have codes of their own */
+          dv[(size_t)j * n + t] =
+              rdkv__f(token[t] * rdkv__f(range * rdkv__noise(vd > 2 ? vd - 2 : 0, 1 << j)));
+        dv[(size_t)4 * n + t] = 0; /* a bfloat16 too is a half, or too small to matter */
+        if (kv->v.dtype == RDKV_F32)
+          dv[(size_t)4 * n + t] = rdkv__f(token[t] * kn->distance(w.rows, NULL, vd));
       }
       /* |v - o|^2 is averaged over the neighbours as the attention is: what is dropped comes in
          stretches then. Taken alone it drops all tokens of a kind (those whose V is near the mean,
@@ -1666,24 +1672,11 @@ RDKV_DEF rdkv_status rdkv_measure(const rdkv_config *cfg, const rdkv_kv *kv, rdk
       for (t = 0; t < n; t++) dv[t] = rdkv__f(token[t] * w.mean[t]);
       kept = rdkv__likely(dv, n, rdkv__keep(cfg, n) * 4, w.order); /* 4 bits of 16, about */
     }
+    /* K's sums are of its distances from the last token, so that nothing is lost where a channel
+       lies far from 0 */
     memset(w.channel, 0, 24 * RDKV__MAX_DIM * sizeof(float));
+    if (!rdkv__row(kn, &kv->k, n - 1, head, kd, ref)) return RDKV_ERR_NONFINITE;
     for (d = 0; d < kp; d++) lo[d] = FLT_MAX, hi[d] = -FLT_MAX;
-    for (i = 0; i < kept; i++) {
-      t = w.order[i];
-      if (i + RDKV__AHEAD < kept) rdkv__ahead(&kv->k, w.order[i + RDKV__AHEAD], head, kd);
-      if (!rdkv__row(kn, &kv->k, t, head, kd, w.rows)) return RDKV_ERR_NONFINITE;
-      kn->range(w.rows, kp, lo, hi, sum);
-      rdkv__carry(sum, RDKV__MAX_DIM, kd, t, i + 1 < kept ? w.order[i + 1] : UINT32_MAX);
-    }
-    for (d = 0; d < kd; d++) {
-      mid[d] = rdkv__f(sum[2 * RDKV__MAX_DIM + d] / (float)kept);
-      for (j = 1; j < 4; j++) {
-        rdkv__affine a = rdkv__fit(lo[d], hi[d], 1 << j);
-        int at = j * RDKV__MAX_DIM + d;
-        scale[at] = a.scale, mid[at] = a.mid, inv[at] = a.inv;
-      }
-    }
-    memset(error, 0, 12 * RDKV__MAX_DIM * sizeof(float));
     for (i = 0; i < kept; i++) {
       /* An error e of the token's logit moves the output by about a e (v - o), a the attention. The
          square is at most a e^2 |v - o|^2, first power as for V: with w for a, e^2 times D(0) of V.
@@ -1691,15 +1684,23 @@ RDKV_DEF rdkv_status rdkv_measure(const rdkv_config *cfg, const rdkv_kv *kv, rdk
       float g = dv[t = w.order[i]];
       if (i + RDKV__AHEAD < kept) rdkv__ahead(&kv->k, w.order[i + RDKV__AHEAD], head, kd);
       if (!rdkv__row(kn, &kv->k, t, head, kd, w.rows)) return RDKV_ERR_NONFINITE;
-      if (g > 0) kn->k_error(w.rows, kp, g, scale, mid, inv, error);
-      rdkv__carry(error, 4 * RDKV__MAX_DIM, 3 * RDKV__MAX_DIM + kd, t,
+      kn->moments(w.rows, ref, kp, g, lo, hi, sum);
+      sum[3 * RDKV__MAX_DIM] = rdkv__f(sum[3 * RDKV__MAX_DIM] + g);
+      rdkv__carry(sum, 4 * RDKV__MAX_DIM, 3 * RDKV__MAX_DIM + 1, t,
                   i + 1 < kept ? w.order[i + 1] : UINT32_MAX);
     }
-    norm = rdkv__f(cfg->softmax_scale * cfg->softmax_scale);
     for (d = 0; d < kd; d++) {
       float q2 = rdkv__f(layer->q_square[(size_t)head * (size_t)kd + (size_t)d] * norm);
-      for (j = 0; j < 4; j++)
-        dk[(size_t)j * (size_t)kd + (size_t)d] = rdkv__f(q2 * error[(8 + j) * RDKV__MAX_DIM + d]);
+      float g = all[3 * RDKV__MAX_DIM], range = rdkv__f(hi[d] - lo[d]);
+      float mean = rdkv__f(all[d] / (float)kept), gu = all[RDKV__MAX_DIM + d];
+      /* sum of g (u - mean)^2 */
+      float apart = rdkv__f(2 * gu - rdkv__f(mean * g));
+      apart = rdkv__f(all[2 * RDKV__MAX_DIM + d] - rdkv__f(mean * apart));
+      dk[d] = rdkv__f(q2 * (apart > 0 ? apart : 0));
+      range = rdkv__f(range * range);
+      for (j = 1; j < 4; j++)
+        dk[(size_t)j * (size_t)kd + (size_t)d] =
+            rdkv__f(q2 * rdkv__f(g * rdkv__f(range * rdkv__noise(1, 1 << j))));
     }
   }
   return RDKV_OK;
@@ -5267,28 +5268,6 @@ RDKV__FN void RDKV__NAME(axpy)(float a, const float *x, int n, float *y) {
     RDKV__ST(y + i, RDKV__FMA(va, RDKV__LD(x + i), RDKV__LD(y + i)));
 }
 
-/* squared error of x under a quantiser, rounded where rdkv__error rounds */
-RDKV__INLINE RDKV__VF RDKV__NAME(error)(RDKV__VF x, RDKV__VF scale, RDKV__VF mid, RDKV__VF inv) {
-  RDKV__VF d = RDKV__SUB(x, mid), c;
-  RDKV__KEEP(d);
-#if RDKV__SIMD_BODY == 1
-  c = (float)lrint((double)d * (double)inv);
-  c = RDKV__MUL(c, scale);
-  RDKV__KEEP(c);
-  d = RDKV__SUB(d, c);
-#else
-  c = RDKV__FMA(d, inv, RDKV__SET(12582912.0f)); /* 1.5 * 2^23: no bits below 1 */
-  RDKV__KEEP(c);
-  c = RDKV__SUB(c, RDKV__SET(12582912.0f));
-  RDKV__KEEP(c);
-  d = RDKV__FNMA(c, scale, d);
-#endif
-  RDKV__KEEP(d);
-  d = RDKV__MUL(d, d);
-  RDKV__KEEP(d);
-  return d;
-}
-
 RDKV__FN void RDKV__NAME(ends)(const float *v, int n, float *lowest, float *highest) {
   float lo = v[0], hi = v[0], a[RDKV__VL];
   int i = 0;
@@ -5309,43 +5288,25 @@ RDKV__FN void RDKV__NAME(ends)(const float *v, int n, float *lowest, float *high
   *lowest = lo, *highest = hi;
 }
 
-RDKV__FN void RDKV__NAME(v_error)(const float *v, const float *o, int n, float error[5]) {
-  float lane[5][16], lo, hi;
-  RDKV__VF acc[5][RDKV__LANES], x, d;
-  rdkv__affine a[3];
-  int i, j, k, whole = n & ~15;
-  RDKV__NAME(ends)(v, n, &lo, &hi);
-  for (j = 0; j < 3; j++) a[j] = rdkv__fit(lo, hi, 2 << j);
-  for (j = 0; j < 5; j++)
-    for (k = 0; k < RDKV__LANES; k++) acc[j][k] = RDKV__SET(0.0f);
-  for (i = 0; i < whole; i += 16) {
+RDKV__FN float RDKV__NAME(distance)(const float *v, const float *o, int n) {
+  float lane[16];
+  RDKV__VF acc[RDKV__LANES], x, d;
+  int i, k, whole = n & ~15;
+  for (k = 0; k < RDKV__LANES; k++) acc[k] = RDKV__SET(0.0f);
+  for (i = 0; i < whole; i += 16)
     for (k = 0; k < RDKV__LANES; k++) {
       x = RDKV__LD(v + i + k * RDKV__VL);
-      d = RDKV__SUB(x, RDKV__LD(o + i + k * RDKV__VL));
+      d = RDKV__SUB(x, o ? RDKV__LD(o + i + k * RDKV__VL) : RDKV__ROUND_HALF(x));
       d = RDKV__MUL(d, d);
       RDKV__KEEP(d);
-      acc[0][k] = RDKV__ADD(acc[0][k], d);
-      for (j = 0; j < 3; j++) {
-        d = RDKV__NAME(error)(x, RDKV__SET(a[j].scale), RDKV__SET(a[j].mid), RDKV__SET(a[j].inv));
-        acc[1 + j][k] = RDKV__ADD(acc[1 + j][k], d);
-      }
-      d = RDKV__SUB(x, RDKV__ROUND_HALF(x));
-      d = RDKV__MUL(d, d);
-      RDKV__KEEP(d);
-      acc[4][k] = RDKV__ADD(acc[4][k], d);
+      acc[k] = RDKV__ADD(acc[k], d);
     }
-  }
-  for (j = 0; j < 5; j++)
-    for (k = 0; k < RDKV__LANES; k++) RDKV__ST(lane[j] + k * RDKV__VL, acc[j][k]);
+  for (k = 0; k < RDKV__LANES; k++) RDKV__ST(lane + k * RDKV__VL, acc[k]);
   for (i = whole; i < n; i++) {
-    float e = rdkv__f(v[i] - o[i]);
-    lane[0][i & 15] = rdkv__f(lane[0][i & 15] + rdkv__f(e * e));
-    for (j = 0; j < 3; j++)
-      lane[1 + j][i & 15] = rdkv__f(lane[1 + j][i & 15] + rdkv__error(v[i], a[j]));
-    e = rdkv__f(v[i] - rdkv__from_half(rdkv__to_half(v[i])));
-    lane[4][i & 15] = rdkv__f(lane[4][i & 15] + rdkv__f(e * e));
+    float e = rdkv__f(v[i] - (o ? o[i] : rdkv__from_half(rdkv__to_half(v[i]))));
+    lane[i & 15] = rdkv__f(lane[i & 15] + rdkv__f(e * e));
   }
-  for (j = 0; j < 5; j++) error[j] = rdkv__lanes(lane[j]);
+  return rdkv__lanes(lane);
 }
 
 /* Hull slopes of n tokens, slope[l][i] = min over a <= l of max over b > l of (d_a - d_b) /
@@ -5382,25 +5343,23 @@ RDKV__FN void RDKV__NAME(range)(const float *x, int n, float *lo, float *hi, flo
   }
 }
 
-RDKV__FN void RDKV__NAME(k_error)(const float *x, int n, float g, const float *scale,
-                                  const float *mid, const float *inv, float *error) {
+RDKV__FN void RDKV__NAME(moments)(const float *x, const float *o, int n, float g, float *lo,
+                                  float *hi, float *sum) {
   RDKV__VF vg = RDKV__SET(g);
-  int i, j;
+  int i;
   for (i = 0; i < n; i += RDKV__VL) {
-    RDKV__VF v = RDKV__LD(x + i), d = RDKV__SUB(v, RDKV__LD(mid + i));
-    RDKV__KEEP(d);
-    d = RDKV__MUL(d, d);
-    RDKV__KEEP(d);
-    d = RDKV__MUL(d, vg);
-    RDKV__KEEP(d);
-    RDKV__ST(error + i, RDKV__ADD(RDKV__LD(error + i), d));
-    for (j = 1; j < 4; j++) {
-      int at = j * RDKV__MAX_DIM + i;
-      d = RDKV__NAME(error)(v, RDKV__LD(scale + at), RDKV__LD(mid + at), RDKV__LD(inv + at));
-      d = RDKV__MUL(d, vg);
-      RDKV__KEEP(d);
-      RDKV__ST(error + at, RDKV__ADD(RDKV__LD(error + at), d));
-    }
+    RDKV__VF v = RDKV__LD(x + i), u = RDKV__SUB(v, RDKV__LD(o + i)), p;
+    float *first = sum + RDKV__MAX_DIM + i, *second = first + RDKV__MAX_DIM;
+    RDKV__KEEP(u);
+    RDKV__ST(lo + i, RDKV__MIN(RDKV__LD(lo + i), v));
+    RDKV__ST(hi + i, RDKV__MAX(RDKV__LD(hi + i), v));
+    RDKV__ST(sum + i, RDKV__ADD(RDKV__LD(sum + i), u));
+    p = RDKV__MUL(vg, u);
+    RDKV__KEEP(p);
+    RDKV__ST(first, RDKV__ADD(RDKV__LD(first), p));
+    p = RDKV__MUL(p, u);
+    RDKV__KEEP(p);
+    RDKV__ST(second, RDKV__ADD(RDKV__LD(second), p));
   }
 }
 
@@ -5926,8 +5885,8 @@ RDKV__FN void RDKV__NAME(v_dense)(const void *rows, rdkv_dtype type, int n_rows,
 
 static const rdkv__kernels RDKV__NAME(kernels) = {
     RDKV__NAME(row),     RDKV__NAME(logits),  RDKV__NAME(softmax),  RDKV__NAME(weigh),
-    RDKV__NAME(axpy),    RDKV__NAME(ends),    RDKV__NAME(v_error),  RDKV__NAME(hull),
-    RDKV__NAME(range),   RDKV__NAME(k_error), RDKV__NAME(quantise), RDKV__NAME(quantise_one),
+    RDKV__NAME(axpy),    RDKV__NAME(ends),    RDKV__NAME(distance), RDKV__NAME(hull),
+    RDKV__NAME(range),   RDKV__NAME(moments), RDKV__NAME(quantise), RDKV__NAME(quantise_one),
     RDKV__NAME(halves),  RDKV__NAME(k_coef),  RDKV__NAME(k_codes),  RDKV__NAME(v_coef),
     RDKV__NAME(v_codes), RDKV__NAME(v_fold),  RDKV__NAME(max),      RDKV__NAME(exp_sum),
     RDKV__NAME(scale),   RDKV__NAME(k_dense), RDKV__NAME(v_dense)};

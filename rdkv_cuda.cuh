@@ -2832,12 +2832,10 @@ __device__ __forceinline__ float code_of(float x, float mid, float inv, float lo
   return nearest(fmaxf(fminf(__fmul_rn(__fsub_rn(x, mid), inv), hi), lo));
 }
 
-/* Of a value that the quantiser was fitted to; rounded where rdkv__error rounds. */
-__device__ __forceinline__ float square_error(float x, const affine &a) {
-  const float d = __fsub_rn(x, a.mid);
-  const float c = __fsub_rn(__fmaf_rn(d, a.inv, 12582912.0f), 12582912.0f);
-  const float e = __fmaf_rn(-a.scale, c, d);
-  return __fmul_rn(e, e);
+/* rdkv__noise */
+__host__ __device__ inline float noise_of(int n, int bits) {
+  const float steps = static_cast<float>((1 << bits) - 1);
+  return static_cast<float>(n) / (12 * steps * steps);
 }
 
 /* The authors' quantiser. */
@@ -2985,7 +2983,7 @@ static __global__ void items_kernel(item *to, item_list from, int n) {
   if (static_cast<int>(threadIdx.x) < n) to[threadIdx.x] = from.at[threadIdx.x];
 }
 
-/* ---- K over the kept tokens: range, sums, errors. A warp takes 64 channels, two a lane, of
+/* ---- K over the kept tokens: range and sums. A warp takes 64 channels, two a lane, of
    stretches of 64 tokens, and a block spans of 8, in the order of sums that rdkv__carry defines.
  */
 
@@ -2999,19 +2997,17 @@ enum {
 
 struct range_args {
   const item *items;
-  const uint32_t
-      *cut;         /* [heads] lowest bin of D(0) that is kept, or BY_WIDTH; NULL: that for all */
-  float *parts;     /* [heads][spans][4][channels]: a block's lowest, highest, a span's sum; or
-                       errors at four widths */
-  uint32_t *kept;   /* [heads][groups], zeroed */
-  uint32_t *done;   /* [heads][groups] blocks that have written their parts, zeroed */
-  int *lo, *hi;     /* [heads][MAX_DIM] ordered */
-  float *sum;       /* [heads][MAX_DIM] */
-  float *quantiser; /* [heads][3][4][MAX_DIM] scale, mid, inv at 0, 2, 4, 8 bits, or NULL */
-  float norm;       /* softmax_scale squared */
+  const uint32_t *cut; /* [heads] lowest bin of D(0) that is kept, or BY_WIDTH */
+  float *parts;        /* [heads][spans][kinds][channels]: sums of a span, then a block's lowest and
+                          highest */
+  uint32_t *kept;      /* [heads][groups], zeroed */
+  uint32_t *done;      /* [heads][groups] blocks that have written their parts, zeroed */
+  int *lo, *hi;        /* [heads][MAX_DIM] ordered */
+  float *sum;          /* [heads][MAX_DIM] */
+  float norm;          /* softmax_scale squared */
   uint32_t *status;
-  uint32_t n, spans, groups; /* groups of 64 channels: of K, or of K and V where V is looked at */
-  int heads, k_dim, v_dim, with_v; /* heads of an item */
+  uint32_t n, spans, groups; /* groups of 64 channels */
+  int heads, k_dim;          /* heads of an item */
 };
 
 /* Two neighbouring elements as they lie in memory. */
@@ -3200,9 +3196,51 @@ __device__ __forceinline__ float add_parts(const float *column, uint32_t spans, 
   return sum;
 }
 
+/* What a block has found of a head's 64 channels, for all of the head's: the extremes at `to` and a
+   row further. memory [2][STRETCHES][64]. All threads call it. */
+template <int DTYPE>
+__device__ __forceinline__ void store_ends(const range_args &a, const extremes<DTYPE> &ends,
+                                           float (*memory)[STRETCHES][64], float *to, size_t row) {
+  const uint32_t lane = threadIdx.x & 31, column = threadIdx.x & 63, kind = threadIdx.x >> 6;
+  const float2 low = ends.lowest(), high = ends.highest();
+  if (!(in_range(low.x) && in_range(low.y) && in_range(high.x) && in_range(high.y)))
+    fail(a.status, RDKV_ERR_NONFINITE);
+  __syncthreads();
+  *reinterpret_cast<float2 *>(&memory[0][threadIdx.x >> 5][2 * lane]) = low;
+  *reinterpret_cast<float2 *>(&memory[1][threadIdx.x >> 5][2 * lane]) = high;
+  __syncthreads();
+  if (kind >= 2) return;
+  float s = memory[kind][0][column];
+#pragma unroll
+  for (int w = 1; w < STRETCHES; ++w)
+    s = kind == 0 ? fminf(s, memory[0][w][column]) : fmaxf(s, memory[1][w][column]);
+  to[kind * row + column] = s;
+}
+
+/* Those of all blocks, step floats apart, each thread its column's. */
+__device__ __forceinline__ float2 load_ends(float (*memory)[STRETCHES][64], const float *from,
+                                            size_t row, size_t step, uint32_t blocks) {
+  enum { ROWS = RANGE_THREADS / 64 };
+  const uint32_t column = threadIdx.x & 63, first = threadIdx.x >> 6;
+  float lowest = 3.402823466e38f, highest = -3.402823466e38f;
+#pragma unroll 4
+  for (uint32_t b = first; b < blocks; b += ROWS) {
+    lowest = fminf(lowest, __ldcg(from + b * step + column));
+    highest = fmaxf(highest, __ldcg(from + b * step + row + column));
+  }
+  __syncthreads();
+  memory[0][first][column] = lowest, memory[1][first][column] = highest;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i)
+    lowest = fminf(lowest, memory[0][i][column]), highest = fmaxf(highest, memory[1][i][column]);
+  return make_float2(lowest, highest);
+}
+
 /* DTYPE is K's. A block takes every so manieth span of a head's 64 channels. */
 template <int DTYPE>
 __global__ void __launch_bounds__(RANGE_THREADS, 4) range_kernel(range_args a) {
+  enum { KINDS = 3 };
   __shared__ float scratch[8192];
   __shared__ __align__(16) int lists[STRETCHES][STRETCH + 8];
   float(*part)[STRETCHES][64] = reinterpret_cast<float(*)[STRETCHES][64]>(scratch);
@@ -3213,24 +3251,21 @@ __global__ void __launch_bounds__(RANGE_THREADS, 4) range_kernel(range_args a) {
   const uint32_t blocks = gridDim.x / a.groups;
   const int d = static_cast<int>(64 * group) + 2 * lane;
   const item &it = a.items[blockIdx.z];
-  const uint32_t cut = a.cut ? a.cut[h] : static_cast<uint32_t>(BY_WIDTH);
-  const size_t row = 64 * static_cast<size_t>(a.groups), step = 4 * row;
+  const size_t row = 64 * static_cast<size_t>(a.groups), step = KINDS * row;
   float *parts = a.parts + static_cast<size_t>(h) * a.spans * step + 64 * group;
-  const uint32_t column = threadIdx.x & 63, kind = threadIdx.x >> 6;
+  const uint32_t column = threadIdx.x & 63;
   int *list = lists[warp];
   extremes<DTYPE> ends;
-  bool bad = false;
-  uint32_t kept = 0, buffer = 0;
+  uint32_t buffer = 0;
   stretch next;
   ends.clear();
-  next.load(a, it, head, cut, block * SPAN + static_cast<uint32_t>(warp) * STRETCH, false);
+  next.load(a, it, head, BY_WIDTH, block * SPAN + static_cast<uint32_t>(warp) * STRETCH, false);
   for (uint32_t span = block; span < a.spans; span += blocks, buffer ^= 1) {
     const uint32_t t0 = span * SPAN + static_cast<uint32_t>(warp) * STRETCH;
     const stretch now = next;
-    const uint32_t n = now.list(a, cut, t0, step_of(it.k), list, nullptr);
+    const uint32_t n = now.list(a, BY_WIDTH, t0, step_of(it.k), list, nullptr);
     float2 sum = make_float2(0, 0);
-    if (span + blocks < a.spans) next.load(a, it, head, cut, t0 + blocks * SPAN, false);
-    kept += n;
+    if (span + blocks < a.spans) next.load(a, it, head, BY_WIDTH, t0 + blocks * SPAN, false);
     if (n > 0) {
       const pair_rows<DTYPE> rows(it.k, t0, head, d, a.k_dim);
       raw_pair<DTYPE> x[8], ahead[8];
@@ -3247,20 +3282,6 @@ __global__ void __launch_bounds__(RANGE_THREADS, 4) range_kernel(range_args a) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) x[j] = ahead[j];
       }
-      if (a.with_v) { /* pack wants to know that V is fit to be packed */
-        const int v_type = it.v.dtype;
-        const ptrdiff_t stride = it.v.dim_stride ? it.v.dim_stride : 1;
-        const char *base = static_cast<const char *>(row_of(it.v, t0, head)) +
-                           d * stride * (v_type == RDKV_F32 ? 4 : 2);
-        __syncwarp();
-        now.list(a, cut, t0, step_of(it.v), list, nullptr);
-#pragma unroll 8
-        for (uint32_t i = 0; i < n; ++i) {
-          const char *p = base + list[i];
-          if (d < a.v_dim) bad |= !in_range(element(p, v_type, 0));
-          if (d + 1 < a.v_dim) bad |= !in_range(element(p, v_type, stride));
-        }
-      }
     }
     *reinterpret_cast<float2 *>(&part[buffer][warp][2 * lane]) = sum;
     __syncthreads();
@@ -3268,63 +3289,29 @@ __global__ void __launch_bounds__(RANGE_THREADS, 4) range_kernel(range_args a) {
       float s = 0;
 #pragma unroll
       for (int w = 0; w < STRETCHES; ++w) s = __fadd_rn(s, part[buffer][w][column]);
-      parts[span * step + 2 * row + column] = s;
+      parts[span * step + column] = s;
     }
   }
-  const float2 low = ends.lowest(), high = ends.highest();
-  bad |= !in_range(low.x) || !in_range(low.y) || !in_range(high.x) || !in_range(high.y);
-  if (bad) fail(a.status, RDKV_ERR_NONFINITE);
-  if (lane == 0 && kept > 0) atomicAdd(&a.kept[h * a.groups + group], kept);
-  __syncthreads();
-  *reinterpret_cast<float2 *>(&part[0][warp][2 * lane]) = low;
-  *reinterpret_cast<float2 *>(&part[1][warp][2 * lane]) = high;
-  __syncthreads();
-  if (kind < 2) {
-    float s = part[kind][0][column];
-#pragma unroll
-    for (int w = 1; w < STRETCHES; ++w)
-      s = kind == 0 ? fminf(s, part[0][w][column]) : fmaxf(s, part[1][w][column]);
-    parts[block * step + kind * row + column] = s;
-  }
+  store_ends(a, ends, part, parts + block * step + row, row);
   if (!last_block(&a.done[h * a.groups + group], blocks)) return;
-  float lowest = 3.402823466e38f, highest = -3.402823466e38f;
-#pragma unroll 4
-  for (uint32_t b = kind; b < blocks; b += RANGE_THREADS / 64) {
-    lowest = fminf(lowest, __ldcg(parts + b * step + column));
-    highest = fmaxf(highest, __ldcg(parts + b * step + row + column));
-  }
-  const float total = add_parts<64>(parts + 2 * row + column, a.spans, step, scratch);
-  __syncthreads();
-  float(*all)[RANGE_THREADS / 64][64] = reinterpret_cast<float(*)[RANGE_THREADS / 64][64]>(scratch);
-  all[0][kind][column] = lowest, all[1][kind][column] = highest;
-  if (kind == 0) all[2][0][column] = total;
-  __syncthreads();
+  const float2 all = load_ends(part, parts + row, row, step, blocks);
+  const float total = add_parts<64>(parts + column, a.spans, step, scratch);
   const int c = static_cast<int>(64 * group + column);
-  if (c >= a.k_dim) return;
-#pragma unroll
-  for (int i = 0; i < RANGE_THREADS / 64; ++i)
-    lowest = fminf(lowest, all[0][i][column]), highest = fmaxf(highest, all[1][i][column]);
+  if (threadIdx.x >= 64 || c >= a.k_dim) return;
   const size_t at = static_cast<size_t>(h) * MAX_DIM + static_cast<size_t>(c);
-  if (!a.quantiser) { /* pack fits when it knows the widths */
-    if (kind == 0) a.lo[at] = ordered(lowest), a.hi[at] = ordered(highest), a.sum[at] = total;
-    return;
-  }
-  affine q = {0, 0, 0};
-  if (kind == 0)
-    q.mid = __fdiv_rn(total, static_cast<float>(__ldcg(&a.kept[h * a.groups + group])));
-  else
-    q = fit(lowest, highest, 1 << kind);
-  float *p = a.quantiser + static_cast<size_t>(h) * 12 * MAX_DIM + c;
-  p[kind * MAX_DIM] = q.scale, p[(4 + kind) * MAX_DIM] = q.mid, p[(8 + kind) * MAX_DIM] = q.inv;
+  a.lo[at] = ordered(all.x), a.hi[at] = ordered(all.y), a.sum[at] = total;
 }
 
-/* Squared errors of K at each width, weighted with D(0) of V; launched as range_kernel is. */
+/* D of K at each width, from its range and, with u the distance from the last token and D(0) of V
+   for g, the sums of u, g u, g u^2 and g; launched as range_kernel is. */
 template <int DTYPE>
-__global__ void __launch_bounds__(RANGE_THREADS, 3) k_error_kernel(range_args a) {
+__global__ void __launch_bounds__(RANGE_THREADS, 4) moments_kernel(range_args a) {
+  enum { KINDS = 6 };
   __shared__ float scratch[8192];
   __shared__ __align__(16) float weights[STRETCHES][STRETCH + 8];
   __shared__ __align__(16) int lists[STRETCHES][STRETCH + 8];
   float(*part)[STRETCHES][4][64] = reinterpret_cast<float(*)[STRETCHES][4][64]>(scratch);
+  float(*memory)[STRETCHES][64] = reinterpret_cast<float(*)[STRETCHES][64]>(scratch);
   const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
   const int head = static_cast<int>(blockIdx.y);
   const uint32_t h = blockIdx.z * static_cast<uint32_t>(a.heads) + blockIdx.y;
@@ -3333,30 +3320,29 @@ __global__ void __launch_bounds__(RANGE_THREADS, 3) k_error_kernel(range_args a)
   const int d = static_cast<int>(64 * group) + 2 * lane;
   const item &it = a.items[blockIdx.z];
   const uint32_t cut = a.cut[h];
-  const size_t row = 64 * static_cast<size_t>(a.groups), step = 4 * row;
+  const size_t row = 64 * static_cast<size_t>(a.groups), step = KINDS * row;
   float *parts = a.parts + static_cast<size_t>(h) * a.spans * step + 64 * group;
-  const uint32_t column = threadIdx.x & 63, width = threadIdx.x >> 6;
+  const uint32_t column = threadIdx.x & 63, kind = threadIdx.x >> 6;
   int *list = lists[warp];
-  uint32_t buffer = 0;
+  extremes<DTYPE> ends;
+  uint32_t kept = 0, buffer = 0;
   stretch next;
+  ends.clear();
   next.load(a, it, head, cut, block * SPAN + static_cast<uint32_t>(warp) * STRETCH, true);
-  affine q[4][2];
-  const float *p = a.quantiser + static_cast<size_t>(h) * 12 * MAX_DIM;
-#pragma unroll
-  for (int j = 0; j < 4; ++j)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int c = d + i < a.k_dim ? d + i : a.k_dim - 1;
-      q[j][i].scale = p[j * MAX_DIM + c], q[j][i].mid = p[(4 + j) * MAX_DIM + c];
-      q[j][i].inv = p[(8 + j) * MAX_DIM + c];
-    }
+  raw_pair<DTYPE> last;
+  {
+    const pair_rows<DTYPE> rows(it.k, a.n - 1, head, d, a.k_dim);
+    last.load(rows.base, rows.stride, rows.whole && rows.n > 0, rows.n);
+  }
+  const float2 o = last.values();
   for (uint32_t span = block; span < a.spans; span += blocks, buffer ^= 1) {
     const uint32_t t0 = span * SPAN + static_cast<uint32_t>(warp) * STRETCH;
     const uint32_t n = next.list(a, cut, t0, step_of(it.k), list, weights[warp]);
-    float2 e[4];
+    float2 s[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) e[j] = make_float2(0, 0);
+    for (int j = 0; j < 4; ++j) s[j] = make_float2(0, 0);
     if (span + blocks < a.spans) next.load(a, it, head, cut, t0 + blocks * SPAN, true);
+    kept += n;
     if (n > 0) {
       const pair_rows<DTYPE> rows(it.k, t0, head, d, a.k_dim);
       raw_pair<DTYPE> x[8], ahead[8];
@@ -3365,41 +3351,60 @@ __global__ void __launch_bounds__(RANGE_THREADS, 3) k_error_kernel(range_args a)
         if (i + 8 < n) rows.load(list + i + 8, ahead);
 #pragma unroll
         for (uint32_t k0 = 0; k0 < 8; k0 += 4) {
-          if (i + k0 >= n) break;
           const float4 g4 = *reinterpret_cast<const float4 *>(&weights[warp][i + k0]);
           const float g[4] = {g4.x, g4.y, g4.z, g4.w};
 #pragma unroll
           for (uint32_t k = 0; k < 4; ++k) {
             const float2 y = x[k0 + k].values();
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              float u = __fsub_rn(y.x, q[0][0].mid), v = __fsub_rn(y.y, q[0][1].mid);
-              u = j ? square_error(y.x, q[j][0]) : __fmul_rn(u, u);
-              v = j ? square_error(y.y, q[j][1]) : __fmul_rn(v, v);
-              e[j].x = __fadd_rn(e[j].x, __fmul_rn(u, g[k]));
-              e[j].y = __fadd_rn(e[j].y, __fmul_rn(v, g[k]));
+            const float u = __fsub_rn(y.x, o.x), v = __fsub_rn(y.y, o.y);
+            const float gu = __fmul_rn(g[k], u), gv = __fmul_rn(g[k], v);
+            if (i + k0 + k < n) { /* what pads weighs nothing */
+              ends.take(x[k0 + k]);
+              s[0].x = __fadd_rn(s[0].x, u), s[0].y = __fadd_rn(s[0].y, v);
             }
+            s[1].x = __fadd_rn(s[1].x, gu), s[1].y = __fadd_rn(s[1].y, gv);
+            s[2].x = __fadd_rn(s[2].x, __fmul_rn(gu, u));
+            s[2].y = __fadd_rn(s[2].y, __fmul_rn(gv, v));
+            s[3].x = __fadd_rn(s[3].x, g[k]);
           }
         }
 #pragma unroll
         for (int k = 0; k < 8; ++k) x[k] = ahead[k];
       }
     }
+    s[3].y = s[3].x;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      *reinterpret_cast<float2 *>(&part[buffer][warp][j][2 * lane]) = e[j];
+      *reinterpret_cast<float2 *>(&part[buffer][warp][j][2 * lane]) = s[j];
     __syncthreads();
-    float s = 0;
+    float all = 0;
 #pragma unroll
-    for (int w = 0; w < STRETCHES; ++w) s = __fadd_rn(s, part[buffer][w][width][column]);
-    parts[span * step + width * row + column] = s;
+    for (int w = 0; w < STRETCHES; ++w) all = __fadd_rn(all, part[buffer][w][kind][column]);
+    parts[span * step + kind * row + column] = all;
   }
+  if (lane == 0 && kept > 0) atomicAdd(&a.kept[h * a.groups + group], kept);
+  store_ends(a, ends, memory, parts + block * step + 4 * row, row);
   if (!last_block(&a.done[h * a.groups + group], blocks)) return;
-  const float sum = add_parts<256>(parts + width * row + column, a.spans, step, scratch);
+  const float2 low_high = load_ends(memory, parts + 4 * row, row, step, blocks);
+  const float sum = add_parts<256>(parts + kind * row + column, a.spans, step, scratch);
+  __syncthreads();
+  scratch[threadIdx.x] = sum;
+  __syncthreads();
   const int c = static_cast<int>(64 * group + column);
   if (c >= a.k_dim) return;
-  it.k_distortion[(head * 4 + static_cast<int>(width)) * a.k_dim + c] =
-      __fmul_rn(__fmul_rn(it.q_square[head * a.k_dim + c], a.norm), sum);
+  const float q2 = __fmul_rn(it.q_square[head * a.k_dim + c], a.norm);
+  const float g = scratch[192 + column];
+  float D;
+  if (kind == 0) { /* the sum of g (u - mean)^2 */
+    const float mean =
+        __fdiv_rn(scratch[column], static_cast<float>(__ldcg(&a.kept[h * a.groups + group])));
+    D = __fsub_rn(2 * scratch[64 + column], __fmul_rn(mean, g));
+    D = fmaxf(__fsub_rn(scratch[128 + column], __fmul_rn(mean, D)), 0);
+  } else {
+    const float range = __fsub_rn(low_high.y, low_high.x);
+    D = __fmul_rn(g, __fmul_rn(__fmul_rn(range, range), noise_of(1, 1 << kind)));
+  }
+  it.k_distortion[(head * 4 + static_cast<int>(kind)) * a.k_dim + c] = __fmul_rn(q2, D);
 }
 
 /* ---- pack */
@@ -4423,6 +4428,7 @@ struct measure_args {
   uint32_t *status;
   uint32_t n, chunks, n_counters, want;
   int heads, v_dim, pool;
+  float noise[3]; /* of V at 2, 4, 8 bits */
 };
 
 /* Which chunks have tokens with widths; zeroes what is counted up later; first of the launches. */
@@ -4517,10 +4523,11 @@ struct v_row<N, DTYPE, false> {
   }
 };
 
-/* Squared errors of V's rows, two threads a token: of rdkv.h's 16 lanes (element i in lane i mod
-   16) each has 8. N is the most blocks of 16 elements. */
+/* Distances of V's rows from the mean output, and their D at the widths from the range, two threads
+   a token: of rdkv.h's 16 lanes (element i in lane i mod 16) each has 8. N is the most blocks of 16
+   elements. */
 template <int N, int DTYPE, bool WIDE>
-__global__ void __launch_bounds__(THREADS, N > 8 ? 1 : 2) v_error_kernel(measure_args a) {
+__global__ void __launch_bounds__(THREADS, N > 8 ? 2 : 3) v_error_kernel(measure_args a) {
   __shared__ __align__(16) float o[MAX_DIM];
   const int head = static_cast<int>(blockIdx.y), vd = a.v_dim;
   const int half = static_cast<int>(threadIdx.x) & 1;
@@ -4549,20 +4556,9 @@ __global__ void __launch_bounds__(THREADS, N > 8 ? 1 : 2) v_error_kernel(measure
     float lo, hi;
     good &= row.ends(vd, half, &lo, &hi);
     lo = fminf(lo, __shfl_xor_sync(FULL, lo, 1)), hi = fmaxf(hi, __shfl_xor_sync(FULL, hi, 1));
-    affine q[3]; /* 2 and 4 bits: a thread each */
-    const affine mine = fit(lo, hi, 2 << half);
-    affine other;
-    other.scale = __shfl_xor_sync(FULL, mine.scale, 1);
-    other.mid = __shfl_xor_sync(FULL, mine.mid, 1), other.inv = __shfl_xor_sync(FULL, mine.inv, 1);
-    q[0] = half ? other : mine, q[1] = half ? mine : other, q[2] = fit(lo, hi, 8);
-    float e[5][8];
+    float e[2][8]; /* from the mean output; from halves */
 #pragma unroll
-    for (int j = 0; j < 5; ++j)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) e[j][i] = 0;
-    const auto add = [&](int b, float *to, float x) {
-      *to = WIDE && b == 0 ? x : __fadd_rn(*to, x);
-    };
+    for (int i = 0; i < 8; ++i) e[0][i] = e[1][i] = 0;
 #pragma unroll(WIDE ? N : 1)
     for (int b = 0; b < N; ++b) {
       if (16 * b < vd) {
@@ -4575,32 +4571,34 @@ __global__ void __launch_bounds__(THREADS, N > 8 ? 1 : 2) v_error_kernel(measure
         for (int i = 0; i < 8; ++i) {
           if (WIDE || 16 * b + 8 * half + i < vd) {
             const float d = __fsub_rn(x[i], p[i]);
-            add(b, &e[0][i], __fmul_rn(d, d));
-#pragma unroll
-            for (int j = 0; j < 3; ++j) add(b, &e[1 + j][i], square_error(x[i], q[j]));
-            if (DTYPE != RDKV_F16) {
+            e[0][i] = WIDE && b == 0 ? __fmul_rn(d, d) : __fadd_rn(e[0][i], __fmul_rn(d, d));
+            if (DTYPE == RDKV_F32) {
               const float r = __fsub_rn(x[i], nearest_half(x[i]));
-              add(b, &e[4][i], __fmul_rn(r, r));
+              e[1][i] = __fadd_rn(e[1][i], __fmul_rn(r, r));
             }
           }
         }
       }
     }
-    float sum[5] = {0, 0, 0, 0, 0};
+    float sum[2] = {0, 0};
 #pragma unroll
-    for (int j = 0; j < (DTYPE == RDKV_F16 ? 4 : 5); ++j) {
+    for (int j = 0; j < (DTYPE == RDKV_F32 ? 2 : 1); ++j) {
 #pragma unroll
       for (int n = 4; n; n >>= 1)
 #pragma unroll
         for (int i = 0; i < n; ++i) e[j][i] = __fadd_rn(e[j][i], e[j][i + n]);
       sum[j] = __fadd_rn(e[j][0], __shfl_xor_sync(FULL, e[j][0], 1));
     }
+    const float range = __fsub_rn(hi, lo), square = __fmul_rn(range, range);
     if (want < a.n) {
-      if (half == 0) mean[t] = sum[0], dv[a.n + t] = __fmul_rn(w, sum[1]);
-      if (half == 1) {
-        dv[2 * static_cast<size_t>(a.n) + t] = __fmul_rn(w, sum[2]);
-        dv[3 * static_cast<size_t>(a.n) + t] = __fmul_rn(w, sum[3]);
-        dv[4 * static_cast<size_t>(a.n) + t] = __fmul_rn(w, sum[4]);
+      float *to = dv + t;
+      if (half == 0) {
+        mean[t] = sum[0];
+        to[a.n] = __fmul_rn(w, __fmul_rn(square, a.noise[0]));
+      } else {
+        to[2 * static_cast<size_t>(a.n)] = __fmul_rn(w, __fmul_rn(square, a.noise[1]));
+        to[3 * static_cast<size_t>(a.n)] = __fmul_rn(w, __fmul_rn(square, a.noise[2]));
+        to[4 * static_cast<size_t>(a.n)] = __fmul_rn(w, sum[1]);
       }
     }
   }
@@ -7504,15 +7502,14 @@ static void layout_list(arena *m, uint64_t heads, uint64_t kv_heads, uint32_t n,
 
 /* What going through K takes: sums of `heads` heads, counters of `all`, which must be zeroed. */
 static void layout_range(const rdkv_config *cfg, arena *m, uint64_t heads, uint64_t all, uint32_t n,
-                         range_args *r) {
-  const int dim = cfg->k_dim > cfg->v_dim ? cfg->k_dim : cfg->v_dim;
-  r->groups = static_cast<uint32_t>(dim + 63) / 64, r->spans = n / SPAN + (n % SPAN != 0);
-  r->n = n, r->heads = cfg->n_kv_heads, r->k_dim = cfg->k_dim, r->v_dim = cfg->v_dim;
+                         uint64_t kinds, range_args *r) {
+  r->groups = static_cast<uint32_t>(cfg->k_dim + 63) / 64, r->spans = n / SPAN + (n % SPAN != 0);
+  r->n = n, r->heads = cfg->n_kv_heads, r->k_dim = cfg->k_dim;
   r->norm = static_cast<float>(static_cast<double>(cfg->softmax_scale) *
                                static_cast<double>(cfg->softmax_scale)); /* exact, then rounded */
-  m->take(&r->kept, all * r->groups * 3);
+  m->take(&r->kept, all * r->groups * 2);
   r->done = r->kept + all * r->groups;
-  m->take(&r->parts, heads * r->spans * 256 * r->groups + 1);
+  m->take(&r->parts, heads * r->spans * kinds * 64 * r->groups + 1);
 }
 
 static void list_tokens(const pack_args &a, uint32_t heads, cudaStream_t stream) {
@@ -7524,21 +7521,21 @@ static void list_tokens(const pack_args &a, uint32_t heads, cudaStream_t stream)
 typedef void (*range_kernel_type)(range_args);
 typedef void (*tile_kernel_type)(pack_args);
 
-static void launch_range(const range_args &r, rdkv_dtype dtype, bool errors, int n_items,
+static void launch_range(const range_args &r, rdkv_dtype dtype, bool moments, int n_items,
                          cudaStream_t stream) {
   const range_kernel_type range = dtype == RDKV_F16    ? range_kernel<RDKV_F16>
                                   : dtype == RDKV_BF16 ? range_kernel<RDKV_BF16>
                                                        : range_kernel<RDKV_F32>;
-  const range_kernel_type error = dtype == RDKV_F16    ? k_error_kernel<RDKV_F16>
-                                  : dtype == RDKV_BF16 ? k_error_kernel<RDKV_BF16>
-                                                       : k_error_kernel<RDKV_F32>;
+  const range_kernel_type weighted = dtype == RDKV_F16    ? moments_kernel<RDKV_F16>
+                                     : dtype == RDKV_BF16 ? moments_kernel<RDKV_BF16>
+                                                          : moments_kernel<RDKV_F32>;
   /* as many blocks as 132 multiprocessors take at once, or one for each head and group */
-  const uint32_t places = (errors ? 3 : 4) * 132;
+  const uint32_t places = 4 * 132;
   const uint32_t rows = static_cast<uint32_t>(n_items * r.heads) * r.groups;
   const uint32_t each = rows < places ? places / rows : 1;
   const dim3 grid(least(each, r.spans) * r.groups, static_cast<uint32_t>(r.heads),
                   static_cast<uint32_t>(n_items));
-  if (r.n > 0) (errors ? error : range)<<<grid, RANGE_THREADS, 0, stream>>>(r);
+  if (r.n > 0) (moments ? weighted : range)<<<grid, RANGE_THREADS, 0, stream>>>(r);
 }
 
 /* 16-byte loads of whole rows are possible. */
@@ -7700,9 +7697,9 @@ static void layout_measure(const rdkv_config *cfg, int n_items, uint32_t n, void
   s->m.take(&a.cut, heads);
   s->m.take(&a.done, heads);
   s->m.take(&a.mean, heads * n + 1);
-  layout_range(cfg, &s->m, heads, heads, n, &s->r);
-  s->m.take(&s->r.quantiser, heads * 12 * MAX_DIM);
-  a.counters = s->r.kept, a.n_counters = 3 * s->r.groups;
+  layout_range(cfg, &s->m, heads, heads, n, 6, &s->r);
+  a.counters = s->r.kept, a.n_counters = 2 * s->r.groups;
+  for (int j = 0; j < 3; ++j) a.noise[j] = noise_of(cfg->v_dim > 2 ? cfg->v_dim - 2 : 0, 2 << j);
   s->r.items = a.items, s->r.cut = a.cut;
 }
 
@@ -7829,8 +7826,8 @@ static void layout_pack(const rdkv_config *cfg, int n_layers, uint32_t n, void *
   s->m.take(&s->r.lo, heads * MAX_DIM);
   s->m.take(&s->r.hi, heads * MAX_DIM);
   s->m.take(&s->r.sum, heads * MAX_DIM);
-  layout_range(cfg, &s->m, kv, heads, n, &s->r);
-  s->r.items = s->items, s->r.with_v = 0; /* V is looked at while it is packed */
+  layout_range(cfg, &s->m, kv, heads, n, 3, &s->r);
+  s->r.items = s->items;
   s->a.channel.lo = s->r.lo, s->a.channel.hi = s->r.hi, s->a.channel.sum = s->r.sum;
 }
 
@@ -7999,14 +7996,12 @@ extern "C" cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *
   }
   /* the blocks that 132 multiprocessors take at once; of many heads four times as many, for they do
      not divide evenly */
-  const uint32_t places = (heads * items > 32 ? 8 : 2) * 132;
+  const uint32_t places = (heads * items > 32 ? 9 : 3) * 132;
   const uint32_t most = heads * items < places ? places / (heads * items) : 1;
   const dim3 rows(blocks_of(n, THREADS / 2, most), heads, items);
   v_error_kernel_of(kv->v.dtype, cfg->v_dim, wide)<<<rows, THREADS, 0, stream>>>(a);
   const dim3 drop(blocks_of(n, 4 * THREADS, 64), heads, items);
   drop_kernel<<<drop, THREADS, 0, stream>>>(a);
-  launch_range(s.r, kv->k.dtype, false, n_items, stream);
-  s.r.done += heads * items * s.r.groups;
   launch_range(s.r, kv->k.dtype, true, n_items, stream);
   return cudaGetLastError();
 }
