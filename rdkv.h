@@ -1873,8 +1873,8 @@ static uint64_t rdkv__max_block(const rdkv_config *cfg, uint32_t n_tokens, int n
   return rdkv__add(rdkv__fixed_bytes(heads), rdkv__mul(heads, head));
 }
 
-#define RDKV__FILL 192 /* tokens beyond the threshold that a level keeps at hand: 6 tiles */
-#define RDKV__FINE 512 /* bins of a head's histogram: 4 octaves of 128 */
+#define RDKV__MORE 4   /* tiles beyond the bin of the threshold that a level may be given */
+#define RDKV__FINE 512 /* bins of a head's histogram: 2 octaves of 256 */
 #define RDKV__PINNED 0x7f7fffffu /* slope of what must be kept: FLT_MAX */
 
 /* One head while its widths are chosen. */
@@ -1883,15 +1883,13 @@ typedef struct rdkv__head {
   uint8_t *v_bits, *k_bits;
   uint32_t n_tokens;
   uint32_t count[5], channels[4]; /* tokens and channels at each level */
-  uint32_t at_least[4];           /* tokens that reach level 1.. at the threshold, whole tiles */
+  uint32_t tiles[4];              /* that reach level 1.. */
   uint8_t *pin;                   /* [n_tokens] lowest level, NULL = no pins */
   uint32_t pinned[5];             /* tokens that must reach a level */
   uint32_t k_tile;
   uint32_t bins[4 * RDKV__FINE]; /* tokens by slope, for level 1.. apart or for level 1 alone */
-  uint32_t fill[4][RDKV__FILL];  /* next tokens for level 1.., best first */
-  uint32_t n_fill[4];
-  float gain[7]; /* of the next step: V to level 1..4, K to level 1..3; 0 = none */
-  uint64_t cost[7];
+  uint64_t *offers, *offer[4];   /* keys of the tiles that may come next, best first */
+  uint32_t n_offers[4];
 } rdkv__head;
 
 typedef struct rdkv__solver {
@@ -1900,6 +1898,7 @@ typedef struct rdkv__solver {
   rdkv__head *heads;
   uint64_t n_heads;
   uint32_t *key, *index, *key2, *index2; /* [n_tokens] sorting */
+  uint64_t *offers;                      /* [n_heads][4][rdkv__max_offers] */
   uint8_t *pins;                         /* [n_heads][n_tokens] lowest level; no pins: unused */
   float k_bias;                          /* on the threshold that K widths are chosen at; 1 */
   uint32_t round_up;                     /* tokens that a tile may lack */
@@ -2001,35 +2000,42 @@ static void rdkv__choose_k(const rdkv__solver *s, rdkv__head *h, float threshold
   for (l = 1; l < 4; l++) h->k_tile += (h->channels[l] + 15) / 16 * (64u << l);
 }
 
-static uint32_t rdkv__whole_tiles(uint32_t n, uint32_t all) {
-  return n >= all ? all : n / RDKV__TILE * RDKV__TILE;
+static float rdkv__fine_edge(float base, int bin) {
+  return rdkv__float(((rdkv__bits(base) >> 15) + (uint32_t)bin) << 15);
 }
 
-/* Tokens at_least each level if the threshold lies at the lower edge of a fine bin; bytes of the
-   head. */
-static uint64_t rdkv__at_threshold(const rdkv__solver *s, rdkv__head *h, const uint32_t *reach) {
+/* Tiles of n tokens, the last of which may be short where it holds the last token. */
+static uint32_t rdkv__tiles(uint32_t n, uint32_t all) {
+  return n >= all ? (all + RDKV__TILE - 1) / RDKV__TILE : n / RDKV__TILE;
+}
+
+/* Bytes of a head whose tiles[] reach each level, which it counts in tokens. */
+static uint64_t rdkv__tiles_bytes(const rdkv__solver *s, rdkv__head *h) {
   rdkv__parts parts;
-  uint32_t n = h->n_tokens, count[5];
+  uint32_t before = h->n_tokens, reach;
   int l;
   for (l = 0; l < 4; l++) {
-    n = rdkv__min_u32(n, rdkv__whole_tiles(reach[l], h->n_tokens));
-    n = rdkv__max_u32(n, h->pinned[l + 1]);
-    h->at_least[l] = n;
+    reach = rdkv__min_u32(h->tiles[l] * RDKV__TILE, h->n_tokens);
+    h->count[l] = before - reach, before = reach;
   }
-  count[0] = h->n_tokens - h->at_least[0];
-  for (l = 1; l < 4; l++) count[l] = h->at_least[l - 1] - h->at_least[l];
-  count[4] = h->at_least[3];
-  return rdkv__head_bytes(s->cfg->v_dim, s->cfg->positions, count, h->channels, &parts);
+  h->count[4] = before;
+  return rdkv__head_bytes(s->cfg->v_dim, s->cfg->positions, h->count, h->channels, &parts);
 }
 
+/* Bytes if the threshold lies at the lower edge of a fine bin: each level has the whole tiles of
+   the tokens whose slope reaches it, what is pinned is filled up to whole tiles. FINE: pins alone.
+ */
 static uint64_t rdkv__bytes_at(const rdkv__solver *s, int bin) {
   uint64_t i, bytes = 0;
   for (i = 0; i < s->n_heads; i++) {
-    uint32_t reach[4];
+    rdkv__head *h = &s->heads[i];
     int l;
-    for (l = 0; l < 4; l++)
-      reach[l] = s->heads[i].bins[l * RDKV__FINE + bin] + s->round_up; /* slopes >= the bin */
-    bytes += rdkv__at_threshold(s, &s->heads[i], reach);
+    for (l = 0; l < 4; l++) {
+      uint32_t reach = bin < RDKV__FINE ? h->bins[l * RDKV__FINE + bin] + s->round_up : 0;
+      uint32_t pinned = (h->pinned[l + 1] + RDKV__TILE - 1) / RDKV__TILE;
+      h->tiles[l] = rdkv__max_u32(bin < RDKV__FINE ? rdkv__tiles(reach, h->n_tokens) : 0, pinned);
+    }
+    bytes += rdkv__tiles_bytes(s, h);
   }
   return bytes;
 }
@@ -2059,118 +2065,88 @@ static void rdkv__sort(const rdkv__solver *s, uint32_t n) {
   }
 }
 
-/* Gives a head its widths at the threshold: each level takes the at_least[] best of the tokens that
-   reached the level below; the next best are kept in fill[] for the greedy steps. */
-static void rdkv__assign(const rdkv__solver *s, rdkv__head *h, float floor) {
+/* Tokens whose slope of level l + 1 is in [floor, ceiling), into key and index; with at_level only
+   those that are at level l. Returns how many. */
+static uint32_t rdkv__gather(const rdkv__solver *s, const rdkv__head *h, int l, float floor,
+                             float ceiling, int at_level) {
   float cost[4], slope[4][RDKV__CHUNK];
-  uint32_t t, n, i, chunk, taken, able;
-  int l;
+  uint32_t t, n = 0, i, chunk;
   rdkv__v_costs(s, h, cost);
+  for (t = 0; t < h->n_tokens; t += chunk) {
+    chunk = rdkv__min_u32(h->n_tokens - t, RDKV__CHUNK);
+    rdkv__v_slopes(s, h, t, chunk, cost, slope);
+    for (i = 0; i < chunk; i++)
+      if (slope[l][i] >= floor && slope[l][i] < ceiling &&
+          (!at_level || h->v_bits[t + i] == rdkv__v_width[l]))
+        s->key[n] = rdkv__bits(slope[l][i]), s->index[n++] = t + i;
+  }
+  return n;
+}
+
+/* Gives a head its widths: level after level the best of those at the level below rise, as many as
+   tiles[] has room for. floor: a slope that few of them lie below. */
+static void rdkv__assign(const rdkv__solver *s, rdkv__head *h, float floor) {
+  uint32_t i, n, want;
+  int l;
   memset(h->v_bits, 0, h->n_tokens);
   for (l = 0; l < 4; l++) {
-    for (t = 0, n = 0; t < h->n_tokens; t += chunk) {
-      chunk = rdkv__min_u32(h->n_tokens - t, RDKV__CHUNK);
-      rdkv__v_slopes(s, h, t, chunk, cost, slope);
-      for (i = 0; i < chunk; i++)
-        if (slope[l][i] > 0 && slope[l][i] >= floor)
-          s->key[n] = rdkv__bits(slope[l][i]), s->index[n++] = t + i;
-    }
+    want = rdkv__min_u32(h->tiles[l] * RDKV__TILE, h->n_tokens);
+    n = rdkv__gather(s, h, l, floor, INFINITY, 1);
+    if (n < want) n = rdkv__gather(s, h, l, 0, INFINITY, 1);
+    if (n > want) rdkv__sort(s, n);
+    for (i = 0; i < want; i++) h->v_bits[s->index[i]] = (uint8_t)rdkv__v_width[l + 1];
+  }
+}
+
+static uint32_t rdkv__max_offers(uint32_t n_tokens) { return n_tokens / RDKV__TILE + 1; }
+
+/* The tiles that may come next, once the threshold lies at the lower edge of a fine bin: those down
+   to the next edge, where it would be too much, and MORE. A tile's key is the slope of its last
+   token above that token's inverted index. */
+static void rdkv__offer(const rdkv__solver *s, rdkv__head *h, float base, int bin) {
+  uint32_t have, last, i, n, all = h->n_tokens;
+  int l, low;
+  for (l = 0; l < 4; l++) {
+    const uint32_t *bins = &h->bins[l * RDKV__FINE];
+    h->n_offers[l] = 0, h->offer[l] = h->offers + (uint32_t)l * rdkv__max_offers(all);
+    if (bin == RDKV__FINE) continue;
+    low = bin > 0 ? bin - 1 : 0;
+    last = rdkv__max_u32(bins[low] / RDKV__TILE, h->tiles[l]) + RDKV__MORE;
+    while (low > 0 && bins[low] < last * RDKV__TILE) low--;
+    have = bins[bin];
+    n = rdkv__gather(s, h, l, low > 0 || base > 0 ? rdkv__fine_edge(base, low) : rdkv__float(1),
+                     rdkv__fine_edge(base, bin), 0);
     rdkv__sort(s, n);
-    h->n_fill[l] = 0;
-    for (i = 0, able = 0; i < n; i++) able += h->v_bits[s->index[i]] == rdkv__v_width[l];
-    able = rdkv__max_u32(rdkv__whole_tiles(able, h->n_tokens), h->pinned[l + 1]);
-    h->at_least[l] = rdkv__min_u32(h->at_least[l], able);
-    for (i = 0, taken = 0; i < n; i++) {
-      uint8_t *b = &h->v_bits[s->index[i]];
-      if (taken < h->at_least[l]) {
-        if (*b == rdkv__v_width[l]) *b = (uint8_t)rdkv__v_width[l + 1], taken++;
-      } else if (h->n_fill[l] < RDKV__FILL) {
-        h->fill[l][h->n_fill[l]++] = s->index[i];
-      } else {
-        break;
-      }
-    }
-  }
-  rdkv__count(h->v_bits, h->n_tokens, h->count, 5);
-}
-
-/* The head's next steps: fill a tile of the next V level, or bring 16 channels to the next K level.
-   With apply >= 0 carries step `apply` out; otherwise computes gain and cost of all. */
-static void rdkv__steps(const rdkv__solver *s, rdkv__head *h, int apply) {
-  const rdkv_config *cfg = s->cfg;
-  uint32_t kd = (uint32_t)cfg->k_dim, n = h->n_tokens, i;
-  rdkv__parts parts;
-  uint64_t now = rdkv__head_bytes(cfg->v_dim, cfg->positions, h->count, h->channels, &parts), then;
-  int l, step;
-  for (step = 0; step < 7; step++) {
-    uint32_t count[5], channels[4], want, got = 0;
-    float gain = 0;
-    if (apply >= 0 && step != apply) continue;
-    memcpy(count, h->count, sizeof count);
-    memcpy(channels, h->channels, sizeof channels);
-    if (step < 4) {
-      l = step;
-      want = RDKV__TILE - count[l + 1] % RDKV__TILE;
-      for (i = 0; i < h->n_fill[l] && got < want; i++) {
-        uint32_t t = h->fill[l][i];
-        if (h->v_bits[t] != rdkv__v_width[l]) continue;
-        gain = rdkv__f(gain + rdkv__f(h->v_distortion[(size_t)l * n + t] -
-                                      h->v_distortion[(size_t)(l + 1) * n + t]));
-        if (apply >= 0) h->v_bits[t] = (uint8_t)rdkv__v_width[l + 1];
-        got++;
-      }
-      count[l] -= got, count[l + 1] += got;
-    } else {
-      uint8_t bits[RDKV__MAX_DIM];
-      l = step - 4;
-      want = 16 - channels[l + 1] % 16;
-      memcpy(bits, h->k_bits, kd);
-      for (; got < want; got++) {
-        const float *from = h->k_distortion + (uint32_t)l * kd, *to = from + kd;
-        uint32_t best = kd;
-        for (i = 0; i < kd; i++)
-          if (bits[i] == rdkv__v_width[l] &&
-              (best == kd || rdkv__f(from[i] - to[i]) > rdkv__f(from[best] - to[best])))
-            best = i;
-        if (best == kd) break;
-        gain = rdkv__f(gain + rdkv__f(from[best] - to[best]));
-        bits[best] = (uint8_t)rdkv__v_width[l + 1];
-      }
-      if (apply >= 0) memcpy(h->k_bits, bits, kd);
-      channels[l] -= got, channels[l + 1] += got;
-    }
-    then = rdkv__head_bytes(cfg->v_dim, cfg->positions, count, channels, &parts);
-    h->gain[step] = got > 0 && gain > 0 ? gain : 0;
-    h->cost[step] = then > now ? then - now : 0;
-    if (apply >= 0) {
-      memcpy(h->count, count, sizeof count);
-      memcpy(h->channels, channels, sizeof channels);
-      h->k_tile = parts.k_tile;
+    for (i = h->tiles[l] + 1; i <= last; i++) {
+      uint32_t rank = rdkv__min_u32(i * RDKV__TILE, all);
+      if (rank > have + n || (i - 1) * RDKV__TILE >= all) break;
+      rank -= have + 1;
+      h->offer[l][h->n_offers[l]++] = (uint64_t)s->key[rank] << 32 | (uint32_t)~s->index[rank];
     }
   }
 }
 
-/* Spends what is left, best gain for a byte first, until nothing fits. */
+/* Spends what is left on the tiles on offer, the best first; what does not fit is passed over. */
 static void rdkv__spend(const rdkv__solver *s, uint64_t left) {
-  uint64_t i, best_head;
-  for (i = 0; i < s->n_heads; i++) rdkv__steps(s, &s->heads[i], -1);
+  uint64_t i, best;
+  rdkv__head *to;
+  float cost[4];
+  int l, level = 0;
   for (;;) {
-    float best = 0;
-    int best_step = -1, step;
-    best_head = 0;
+    best = 0, to = NULL;
     for (i = 0; i < s->n_heads; i++) {
-      const rdkv__head *h = &s->heads[i];
-      for (step = 0; step < 7; step++) {
-        float slope;
-        if (h->gain[step] <= 0 || h->cost[step] > left) continue;
-        slope = h->cost[step] ? rdkv__f(h->gain[step] / (float)h->cost[step]) : FLT_MAX;
-        if (slope > best) best = slope, best_step = step, best_head = i;
-      }
+      rdkv__head *h = &s->heads[i];
+      rdkv__v_costs(s, h, cost);
+      for (l = 0; l < 4; l++)
+        if (h->n_offers[l] > 0 && h->offer[l][0] > best && (uint64_t)cost[l] * RDKV__TILE <= left &&
+            (l == 0 || h->tiles[l] < h->tiles[l - 1]))
+          best = h->offer[l][0], to = h, level = l;
     }
-    if (best_step < 0) return;
-    left -= s->heads[best_head].cost[best_step];
-    rdkv__steps(s, &s->heads[best_head], best_step);
-    rdkv__steps(s, &s->heads[best_head], -1);
+    if (to == NULL) return;
+    rdkv__v_costs(s, to, cost);
+    left -= (uint64_t)cost[level] * RDKV__TILE;
+    to->tiles[level]++, to->offer[level]++, to->n_offers[level]--;
+    rdkv__tiles_bytes(s, to);
   }
 }
 
@@ -2206,9 +2182,9 @@ static float rdkv__spectrum_edge(const uint64_t *hist, uint64_t bytes) {
   return bin < 0x7f7 ? rdkv__bin_edge(bin + 1) : FLT_MAX;
 }
 
-/* Tokens of every head by slope in 1/128 octaves from base up, cumulated from the top. */
+/* Tokens of every head by slope in 1/256 octaves from base up, cumulated from the top. */
 static void rdkv__fine_bins(const rdkv__solver *s, float base) {
-  uint32_t bottom = rdkv__bits(base) >> 16, t, b, j, chunk;
+  uint32_t bottom = rdkv__bits(base) >> 15, t, b, j, chunk;
   float slope[4][RDKV__CHUNK];
   uint64_t i;
   for (i = 0; i < s->n_heads; i++) {
@@ -2222,7 +2198,7 @@ static void rdkv__fine_bins(const rdkv__solver *s, float base) {
       rdkv__v_slopes(s, h, t, chunk, cost, slope);
       for (j = 0; j < chunk; j++) {
         for (l = 0; l < 4; l++) {
-          b = rdkv__bits(slope[l][j]) >> 16;
+          b = rdkv__bits(slope[l][j]) >> 15;
           if (slope[l][j] <= 0 || b < bottom) break;
           h->bins[l * RDKV__FINE + (int)rdkv__min_u32(b - bottom, RDKV__FINE - 1)]++;
         }
@@ -2241,27 +2217,16 @@ static void rdkv__choose_all_k(const rdkv__solver *s, float threshold, int from_
                    from_bin < 0 ? s->heads[i].n_tokens : s->heads[i].bins[from_bin]);
 }
 
-/* What cannot be left out: pins, K dropped. Returns the threshold. */
-static float rdkv__pins_alone(const rdkv__solver *s) {
-  static const uint32_t none[4] = {0, 0, 0, 0};
-  uint64_t i;
-  for (i = 0; i < s->n_heads; i++) {
-    rdkv__choose_k(s, &s->heads[i], FLT_MAX, 0);
-    rdkv__at_threshold(s, &s->heads[i], none);
-  }
-  return FLT_MAX;
-}
-
 /* Chooses the widths of s->heads for at most `budget` bytes, no less than rdkv__least_bytes.
-   1. threshold from a histogram of V slopes, K for it, twice more with the bytes that K takes;
-   2. exact bytes, whole tiles, over fine bins around it; 3. widths; 4. greedy to the last byte. */
+   1. threshold from a histogram of V slopes, K for it, once more with the bytes that K takes;
+   2. exact bytes, whole tiles, over fine bins around it; 3. tile by tile below; 4. widths. */
 static void rdkv__solve(const rdkv__solver *s, uint64_t budget, double *threshold_used) {
   uint64_t hist[RDKV_HISTOGRAM_BINS], i, sum;
   float threshold = 0, base = 0, lowest = 0;
   int round, bin = 0, tries, raised = 0, lo = 0, hi = RDKV__FINE - 1;
   for (i = 0; i < s->n_heads; i++) /* start: K at 4 bits */
     s->heads[i].k_tile = (uint32_t)rdkv__pad16(s->cfg->k_dim) / 16 * 256;
-  for (round = 0; round < 3; round++) {
+  for (round = 0; round < 2; round++) {
     memset(hist, 0, sizeof hist);
     for (i = 0; i < s->n_heads; i++)
       rdkv__spectrum(s, &s->heads[i], round ? threshold / 16 : 0, hist);
@@ -2277,14 +2242,15 @@ static void rdkv__solve(const rdkv__solver *s, uint64_t budget, double *threshol
     }
   }
   for (tries = 0;; tries++) { /* move the window until the budget lies in it */
-    base = threshold / 4;
+    base = threshold / 2;
     rdkv__fine_bins(s, base);
     if (rdkv__bytes_at(s, hi) > budget) {
-      if (threshold > 1e37f || tries > 64) {
-        threshold = rdkv__pins_alone(s);
+      if (threshold > 1e37f || tries > 64) { /* what cannot be left out: pins, K dropped */
+        for (i = 0; i < s->n_heads; i++) rdkv__choose_k(s, &s->heads[i], FLT_MAX, 0);
+        lo = RDKV__FINE;
         break;
       }
-      threshold = threshold * 4 > lowest ? threshold * 4 : lowest;
+      threshold = threshold * 2 > lowest ? threshold * 2 : lowest;
       rdkv__choose_all_k(s, threshold, hi);
       raised = 1;
     } else if (base > 0 && tries <= 64 && rdkv__bytes_at(s, 0) <= budget) {
@@ -2298,31 +2264,15 @@ static void rdkv__solve(const rdkv__solver *s, uint64_t budget, double *threshol
         else
           lo = mid + 1;
       }
-      rdkv__bytes_at(s, lo);
-      threshold = rdkv__float(((rdkv__bits(base) >> 16) + (uint32_t)lo) << 16);
       break;
     }
   }
-  for (;;) {
-    for (i = 0, sum = 0; i < s->n_heads; i++) {
-      rdkv__head *h = &s->heads[i];
-      rdkv__parts parts;
-      rdkv__assign(s, h, threshold / 2);
-      sum += rdkv__head_bytes(s->cfg->v_dim, s->cfg->positions, h->count, h->channels, &parts);
-    }
-    if (sum <= budget) break;
-    /* Tokens whose levels all cost the same slope can miss the lower level by a tile and fall out
-       of the higher one; where pins are in it, it is no longer whole tiles. */
-    RDKV_ASSERT(threshold < FLT_MAX);
-    if (++lo < RDKV__FINE) {
-      rdkv__bytes_at(s, lo);
-      threshold = rdkv__float(((rdkv__bits(base) >> 16) + (uint32_t)lo) << 16);
-    } else {
-      threshold = rdkv__pins_alone(s);
-    }
-  }
+  threshold = lo < RDKV__FINE ? rdkv__fine_edge(base, lo) : FLT_MAX;
   *threshold_used = (double)threshold;
+  sum = rdkv__bytes_at(s, lo);
+  for (i = 0; i < s->n_heads; i++) rdkv__offer(s, &s->heads[i], base, lo);
   rdkv__spend(s, budget - sum);
+  for (i = 0; i < s->n_heads; i++) rdkv__assign(s, &s->heads[i], threshold / 2);
 }
 
 /* Predicted distortion of a head's widths. K of a head without tokens does not matter. */
@@ -2353,9 +2303,13 @@ static uint64_t rdkv__least_bytes(const rdkv__solver *s, const rdkv__head *heads
   int l;
   channels[0] = (uint32_t)s->cfg->k_dim;
   for (i = 0; i < n_heads; i++) {
-    const uint32_t *pinned = heads[i].pinned;
-    for (l = 1; l < 5; l++) count[l] = pinned[l] - (l < 4 ? pinned[l + 1] : 0);
-    count[0] = heads[i].n_tokens - pinned[1];
+    uint32_t before = heads[i].n_tokens, reach;
+    for (l = 0; l < 4; l++) {
+      reach = (uint32_t)rdkv__round_up(heads[i].pinned[l + 1], RDKV__TILE);
+      reach = rdkv__min_u32(reach, heads[i].n_tokens);
+      count[l] = before - reach, before = reach;
+    }
+    count[4] = before;
     bytes = rdkv__add(bytes,
                       rdkv__head_bytes(s->cfg->v_dim, s->cfg->positions, count, channels, &parts));
   }
@@ -2369,7 +2323,7 @@ static void rdkv__solve_at(rdkv__solver *s, float threshold) {
   for (i = 0; i < s->n_heads; i++)
     s->heads[i].k_tile = (uint32_t)rdkv__pad16(s->cfg->k_dim) / 16 * 256;
   memset(hist, 0, sizeof hist);
-  for (round = 0; round < 3; round++) {
+  for (round = 0; round < 2; round++) {
     for (i = 0; i < s->n_heads; i++) {
       uint32_t n = 0;
       rdkv__spectrum(s, &s->heads[i], threshold / 2, hist);
@@ -2382,18 +2336,20 @@ static void rdkv__solve_at(rdkv__solver *s, float threshold) {
   s->round_up = RDKV__TILE / 4; /* a tile may lack a quarter: no budget is exceeded */
   rdkv__bytes_at(s, 0);
   for (i = 0; i < s->n_heads; i++) rdkv__assign(s, &s->heads[i], threshold / 2);
-  rdkv__spend(s, 0); /* steps that cost nothing */
 }
 
 /* Where the budget is only a few tiles a step of K is large against it and the threshold a poor
    guide: then K is tried dearer and cheaper, on tiny problems somewhat smaller budgets too (so that
    more bytes are not worse), and the best is taken. */
 static void rdkv__solve_best(rdkv__solver *s, uint64_t budget, double *threshold_used) {
-  static const float bias[5] = {1, 4, 0.25f, 16, 64};
+  static const float bias[7] = {1, 4, 0.25f, 16, 64, 2, 0.5f};
   uint64_t tile = (uint64_t)rdkv__pad16(s->cfg->k_dim + s->cfg->v_dim) / 16 * 256, b;
   uint64_t n = s->heads[0].n_tokens, least, best_budget = budget;
   double best = 0;
-  int i, which = -1, n_bias = budget / tile < 64 * s->n_heads ? 5 : 1;
+  int i, which = -1,
+         n_bias = budget / tile < 8 * s->n_heads                ? 7
+                  : n < 1024 && budget / tile < 64 * s->n_heads ? 5
+                                                                : 1;
   least = rdkv__least_bytes(s, s->heads, s->n_heads);
   if (least < budget / 4 * 3) least = budget / 4 * 3; /* far smaller ones are worse anyway */
   if (n * s->n_heads * (budget / 128) > 1 << 17) least = budget;
@@ -2499,6 +2455,8 @@ static uint64_t rdkv__allocate_layout(const rdkv_config *cfg, int n_layers, uint
   uint64_t bytes = 0, n = rdkv__max_u32(n_tokens, 1);
   s->n_heads = (uint64_t)n_layers * (uint64_t)cfg->n_kv_heads;
   s->heads = (rdkv__head *)rdkv__take(arena, &bytes, s->n_heads, sizeof(rdkv__head));
+  s->offers = (uint64_t *)rdkv__take(arena, &bytes,
+                                     rdkv__mul(s->n_heads, 4 * rdkv__max_offers((uint32_t)n)), 8);
   s->key = (uint32_t *)rdkv__take(arena, &bytes, n, 4);
   s->index = (uint32_t *)rdkv__take(arena, &bytes, n, 4);
   s->key2 = (uint32_t *)rdkv__take(arena, &bytes, n, 4);
@@ -2603,6 +2561,7 @@ RDKV_DEF rdkv_status rdkv_allocate(const rdkv_config *cfg, rdkv_layer *layers, i
   for (a = 0, i = 0; a < n_layers; a++) {
     for (head = 0; head < cfg->n_kv_heads; head++, i++) {
       rdkv__head_begin(cfg, &layers[a], head, &s.heads[i]);
+      s.heads[i].offers = s.offers + i * 4 * rdkv__max_offers(n);
       rdkv__pin(&s, &s.heads[i], s.pins + i * n);
     }
   }
