@@ -1901,7 +1901,7 @@ typedef struct rdkv__solver {
   uint64_t *offers;                      /* [n_heads][4][rdkv__max_offers] */
   uint8_t *pins;                         /* [n_heads][n_tokens] lowest level; no pins: unused */
   float k_bias;                          /* on the threshold that K widths are chosen at; 1 */
-  uint32_t round_up;                     /* tokens that a tile may lack */
+  uint32_t round_up;                     /* tokens that a tile may lack; 0 with a budget */
 } rdkv__solver;
 
 /* Slopes of the lower convex hull of a unit's distortion over cumulated cost, as bits of floats >=
@@ -2009,13 +2009,19 @@ static uint32_t rdkv__tiles(uint32_t n, uint32_t all) {
   return n >= all ? (all + RDKV__TILE - 1) / RDKV__TILE : n / RDKV__TILE;
 }
 
+/* Tokens that reach level l + 1. */
+static uint32_t rdkv__reach(const rdkv__head *h, int l) {
+  uint32_t n = rdkv__min_u32(h->tiles[l] * RDKV__TILE, h->n_tokens);
+  return rdkv__max_u32(n, h->pinned[l + 1]);
+}
+
 /* Bytes of a head whose tiles[] reach each level, which it counts in tokens. */
 static uint64_t rdkv__tiles_bytes(const rdkv__solver *s, rdkv__head *h) {
   rdkv__parts parts;
   uint32_t before = h->n_tokens, reach;
   int l;
   for (l = 0; l < 4; l++) {
-    reach = rdkv__min_u32(h->tiles[l] * RDKV__TILE, h->n_tokens);
+    reach = rdkv__reach(h, l);
     h->count[l] = before - reach, before = reach;
   }
   h->count[4] = before;
@@ -2023,8 +2029,8 @@ static uint64_t rdkv__tiles_bytes(const rdkv__solver *s, rdkv__head *h) {
 }
 
 /* Bytes if the threshold lies at the lower edge of a fine bin: each level has the whole tiles of
-   the tokens whose slope reaches it, what is pinned is filled up to whole tiles. FINE: pins alone.
- */
+   the tokens whose slope reaches it. With a budget what is pinned is filled up to whole tiles, so
+   that any tile more costs the same. FINE: pins alone. */
 static uint64_t rdkv__bytes_at(const rdkv__solver *s, int bin) {
   uint64_t i, bytes = 0;
   for (i = 0; i < s->n_heads; i++) {
@@ -2033,7 +2039,8 @@ static uint64_t rdkv__bytes_at(const rdkv__solver *s, int bin) {
     for (l = 0; l < 4; l++) {
       uint32_t reach = bin < RDKV__FINE ? h->bins[l * RDKV__FINE + bin] + s->round_up : 0;
       uint32_t pinned = (h->pinned[l + 1] + RDKV__TILE - 1) / RDKV__TILE;
-      h->tiles[l] = rdkv__max_u32(bin < RDKV__FINE ? rdkv__tiles(reach, h->n_tokens) : 0, pinned);
+      h->tiles[l] = bin < RDKV__FINE ? rdkv__tiles(reach, h->n_tokens) : 0;
+      if (s->round_up == 0) h->tiles[l] = rdkv__max_u32(h->tiles[l], pinned);
     }
     bytes += rdkv__tiles_bytes(s, h);
   }
@@ -2090,7 +2097,7 @@ static void rdkv__assign(const rdkv__solver *s, rdkv__head *h, float floor) {
   int l;
   memset(h->v_bits, 0, h->n_tokens);
   for (l = 0; l < 4; l++) {
-    want = rdkv__min_u32(h->tiles[l] * RDKV__TILE, h->n_tokens);
+    want = rdkv__reach(h, l);
     n = rdkv__gather(s, h, l, floor, INFINITY, 1);
     if (n < want) n = rdkv__gather(s, h, l, 0, INFINITY, 1);
     if (n > want) rdkv__sort(s, n);
