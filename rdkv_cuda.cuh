@@ -2677,8 +2677,10 @@ enum {
   MAX_DIM = 256, /* as rdkv_config says */
   POOL = 127,    /* most neighbours on a side that are averaged over */
   PACKED = 304,  /* most slots of a channel table: 16 blocks and a partly filled one for each run */
-  CHUNK = 2048,  /* tokens that a block counts and orders */
+  CHUNK = 2048,  /* tokens that a block looks through */
   THREADS = 256,
+  LIST = 4096, /* tokens that a block orders */
+  LIST_THREADS = 512,
   BINS = RDKV_HISTOGRAM_BINS
 };
 static const uint32_t FULL = 0xffffffffu, MAX_HALF = 0x477fe000u; /* bits of 65504.0f */
@@ -2902,8 +2904,7 @@ __device__ inline u64 block_scan(u64 x, u64 *scratch, u64 *total) {
 struct order_args {
   const uint8_t *v_bits;     /* [heads][n] */
   const float *v_distortion; /* [heads][5][n] to add up, or NULL */
-  uint32_t *counts;          /* [heads][chunks][4], then the tokens before the chunk */
-  double *sums;              /* [heads][chunks] */
+  double *sums;              /* [heads][chunks] distortion */
   uint32_t *order;           /* [heads][n] */
   uint32_t *kept;            /* [heads][5] tokens in all, and where each run starts */
   uint32_t *status;
@@ -2919,48 +2920,6 @@ __device__ __forceinline__ int run_of(const order_args &a, int head, uint32_t t)
   const int level = level_of(a.v_bits[static_cast<size_t>(head) * a.n + t]);
   if (level < 0) fail(a.status, RDKV_ERR_CONFIG);
   return level < 1 ? -1 : level - 1;
-}
-
-/* Counts and distortions of the widths, by chunks of tokens. */
-static __global__ void __launch_bounds__(THREADS) count_kernel(order_args a) {
-  __shared__ uint32_t count[4];
-  __shared__ double sum[THREADS / 32];
-  const int head = static_cast<int>(blockIdx.y);
-  const uint32_t chunk = blockIdx.x, tid = threadIdx.x;
-  if (tid < 4) count[tid] = 0;
-  __syncthreads();
-  uint32_t mine[4] = {0, 0, 0, 0};
-  double s = 0;
-  int run[CHUNK / THREADS];
-#pragma unroll
-  for (uint32_t i = 0; i < CHUNK / THREADS; ++i) {
-    const uint32_t t = chunk * CHUNK + i * THREADS + tid;
-    run[i] = t < a.n ? run_of(a, head, t) : -1;
-#pragma unroll
-    for (int r = 0; r < 4; ++r) mine[r] += run[i] == r;
-  }
-  if (a.v_distortion) {
-    const float *d = a.v_distortion + static_cast<size_t>(head) * 5 * a.n;
-#pragma unroll
-    for (uint32_t i = 0; i < CHUNK / THREADS; ++i) {
-      const uint32_t t = chunk * CHUNK + i * THREADS + tid;
-      if (t < a.n) s += static_cast<double>(d[static_cast<size_t>(run[i] + 1) * a.n + t]);
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    mine[r] = __reduce_add_sync(FULL, mine[r]);
-    if (tid % 32 == 0 && mine[r]) atomicAdd(&count[r], mine[r]);
-  }
-  for (int m = 16; m; m >>= 1) s += __shfl_xor_sync(FULL, s, m);
-  if (tid % 32 == 0) sum[tid / 32] = s;
-  __syncthreads();
-  const size_t at = static_cast<size_t>(head) * a.chunks + chunk;
-  if (tid < 4) a.counts[at * 4 + tid] = count[tid];
-  if (tid == 0 && a.v_distortion) {
-    for (uint32_t w = 1; w < THREADS / 32; ++w) s += sum[w];
-    a.sums[at] = s;
-  }
 }
 
 /* ---- items: layers or sequences that one call takes together */
@@ -3423,6 +3382,7 @@ struct head_plan {
 struct block_state {
   uint64_t total, head_bytes;
   u64 body_sum;
+  uint32_t done; /* blocks that have written their tiles */
 };
 
 /* What going through the rows of K and V takes. */
@@ -3455,8 +3415,11 @@ struct pack_args {
   uint8_t *block;
   uint64_t capacity;
   uint64_t *bytes;
-  uint32_t n_heads; /* in all layers */
-  uint32_t each;    /* tiles of a warp */
+  uint32_t n_heads;                          /* in all layers */
+  uint32_t each;                             /* tiles of a warp */
+  uint32_t blocks;                           /* that write tiles, of all layers */
+  uint32_t *range_kept, *range_done, groups; /* of range_args, to be zeroed */
+  item item_from, *item_to;                  /* the layer's place in range_args' table */
   int joint, positions;
   rdkv_header header;
 };
@@ -3479,110 +3442,158 @@ static __device__ __noinline__ double add_in_order(const order_args &a, int head
   return v;
 }
 
-/* Lists a chunk's tokens, behind those of the chunks before it; the first chunk's block finds the
-   head's counts and predicted distortion too. */
-static __global__ void __launch_bounds__(THREADS)
+/* Adds this thread's share of n widths to the count of each run. */
+__device__ __forceinline__ void count_widths(const uint8_t *bits, uint32_t n, uint32_t count[4]) {
+  const auto add = [&](uint32_t x) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) count[r] = __dp4a(x & 0x02020202u << r, 0x01010101u, count[r]);
+  };
+  const uint32_t skew = static_cast<uint32_t>(16 - reinterpret_cast<uintptr_t>(bits) % 16) % 16;
+  const uint32_t before = least(skew, n), whole = (n - before) / 16, tail = (n - before) % 16;
+  if (threadIdx.x < before) add(bits[threadIdx.x]);
+  if (threadIdx.x < tail) add(bits[n - tail + threadIdx.x]);
+  const uint4 *x = reinterpret_cast<const uint4 *>(bits + before);
+#pragma unroll 4
+  for (uint32_t i = threadIdx.x; i < whole; i += LIST_THREADS) {
+    const uint4 y = x[i];
+    add(y.x), add(y.y), add(y.z), add(y.w);
+  }
+}
+
+/* Lists a chunk's tokens, behind those of the chunks before it, and adds up its distortion; the
+   first chunk's block writes down the head's counts. Every block counts all the head's widths,
+   which is faster than a launch more. */
+static __global__ void __launch_bounds__(LIST_THREADS)
     order_kernel(const __grid_constant__ pack_args p) {
+  enum { EACH = LIST / LIST_THREADS };
   __shared__ u64 scratch[33];
-  __shared__ u64 sums[4][THREADS / 32];
+  __shared__ u64 sums[4][LIST_THREADS / 32];
+  __shared__ double distortion[LIST_THREADS / 32];
   __shared__ uint32_t channels[4];
-  __shared__ float k_value[MAX_DIM];
-  __shared__ bool serial[1];
   const order_args &a = p.list;
   const int head = static_cast<int>(blockIdx.y);
-  const uint32_t tid = threadIdx.x;
-  const uint4 *counts =
-      reinterpret_cast<const uint4 *>(a.counts) + static_cast<size_t>(head) * a.chunks;
-  u64 sum[4] = {0, 0, 0, 0}; /* of each run: all, above those before the chunk */
-  for (uint32_t c = tid; c < a.chunks; c += THREADS) {
-    const uint4 x = counts[c];
-    const uint32_t n[4] = {x.x, x.y, x.z, x.w};
+  const uint32_t tid = threadIdx.x, c0 = blockIdx.x * LIST, t0 = c0 + tid * EACH;
+  const uint8_t *v_bits = a.v_bits + static_cast<size_t>(head) * a.n;
+  int run[EACH];
+  if (t0 + EACH <= a.n && reinterpret_cast<uintptr_t>(v_bits) % 8 == 0) {
+    const uint2 x = *reinterpret_cast<const uint2 *>(v_bits + t0);
 #pragma unroll
-    for (int r = 0; r < 4; ++r)
-      sum[r] += static_cast<u64>(n[r]) << 32 | (c < blockIdx.x ? n[r] : 0);
+    for (int i = 0; i < EACH; ++i)
+      run[i] = level_of(static_cast<int>((i < 4 ? x.x : x.y) >> (8 * (i % 4)) & 255)) - 1;
+  } else {
+#pragma unroll
+    for (uint32_t i = 0; i < EACH; ++i) run[i] = t0 + i < a.n ? level_of(v_bits[t0 + i]) - 1 : -1;
   }
+  uint32_t count[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}}; /* before the chunk, from there on */
+  count_widths(v_bits, c0, count[0]);
+  count_widths(v_bits + c0, a.n > c0 ? a.n - c0 : 0, count[1]);
+  u64 sum[4], mine = 0, all; /* mine: four counts of 16 bits */
+  double d = 0;
+  float x[EACH];
+  bool odd = false;
+#pragma unroll
+  for (uint32_t i = 0; i < EACH; ++i) {
+    const size_t level = static_cast<size_t>(run[i] < 0 ? 0 : run[i] + 1);
+    odd |= run[i] < -1;
+    if (run[i] >= 0) mine += 1ull << (16 * run[i]);
+    x[i] = a.v_distortion && t0 + i < a.n
+               ? a.v_distortion[(static_cast<size_t>(head) * 5 + level) * a.n + t0 + i]
+               : 0;
+  }
+  if (odd) fail(a.status, RDKV_ERR_CONFIG);
+#pragma unroll
+  for (uint32_t i = 0; i < EACH; ++i) d += static_cast<double>(x[i]);
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    sum[r] = warp_sum(sum[r]);
+    count[0][r] >>= r + 1, count[1][r] >>= r + 1; /* widths were added up */
+    sum[r] = warp_sum(static_cast<u64>(count[0][r] + count[1][r]) << 32 | count[0][r]);
     if (tid % 32 == 0) sums[r][tid / 32] = sum[r];
   }
-  __syncthreads();
+  for (int m = 16; m; m >>= 1) d += __shfl_xor_sync(FULL, d, m);
+  if (tid % 32 == 0) distortion[tid / 32] = d;
+  const u64 before = block_scan(mine, scratch, &all);
   uint32_t first[5] = {0, 0, 0, 0, 0}, to[4]; /* where the runs start; where the chunk goes on */
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     sum[r] = 0;
-    for (int w = 0; w < THREADS / 32; ++w) sum[r] += sums[r][w];
+    for (int w = 0; w < LIST_THREADS / 32; ++w) sum[r] += sums[r][w];
     first[r + 1] = first[r] + static_cast<uint32_t>(sum[r] >> 32);
     to[r] = first[r] + static_cast<uint32_t>(sum[r]);
   }
-  const uint32_t t0 = blockIdx.x * CHUNK + tid * (CHUNK / THREADS);
-  int run[CHUNK / THREADS];
-  u64 mine = 0, all; /* four counts of 16 bits */
-  const uint8_t *v_bits = a.v_bits + static_cast<size_t>(head) * a.n + t0;
-  if (t0 + CHUNK / THREADS <= a.n && reinterpret_cast<uintptr_t>(v_bits) % 8 == 0) {
-    const uint2 x = *reinterpret_cast<const uint2 *>(v_bits);
-#pragma unroll
-    for (int i = 0; i < CHUNK / THREADS; ++i)
-      run[i] = level_of(static_cast<int>((i < 4 ? x.x : x.y) >> (8 * (i % 4)) & 255)) - 1;
-  } else {
-#pragma unroll
-    for (uint32_t i = 0; i < CHUNK / THREADS; ++i)
-      run[i] = t0 + i < a.n ? level_of(v_bits[i]) - 1 : -1;
-  }
-#pragma unroll
-  for (int i = 0; i < CHUNK / THREADS; ++i)
-    if (run[i] >= 0) mine += 1ull << (16 * run[i]);
-  const u64 before = block_scan(mine, scratch, &all);
   uint32_t *order = a.order + static_cast<size_t>(head) * a.n;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     to[r] += static_cast<uint32_t>(before >> (16 * r) & 0xffff);
 #pragma unroll
-    for (uint32_t i = 0; i < CHUNK / THREADS; ++i)
+    for (uint32_t i = 0; i < EACH; ++i)
       if (run[i] == r) order[to[r]++] = t0 + i;
+  }
+  if (tid == 0) {
+    for (int w = 1; w < LIST_THREADS / 32; ++w) d += distortion[w];
+    a.sums[static_cast<size_t>(head) * a.chunks + blockIdx.x] = d;
   }
   if (blockIdx.x > 0) return;
   head_plan *h = p.heads + head;
-  const uint32_t kd = static_cast<uint32_t>(p.channel.k_dim), kept = first[4];
+  const uint32_t kd = static_cast<uint32_t>(p.channel.k_dim);
+  const size_t in_all = static_cast<size_t>(h - p.all_heads);
   if (tid == 0) *p.bytes = 0;
+  if (tid == 0 && in_all == 0) p.state->done = 0;
+  if (tid == 0 && head == 0) *p.item_to = p.item_from;
+  if (tid < p.groups) p.range_kept[in_all * p.groups + tid] = 0;
+  if (tid < p.groups) p.range_done[in_all * p.groups + tid] = 0;
   if (tid < 4) channels[tid] = 0;
   __syncthreads();
   if (tid < kd) {
-    const int bits = p.k_bits[static_cast<size_t>(head) * kd + tid], level = level_of(bits);
+    const int level = level_of(p.k_bits[static_cast<size_t>(head) * kd + tid]);
     if (level < 0 || (level == 4 && p.joint)) fail(a.status, RDKV_ERR_CONFIG);
-    const uint32_t l = level < 0 ? 0 : level > 3 ? 3 : static_cast<uint32_t>(level);
-    atomicAdd(&channels[l], 1u);
-    if (p.joint) k_value[tid] = p.k_distortion[(static_cast<size_t>(head) * 4 + l) * kd + tid];
+    atomicAdd(&channels[level < 0 ? 0 : level > 3 ? 3 : level], 1u);
   }
+  __syncthreads();
+  if (tid > 0) return;
+#pragma unroll
+  for (int l = 1; l < 5; ++l) h->count[l] = first[l] - first[l - 1];
+  h->count[0] = a.n - first[4];
+  for (int l = 0; l < 4; ++l) h->channels[l] = channels[l];
+  uint32_t *runs = a.kept + head * 5;
+  runs[0] = first[4];
+#pragma unroll
+  for (int r = 0; r < 4; ++r) runs[1 + r] = first[r];
+}
+
+/* Predicted distortion of a head of RDKV_JOINT, by one block. rdkv.h adds doubles one after the
+   other and rounds the sum to float. Here V's are added in another order; either sum is off by less
+   than n * 2^-53 of itself, so where both ends of that range round to one float it is that float.
+   Elsewhere, and where it is no number, they are added in order. */
+static __device__ void predict(const pack_args &a, int head, head_plan *h) {
+  __shared__ double predict_warp[THREADS / 32];
+  __shared__ float predict_k[MAX_DIM];
+  __shared__ bool predict_serial[1];
+  const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(a.channel.k_dim);
   double v = 0, k = 0;
-  for (uint32_t c = tid; p.joint && c < a.chunks; c += THREADS)
-    v += a.sums[static_cast<size_t>(head) * a.chunks + c];
+  for (uint32_t c = tid; c < a.list.chunks; c += THREADS)
+    v += a.list.sums[static_cast<size_t>(head) * a.list.chunks + c];
   for (int m = 16; m; m >>= 1) v += __shfl_xor_sync(FULL, v, m);
-  if (tid % 32 == 0) sums[0][tid / 32] = static_cast<u64>(__double_as_longlong(v));
+  if (tid % 32 == 0) predict_warp[tid / 32] = v;
+  if (tid < kd) {
+    const int level = level_of(a.k_bits[static_cast<size_t>(head) * kd + tid]);
+    predict_k[tid] =
+        a.k_distortion[(static_cast<size_t>(head) * 4 + static_cast<size_t>(level < 0   ? 0
+                                                                            : level > 3 ? 3
+                                                                                        : level)) *
+                           kd +
+                       tid];
+  }
   __syncthreads();
   if (tid == 0) {
-    /* rdkv.h adds doubles one after the other and rounds the sum to float. Here they are added in
-       another order; either sum is off by less than n * 2^-53 of itself, so where both ends of that
-       range round to one float it is that float. Elsewhere, and where it is no number, they are
-       added in order. */
-    for (int w = 1; w < THREADS / 32; ++w)
-      v += __longlong_as_double(static_cast<long long>(sums[0][w]));
-    const double slack = (static_cast<double>(a.n) + 8) * 4.44089209850062616e-16; /* 2^-51 */
-    serial[0] = p.joint && !(v >= 0 && __double2float_rn(v * (1 - slack)) ==
-                                           __double2float_rn(v * (1 + slack)));
-    for (uint32_t i = 0; i < kd && kept > 0 && p.joint; ++i)
-      k = __dadd_rn(k, static_cast<double>(k_value[i]));
-#pragma unroll
-    for (int l = 1; l < 5; ++l) h->count[l] = first[l] - first[l - 1];
-    h->count[0] = a.n - kept;
-    for (int l = 0; l < 4; ++l) h->channels[l] = channels[l];
-    uint32_t *runs = a.kept + head * 5;
-    runs[0] = kept;
-#pragma unroll
-    for (int r = 0; r < 4; ++r) runs[1 + r] = first[r];
+    for (int w = 1; w < THREADS / 32; ++w) v += predict_warp[w];
+    const double slack = (static_cast<double>(a.list.n) + 8) * 4.44089209850062616e-16; /* 2^-51 */
+    predict_serial[0] =
+        !(v >= 0 && __double2float_rn(v * (1 - slack)) == __double2float_rn(v * (1 + slack)));
+    for (uint32_t i = 0; i < kd && h->count[0] < a.list.n; ++i)
+      k = __dadd_rn(k, static_cast<double>(predict_k[i]));
   }
   __syncthreads();
-  if (serial[0]) v = add_in_order(a, head);
+  if (predict_serial[0]) v = add_in_order(a.list, head);
   if (tid == 0) h->v = v, h->k = k;
 }
 
@@ -3620,6 +3631,10 @@ static __global__ void __launch_bounds__(THREADS) table_kernel(pack_args a) {
     return;
   }
   if (failed) return;
+  if (a.joint)
+    predict(a, head, h);
+  else if (d == 0)
+    h->v = h->k = 0;
   if (d == 0) {
     parts p;
     head_bytes(vd, a.positions, h->count, h->channels, &p);
@@ -3899,6 +3914,48 @@ static const u64 SALT = 0x9e3779b97f4a7c15ull;
 __device__ __forceinline__ u64 salt_of(u64 at) { return (at + 1) * SALT; }
 __device__ __forceinline__ u64 mix_words(uint32_t low, uint32_t high, u64 salt) {
   return mix((static_cast<u64>(high) << 32 | low) + salt);
+}
+
+/* Header and records, once nothing can fail any more; the head's checksum counts the body's, and
+   itself as 0. One block. */
+static __device__ __noinline__ void write_header(const pack_args &a) {
+  __shared__ u64 scratch[33];
+  if (*static_cast<volatile uint32_t *>(a.list.status) != RDKV_OK) return;
+  const uint32_t first = static_cast<uint32_t>(sizeof(rdkv_header) / sizeof(rdkv_record));
+  const uint32_t end = static_cast<uint32_t>(fixed_bytes(a.n_heads) / sizeof(rdkv_record));
+  rdkv_record *records = reinterpret_cast<rdkv_record *>(a.block);
+  for (uint32_t i = threadIdx.x; i + first < end; i += blockDim.x) {
+    rdkv_record r = rdkv_record();
+    if (i < a.n_heads) {
+      const head_plan *h = a.all_heads + i;
+      for (int l = 0; l < 4; ++l) r.n_tokens[l] = h->count[l + 1];
+      for (int l = 0; l < 3; ++l) r.n_channels[l] = static_cast<uint16_t>(h->channels[l + 1]);
+      r.n_dropped = static_cast<uint16_t>(h->channels[0]);
+      r.table = h->table, r.position = h->position, r.tile = h->tile;
+      r.v_distortion = __double2float_rn(h->v), r.k_distortion = __double2float_rn(h->k);
+    }
+    records[first + i] = r;
+  }
+  rdkv_header *h = reinterpret_cast<rdkv_header *>(a.block);
+  if (threadIdx.x == 0) {
+    *h = a.header;
+    h->total_bytes = a.state->total, h->head_bytes = a.state->head_bytes;
+    h->lambda = a.lambda ? *a.lambda : 0;
+    if (a.budget) h->budget_bytes = *a.budget;
+    h->body_sum = *static_cast<volatile u64 *>(&a.state->body_sum);
+  }
+  __syncthreads();
+  const u64 *words = reinterpret_cast<const u64 *>(a.block);
+  u64 sum = 0, all;
+  for (u64 i = threadIdx.x; i < a.state->head_bytes / 8; i += blockDim.x)
+    sum += mix((i == 3 ? 0 : words[i]) + (i + 1) * 0x9e3779b97f4a7c15ull);
+  block_scan(sum, scratch, &all);
+  if (threadIdx.x == 0) h->head_sum = all, *a.bytes = a.state->total;
+}
+
+static __global__ void __launch_bounds__(THREADS)
+    header_kernel(const __grid_constant__ pack_args a) {
+  write_header(a);
 }
 
 /* ---- tiles of 16-bit K and V in aligned rows: a warp has a tile at a time, and a thread 8
@@ -4306,11 +4363,14 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, 4)
   const int head = static_cast<int>(blockIdx.y);
   const uint32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const uint32_t kd = static_cast<uint32_t>(a.channel.k_dim), pitch = piece_pitch(a.channel.k_dim);
-  if (*a.list.status != RDKV_OK) return;
+  if (*a.list.status != RDKV_OK) return; /* of an earlier kernel: for all blocks */
   const head_plan *h = a.heads + head;
   const uint32_t n_tiles = h->first_tile[4];
   uint32_t tile = blockIdx.x * a.each * TILE_WARPS + warp;
-  if (tile - warp >= n_tiles) return;
+  if (tile - warp >= n_tiles) {
+    if (last_block(&a.state->done, a.blocks)) write_header(a);
+    return;
+  }
   const uint4 *codes =
       reinterpret_cast<const uint4 *>(a.codes + static_cast<size_t>(head) * MAX_DIM);
   for (uint32_t c = threadIdx.x; c < kd; c += blockDim.x) {
@@ -4359,9 +4419,11 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, 4)
   sum = warp_sum(sum);
   if (lane == 0) scratch[warp] = sum;
   __syncthreads();
-  if (threadIdx.x > 0) return;
-  for (int w = 1; w < TILE_WARPS; ++w) sum += scratch[w];
-  atomicAdd(&a.state->body_sum, sum);
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < TILE_WARPS; ++w) sum += scratch[w];
+    atomicAdd(&a.state->body_sum, sum);
+  }
+  if (last_block(&a.state->done, a.blocks)) write_header(a);
 }
 
 static __global__ void body_sum_kernel(const uint32_t *status, block_state *s,
@@ -4376,43 +4438,6 @@ static __global__ void body_sum_kernel(const uint32_t *status, block_state *s,
     sum += mix(words[i] + (i + 1) * 0x9e3779b97f4a7c15ull);
   block_scan(sum, scratch, &all);
   if (threadIdx.x == 0) atomicAdd(&s->body_sum, all);
-}
-
-/* Header and records, once nothing can fail any more; the head's checksum counts the body's, and
-   itself as 0. One block. */
-static __global__ void __launch_bounds__(THREADS) header_kernel(pack_args a) {
-  __shared__ u64 scratch[33];
-  if (*a.list.status != RDKV_OK) return;
-  const uint32_t first = static_cast<uint32_t>(sizeof(rdkv_header) / sizeof(rdkv_record));
-  const uint32_t end = static_cast<uint32_t>(fixed_bytes(a.n_heads) / sizeof(rdkv_record));
-  rdkv_record *records = reinterpret_cast<rdkv_record *>(a.block);
-  for (uint32_t i = threadIdx.x; i + first < end; i += THREADS) {
-    rdkv_record r = rdkv_record();
-    if (i < a.n_heads) {
-      const head_plan *h = a.all_heads + i;
-      for (int l = 0; l < 4; ++l) r.n_tokens[l] = h->count[l + 1];
-      for (int l = 0; l < 3; ++l) r.n_channels[l] = static_cast<uint16_t>(h->channels[l + 1]);
-      r.n_dropped = static_cast<uint16_t>(h->channels[0]);
-      r.table = h->table, r.position = h->position, r.tile = h->tile;
-      r.v_distortion = __double2float_rn(h->v), r.k_distortion = __double2float_rn(h->k);
-    }
-    records[first + i] = r;
-  }
-  rdkv_header *h = reinterpret_cast<rdkv_header *>(a.block);
-  if (threadIdx.x == 0) {
-    *h = a.header;
-    h->total_bytes = a.state->total, h->head_bytes = a.state->head_bytes;
-    h->lambda = a.lambda ? *a.lambda : 0;
-    if (a.budget) h->budget_bytes = *a.budget;
-    h->body_sum = a.state->body_sum;
-  }
-  __syncthreads();
-  const u64 *words = reinterpret_cast<const u64 *>(a.block);
-  u64 sum = 0, all;
-  for (u64 i = threadIdx.x; i < a.state->head_bytes / 8; i += THREADS)
-    sum += mix((i == 3 ? 0 : words[i]) + (i + 1) * 0x9e3779b97f4a7c15ull);
-  block_scan(sum, scratch, &all);
-  if (threadIdx.x == 0) h->head_sum = all, *a.bytes = a.state->total;
 }
 
 /* ---- measure */
@@ -5437,14 +5462,12 @@ static __global__ void __launch_bounds__(THREADS) pool_kernel(score_args a) {
 
 enum {
   SOLVE = 512,   /* threads of a block, as many as there are fine bins */
-  FILL = 192,    /* as RDKV__FILL */
   FINE = 512,    /* as RDKV__FINE */
-  MARGIN = 256,  /* tokens above the threshold: twice what all levels' last tiles may lack */
+  MORE = 4,      /* as RDKV__MORE */
+  MARGIN = 128,  /* tokens above the threshold: more than all levels' last tiles may lack */
   BATCH = 4,     /* tokens that a thread asks for at once */
   SORT = 2048,   /* keys of a level that are sorted in shared memory */
-  AHEAD = 16,    /* greedy steps of a head that are worked out at a time */
   BUCKETS = 512, /* of a short list */
-  FEW = 16,      /* heads whose steps lie in shared memory */
   SOLVE_WORDS = 4 * SORT * 2 /* of shared memory */
 };
 static const uint32_t PINNED = 0x7f7fffffu; /* FLT_MAX: what must be kept */
@@ -5454,31 +5477,22 @@ struct layer_view {
   uint8_t *v_bits, *k_bits;
 };
 
-struct __align__(16) solve_head {
-  float gain[4][FILL];   /* of raising a token of fill[l] to level l + 1 */
-  uint8_t link[4][FILL]; /* where fill[l + 1] has the same token; 255: nowhere */
+struct solve_head {
   uint32_t count[5], channels[4], k_tile;
-  uint32_t pinned[5]; /* tokens that must reach a level */
-  uint32_t at_least[4];
-  uint32_t n_list[4], n_sure[4]; /* of each level */
-  uint32_t n_fill[4], fill[4][FILL];
-  uint32_t able[4][FILL / 32]; /* a bit a token of fill[l]: it is at level l */
-  double v, k;                 /* predicted */
-};
-
-/* Greedy steps of a head, worked out before it is known whether other heads' come first. */
-struct steps_ahead {
-  u64 cost[AHEAD];
-  uint32_t slope[AHEAD];
-  uint32_t step[AHEAD];
-  uint32_t n, depth, used, stale; /* n < depth: there are no more */
+  uint32_t pinned[5];            /* tokens that must reach a level */
+  uint32_t tiles[4];             /* that reach level 1.. */
+  uint32_t n_list[4], n_sure[4]; /* tokens of each level */
+  uint32_t sure_from[4];         /* slopes from which up they are */
+  uint32_t n_offers[4], taken[4];
+  uint32_t no_lists; /* 1: they were too long */
+  uint32_t done;     /* units that have been counted or listed */
+  double v, k;       /* predicted */
 };
 
 struct solve_state {
   uint32_t barrier, odd;
-  uint32_t changes;  /* heads whose bytes of K changed so far */
-  uint32_t failures; /* heads so far whose windows were too small */
-  double sum[3];     /* used in turn, the next one being cleared */
+  uint32_t offered; /* heads */
+  double sum[3];    /* used in turn, the next one being cleared */
 };
 
 struct solve_team { /* of blocks that have a head of RDKV_PAPER */
@@ -5495,11 +5509,11 @@ struct solve_args {
   solve_views few;
   layer_view *layers; /* where there are more than VIEWS */
   solve_head *heads;  /* [n_layers][n_kv_heads] */
-  steps_ahead *ahead; /* [heads] */
   solve_team *teams;  /* [heads] */
-  uint32_t *bins[2];  /* [heads][BINS]; one is counted in while the other is cleared */
-  u64 *hist[2];       /* [BINS] */
+  uint32_t *bins[3];  /* [heads][BINS], used in turn: counted in, read, cleared */
+  u64 *hist[3];       /* [BINS] */
   u64 *list;          /* [heads][4][capacity] slope above inverted index: greater is better */
+  u64 *offers;        /* [heads][4][max_offers] such keys of tiles that may come next */
   uint8_t *pin;       /* [heads][n] lowest levels, or NULL */
   solve_state *state;
   double *lambda; /* [n_layers] */
@@ -5509,7 +5523,7 @@ struct solve_args {
   uint64_t budget, fixed, most; /* most: no block is larger */
   double given_lambda, tokens, k_share, max_error;
   float eps_k[5], eps_v[5];
-  uint32_t n, n_heads, n_kv_heads, capacity;
+  uint32_t n, n_heads, n_kv_heads, capacity, max_offers;
   int n_layers, k_dim, v_dim, positions, scope, paper, search;
 };
 
@@ -5574,6 +5588,10 @@ static __global__ void __launch_bounds__(THREADS)
 /* One function has it at a time. */
 extern __shared__ uint4 solve_shared[]; /* SOLVE_WORDS */
 
+/* How many bytes K takes in a tile: 4 bits before anything is known, as it is, or chosen anew by
+   the threshold and the tokens that all or the bins of the pass before count, or none. */
+enum { FRESH, KEEP, BY_BINS, BY_FINE, BY_ALL, BY_NONE };
+
 /* The part of the heads that share a budget, and where this block stands. */
 struct solver {
   const solve_args &a;
@@ -5582,20 +5600,22 @@ struct solver {
   uint32_t slice;  /* tokens of a unit of work */
   uint32_t slices; /* units of a head */
   uint32_t set;    /* of bins */
-  uint32_t changes, failures, sums;
-  bool fresh;   /* no K chosen yet: at 4 bits */
-  bool refused; /* a distortion is no number >= 0 */
+  uint32_t sums;
+  int choose;     /* K at the next pass */
+  float chosen;   /* by this threshold */
+  uint32_t above; /* and the tokens from this bin up */
+  bool refused;   /* a distortion is no number >= 0 */
   float bias;
   uint32_t round_up;
 
   __device__ explicit solver(const solve_args &args)
       : a(args),
         phase(0),
-        set(1),
-        changes(0),
-        failures(0),
+        set(2),
+        choose(FRESH),
+        chosen(0),
+        above(0),
         sums(0),
-        fresh(true),
         refused(false),
         bias(1),
         round_up(0) {
@@ -5606,7 +5626,7 @@ struct solver {
     first = at, n_heads = n;
     const uint64_t each = static_cast<uint64_t>(a.n) * n / gridDim.x + 1;
     slice = static_cast<uint32_t>(round_up_to(each < (1u << 20) ? each : 1u << 20));
-    slices = (a.n + slice - 1) / slice;
+    slices = a.n > 0 ? (a.n + slice - 1) / slice : 1;
   }
   __device__ static uint64_t round_up_to(uint64_t x) { return (x + SOLVE - 1) / SOLVE * SOLVE; }
 
@@ -5644,18 +5664,24 @@ struct solver {
   __device__ uint32_t *bins(uint32_t i) const {
     return a.bins[set] + static_cast<size_t>(i) * BINS;
   }
+  __device__ const uint32_t *bins_before(uint32_t i) const {
+    return a.bins[set == 0 ? 2 : set - 1] + static_cast<size_t>(i) * BINS;
+  }
   __device__ u64 *hist() const { return a.hist[set]; }
   __device__ u64 *list(uint32_t i) const {
     return a.list + (first + i) * 4 * static_cast<size_t>(a.capacity);
   }
+  __device__ u64 *offers(uint32_t i, uint32_t l) const {
+    return a.offers + ((first + i) * 4 + l) * static_cast<size_t>(a.max_offers);
+  }
 
-  /* To the other set of bins, which is clear; this one is cleared. */
+  /* To the next set of bins, which is clear; the one after it is cleared. */
   __device__ void turn() {
     const uint32_t at = blockIdx.x * SOLVE + threadIdx.x, step = gridDim.x * SOLVE;
-    uint32_t *bins = a.bins[set];
-    for (uint32_t i = at; i < n_heads * BINS; i += step) bins[i] = 0;
-    for (uint32_t i = at; i < BINS; i += step) a.hist[set][i] = 0;
-    set ^= 1;
+    set = set == 2 ? 0 : set + 1;
+    const uint32_t next = set == 2 ? 0 : set + 1;
+    for (uint32_t i = at; i < n_heads * BINS; i += step) a.bins[next][i] = 0;
+    for (uint32_t i = at; i < BINS; i += step) a.hist[next][i] = 0;
   }
 };
 
@@ -5756,6 +5782,86 @@ __device__ __forceinline__ void slopes_of(const float *x, const v_costs &c, int 
   }
 }
 
+/* Tokens in a head's bins from `from` up. */
+__device__ inline uint32_t count_from(const uint32_t *bins, uint32_t from) {
+  __shared__ u64 from_scratch[33];
+  u64 mine = 0, all;
+#pragma unroll
+  for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE) mine += b >= from ? bins[b] : 0;
+  block_scan(mine, from_scratch, &all);
+  return static_cast<uint32_t>(all);
+}
+
+/* rdkv__choose_k by a block of a head's: what it takes one by one is here a rank. Returns the bytes
+   of K in a tile; write: writes down what it has chosen. */
+__device__ __noinline__ uint32_t choose_k(const solver &s, uint32_t i, bool write) {
+  __shared__ uint32_t k_slope[3][MAX_DIM];
+  __shared__ u64 k_key[MAX_DIM];
+  __shared__ uint32_t k_level[MAX_DIM], k_rank[MAX_DIM], k_count[4];
+  const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(s.a.k_dim);
+  const uint32_t n_tokens = s.choose == BY_BINS   ? count_from(s.bins_before(i), s.above)
+                            : s.choose == BY_FINE ? s.bins_before(i)[s.above]
+                            : s.choose == BY_ALL  ? s.a.n
+                                                  : 0;
+  const uint32_t tiles = (most(n_tokens, 1) + TILE - 1) / TILE;
+  const float lambda = s.chosen < 1e37f ? __fmul_rn(s.chosen, s.bias) : s.chosen;
+  const float cost[3] = {static_cast<float>(tiles * 8), static_cast<float>(tiles * 8),
+                         static_cast<float>(tiles * 16)};
+  /* some threads for each channel, which share the other channels out */
+  const uint32_t width = kd <= 128 ? 128 : MAX_DIM, shares = SOLVE / width;
+  const uint32_t c = tid % width, o0 = tid / width * (width / shares);
+  __syncthreads();
+  if (tid < 4) k_count[tid] = 0;
+  if (tid < MAX_DIM) k_level[tid] = 0;
+  __syncthreads();
+  if (tid < kd) {
+    float d[4];
+    uint32_t slope[4];
+    for (uint32_t l = 0; l < 4; ++l) d[l] = s.k_distortion(i)[l * kd + tid];
+    hull(d, cost, 3, 0, slope);
+    for (int l = 0; l < 3; ++l) {
+      k_slope[l][tid] = slope[l];
+      if (__uint_as_float(slope[l]) > lambda) atomicAdd(&k_count[l], 1u);
+    }
+  }
+  __syncthreads();
+  uint32_t level = kd;
+  for (uint32_t l = 0; l < 3; ++l) {
+    const uint32_t want = least((k_count[l] + 8) / 16 * 16, level);
+    if (want > 0 && want < level) {
+      if (tid < width) {
+        k_rank[tid] = 0;
+        k_key[tid] = tid < kd && k_level[tid] == l
+                         ? static_cast<u64>(k_slope[l][tid]) << 32 | static_cast<uint32_t>(~tid)
+                         : 0;
+      }
+      __syncthreads();
+      const u64 key = k_key[c];
+      uint32_t rank = 0;
+#pragma unroll 16
+      for (uint32_t o = 0; o < width / shares; ++o) rank += k_key[o0 + o] > key;
+      if (key) atomicAdd(&k_rank[c], rank);
+      __syncthreads();
+    }
+    if (tid < kd && k_level[tid] == l && want > 0 && (want == level || k_rank[tid] < want))
+      k_level[tid] = l + 1;
+    level = want;
+    __syncthreads();
+  }
+  if (tid < 4) k_count[tid] = 0;
+  __syncthreads();
+  if (tid < kd) {
+    if (write) s.k_bits(i)[tid] = static_cast<uint8_t>(width_of(static_cast<int>(k_level[tid])));
+    atomicAdd(&k_count[k_level[tid]], 1u);
+  }
+  __syncthreads();
+  uint32_t k_tile = 0;
+  for (int l = 1; l < 4; ++l) k_tile += (k_count[l] + 15) / 16 * (64u << l);
+  if (write && tid < 4) s.head(i)->channels[tid] = k_count[tid];
+  if (write && tid == 0) s.head(i)->k_tile = k_tile;
+  return k_tile;
+}
+
 /* f(token, slopes) over all tokens of the part, begin(head) before and end(head, costs) after the
    tokens of a unit; these are for the whole block. */
 template <typename Begin, typename F, typename End>
@@ -5764,8 +5870,10 @@ __device__ __forceinline__ void each_token(solver &s, Begin begin, F f, End end)
   uint32_t top = 0;
   for (uint32_t u = blockIdx.x; u < units; u += gridDim.x) {
     const uint32_t i = u / slices, t0 = (u - i * slices) * slice, t1 = least(t0 + slice, n);
-    const v_costs c =
-        costs_of(s.fresh ? first_k_tile(s.a.k_dim) : s.head(i)->k_tile, s.a.v_dim, s.a.positions);
+    const uint32_t k_tile = s.choose == FRESH  ? first_k_tile(s.a.k_dim)
+                            : s.choose == KEEP ? s.head(i)->k_tile
+                                               : choose_k(s, i, t0 == 0);
+    const v_costs c = costs_of(k_tile, s.a.v_dim, s.a.positions);
     const float *d = s.v_distortion(i);
     const uint8_t *pin = s.a.pin ? s.a.pin + static_cast<size_t>(s.first + i) * n : nullptr;
     begin(i);
@@ -5861,107 +5969,56 @@ __device__ __noinline__ float spectrum_edge(const solver &s, uint64_t bytes, flo
   return __uint_as_float(found < 0x7f7 ? (found + 1) << 20 : PINNED);
 }
 
-/* Tokens in a head's bins from `from` up. */
-__device__ inline uint32_t count_from(const uint32_t *bins, uint32_t from) {
-  __shared__ u64 from_scratch[33];
-  u64 mine = 0, all;
+/* Tiles that reach a level where `reach` tokens do; with a budget pins are filled up to tiles. */
+__device__ __forceinline__ uint32_t tiles_at(const solver &s, uint32_t reach, uint32_t pinned) {
+  const uint32_t n = reach + s.round_up;
+  return most((n >= s.a.n ? s.a.n + TILE - 1 : n) / TILE,
+              s.round_up ? 0 : (pinned + TILE - 1) / TILE);
+}
+
+/* Tokens that reach level l + 1. */
+__device__ __forceinline__ uint32_t reach_of(const solver &s, const solve_head *h, uint32_t l) {
+  return most(least(h->tiles[l] * TILE, s.a.n), h->pinned[l + 1]);
+}
+
+/* What a tile that reaches level l + 1 takes more than at level l. */
+__device__ __forceinline__ uint32_t tile_cost(const solver &s, const solve_head *h, uint32_t l) {
+  const uint32_t block = static_cast<uint32_t>(pad16(s.a.v_dim)) / 16 * 64;
+  return l ? block << l : h->k_tile + 128 + 2 * block + (s.a.positions ? 4 * TILE : 0);
+}
+
+/* Bytes of a head's channel table. */
+__device__ __forceinline__ uint32_t table_bytes(const solve_head *h) {
+  uint32_t blocks = 0;
 #pragma unroll
-  for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE) mine += b >= from ? bins[b] : 0;
-  block_scan(mine, from_scratch, &all);
-  return static_cast<uint32_t>(all);
+  for (int l = 1; l < 4; ++l) blocks += (h->channels[l] + 15) / 16;
+  return static_cast<uint32_t>(round_up(80 * blocks + 3 * h->channels[0], 128));
 }
 
-/* rdkv__choose_k by one block: what it takes one by one is here a rank. */
-__device__ __noinline__ void choose_k(const solver &s, uint32_t i, float threshold,
-                                      uint32_t n_tokens) {
-  __shared__ uint32_t k_slope[3][MAX_DIM];
-  __shared__ u64 k_key[MAX_DIM];
-  __shared__ uint32_t k_level[MAX_DIM], k_rank[MAX_DIM], k_count[4];
-  const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(s.a.k_dim);
-  const uint32_t tiles = (most(n_tokens, 1) + TILE - 1) / TILE;
-  const float lambda = threshold < 1e37f ? __fmul_rn(threshold, s.bias) : threshold;
-  const float cost[3] = {static_cast<float>(tiles * 8), static_cast<float>(tiles * 8),
-                         static_cast<float>(tiles * 16)};
-  /* some threads for each channel, which share the other channels out */
-  const uint32_t width = kd <= 128 ? 128 : MAX_DIM, shares = SOLVE / width;
-  const uint32_t c = tid % width, o0 = tid / width * (width / shares);
-  __syncthreads();
-  if (tid < 4) k_count[tid] = 0;
-  if (tid < MAX_DIM) k_level[tid] = 0;
-  __syncthreads();
-  if (tid < kd) {
-    float d[4];
-    uint32_t slope[4];
-    for (uint32_t l = 0; l < 4; ++l) d[l] = s.k_distortion(i)[l * kd + tid];
-    hull(d, cost, 3, 0, slope);
-    for (int l = 0; l < 3; ++l) {
-      k_slope[l][tid] = slope[l];
-      if (__uint_as_float(slope[l]) > lambda) atomicAdd(&k_count[l], 1u);
-    }
+/* Cumulates a head's fine bins from the top, and adds what it takes, in whole tiles, if the
+   threshold lies at the lower edge of each to hist. By the head's last block. */
+__device__ __noinline__ void add_up(const solver &s, uint32_t i) {
+  __shared__ u64 fine_scratch[33];
+  const solve_head *h = s.head(i);
+  u64 bytes = table_bytes(h);
+  for (uint32_t l = 0; l < 4; l += 2) { /* two levels in one sum */
+    uint32_t *at = s.bins(i) + l * FINE + (FINE - 1 - threadIdx.x);
+    const u64 mine = at[0] | static_cast<u64>(at[FINE]) << 32;
+    u64 all;
+    const u64 sum = mine + block_scan(mine, fine_scratch, &all);
+    const uint32_t n[2] = {static_cast<uint32_t>(sum), static_cast<uint32_t>(sum >> 32)};
+    at[0] = n[0], at[FINE] = n[1];
+    for (uint32_t k = 0; k < 2; ++k)
+      bytes += static_cast<u64>(tiles_at(s, n[k], h->pinned[l + k + 1])) * tile_cost(s, h, l + k);
   }
-  __syncthreads();
-  uint32_t level = kd;
-  for (uint32_t l = 0; l < 3; ++l) {
-    const uint32_t want = least((k_count[l] + 8) / 16 * 16, level);
-    if (want > 0 && want < level) {
-      if (tid < width) {
-        k_rank[tid] = 0;
-        k_key[tid] = tid < kd && k_level[tid] == l
-                         ? static_cast<u64>(k_slope[l][tid]) << 32 | static_cast<uint32_t>(~tid)
-                         : 0;
-      }
-      __syncthreads();
-      const u64 key = k_key[c];
-      uint32_t rank = 0;
-#pragma unroll 16
-      for (uint32_t o = 0; o < width / shares; ++o) rank += k_key[o0 + o] > key;
-      if (key) atomicAdd(&k_rank[c], rank);
-      __syncthreads();
-    }
-    if (tid < kd && k_level[tid] == l && want > 0 && (want == level || k_rank[tid] < want))
-      k_level[tid] = l + 1;
-    level = want;
-    __syncthreads();
-  }
-  if (tid < 4) k_count[tid] = 0;
-  __syncthreads();
-  if (tid < kd) {
-    s.k_bits(i)[tid] = static_cast<uint8_t>(width_of(static_cast<int>(k_level[tid])));
-    atomicAdd(&k_count[k_level[tid]], 1u);
-  }
-  __syncthreads();
-  if (tid == 0) {
-    solve_head *h = s.head(i);
-    uint32_t k_tile = 0;
-    for (int l = 0; l < 4; ++l) h->channels[l] = k_count[l];
-    for (int l = 1; l < 4; ++l) k_tile += (k_count[l] + 15) / 16 * (64u << l);
-    if (k_tile != h->k_tile) atomicAdd(&s.a.state->changes, 1u);
-    h->k_tile = k_tile;
-  }
-  __syncthreads();
+  atomicAdd(&s.hist()[FINE - 1 - threadIdx.x], bytes);
 }
 
-/* K of every head; tokens are those of `bins` from bin up (by eighths of octaves), or as fine bins
-   count them, or all. Returns whether any head takes other bytes for K than before. */
-enum { BY_BINS, BY_FINE, BY_ALL };
-__device__ __noinline__ bool choose_all_k(solver &s, float threshold, int by, uint32_t bin) {
-  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x)
-    choose_k(s, i, threshold,
-             by == BY_BINS   ? count_from(s.bins(i), bin)
-             : by == BY_FINE ? s.bins(i)[bin]
-                             : s.a.n);
-  s.sync();
-  s.fresh = false;
-  const uint32_t before = s.changes;
-  s.changes = *static_cast<volatile uint32_t *>(&s.a.state->changes);
-  return s.changes != before;
-}
-
-/* Tokens of every head and level by slope in 1/128 octaves from base up, cumulated from the top. */
+/* Tokens of every head and level by slope in 1/256 octaves from base up, as add_up() leaves them.
+ */
 __device__ __noinline__ void fine_bins(solver &s, float base) {
   enum { COPIES = SOLVE_WORDS / (4 * FINE) };
-  __shared__ u64 fine_scratch[33];
-  const uint32_t bottom = __float_as_uint(base) >> 16;
+  const uint32_t bottom = __float_as_uint(base) >> 15;
   uint32_t *count = nullptr;
   s.turn();
   each_token(
@@ -5969,7 +6026,7 @@ __device__ __noinline__ void fine_bins(solver &s, float base) {
       [&](uint32_t, const uint32_t *slope) {
 #pragma unroll
         for (uint32_t l = 0; l < 4; ++l) {
-          const uint32_t b = slope[l] >> 16;
+          const uint32_t b = slope[l] >> 15;
           if (slope[l] == 0 || b < bottom) break;
           atomicAdd(
               &count[(l * FINE + least(b - bottom, FINE - 1)) * COPIES + threadIdx.x % COPIES], 1u);
@@ -5983,70 +6040,15 @@ __device__ __noinline__ void fine_bins(solver &s, float base) {
           for (uint32_t j = 0; j < COPIES; ++j) n += count[b * COPIES + j];
           if (n) atomicAdd(&s.bins(i)[b], n);
         }
+        if (!last_block(&s.head(i)->done, s.slices)) return;
+        add_up(s, i);
+        if (threadIdx.x == 0) s.head(i)->done = 0;
       });
   s.sync();
-  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x)
-    for (uint32_t l = 0; l < 4; l += 2) { /* two levels in one sum */
-      uint32_t *at = s.bins(i) + l * FINE + (FINE - 1 - threadIdx.x);
-      const u64 mine = at[0] | static_cast<u64>(at[FINE]) << 32;
-      u64 all;
-      const u64 sum = mine + block_scan(mine, fine_scratch, &all);
-      at[0] = static_cast<uint32_t>(sum), at[FINE] = static_cast<uint32_t>(sum >> 32);
-    }
-  s.sync();
-}
-
-__device__ __forceinline__ uint32_t whole_tiles(uint32_t n, uint32_t all) {
-  return n >= all ? all : n / TILE * TILE;
-}
-
-/* Tokens that reach each level if the threshold lies at the lower edge of a fine bin, or with
-   nothing but pins where bin is FINE. */
-__device__ __forceinline__ void reach_at(const solver &s, uint32_t i, uint32_t bin,
-                                         uint32_t at[4]) {
-  uint32_t n = s.a.n;
-#pragma unroll
-  for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t reach = bin < FINE ? s.bins(i)[l * FINE + bin] + s.round_up : 0;
-    n = most(least(n, whole_tiles(reach, s.a.n)), s.head(i)->pinned[l + 1]);
-    at[l] = n;
-  }
-}
-
-/* Whether the part fits at each fine bin. Every block finds all; [FINE] until the next call. */
-__device__ __noinline__ const bool *fits_at(const solver &s, uint64_t budget) {
-  __shared__ bool fits[FINE];
-  u64 bytes = 0;
-  const uint32_t block = static_cast<uint32_t>(pad16(s.a.v_dim)) / 16 * 64, n = s.a.n;
-  const uint32_t n_heads = s.n_heads, beside = 128 + (s.a.positions ? 4 * TILE : 0);
-  const uint32_t *bins = s.bins(0) + threadIdx.x, round_up_by = s.round_up;
-  __syncthreads();
-#pragma unroll 2
-  for (uint32_t i = 0; i < n_heads; ++i, bins += BINS) {
-    const solve_head *h = s.head(i);
-    uint32_t last = n, left = 0, tiles[5] = {0, 0, 0, 0, 0},
-             k_blocks = 0; /* as head_bytes counts */
-#pragma unroll
-    for (uint32_t l = 0; l < 4; ++l) {
-      last = most(least(last, whole_tiles(bins[l * FINE] + round_up_by, n)), h->pinned[l + 1]);
-      if (l > 0) tiles[l] = (left - last + TILE - 1) / TILE;
-      left = last;
-    }
-    tiles[4] = (left + TILE - 1) / TILE;
-#pragma unroll
-    for (int l = 1; l < 4; ++l) k_blocks += (h->channels[l] + 15) / 16;
-    bytes += static_cast<u64>(tiles[1] + tiles[2] + tiles[3] + tiles[4]) * (h->k_tile + beside);
-#pragma unroll
-    for (int l = 1; l < 5; ++l) bytes += static_cast<u64>(tiles[l]) * (block << l);
-    bytes += round_up(80 * k_blocks + 3 * h->channels[0], 128);
-  }
-  fits[threadIdx.x] = bytes <= budget;
-  __syncthreads();
-  return fits;
 }
 
 __device__ __forceinline__ uint32_t fine_edge(float base, uint32_t bin) {
-  return ((__float_as_uint(base) >> 16) + bin) << 16;
+  return ((__float_as_uint(base) >> 15) + bin) << 15;
 }
 
 /* A threshold for whole tiles: the lower edge of a fine bin; or FINE, pins alone. */
@@ -6055,130 +6057,60 @@ struct cut {
   uint32_t bin;
 };
 
-/* Slopes of each level between which it must be looked at which tokens are taken: about MARGIN
-   above the threshold, where a level leaves out what its own or a lower level's last tile lacks,
-   and below it, down to the floor at most, enough for the greedy steps. Where a bin has many more
-   tokens they are taken to lie evenly in it; resolve() sees whether it was enough. */
+/* Slopes of each level between which it must be looked at which tokens are taken. Above `to` all
+   are, as MARGIN lie between it and the threshold; down to `from` there are enough for all tiles
+   that may be offered, and for those that lower levels' last tiles keep from this one. */
 struct windows {
   uint32_t from[4], to[4];
-  bool cut_off[4]; /* there are tokens between floor and from */
 };
 
-__device__ __forceinline__ uint32_t part_of_bin(uint32_t tokens, uint32_t of) {
-  return static_cast<uint32_t>((static_cast<u64>(tokens) << 16) / of);
+/* The last tile of a level that may be offered. */
+__device__ __forceinline__ uint32_t last_offer(const solver &s, const uint32_t *bins, uint32_t bin,
+                                               uint32_t tiles) {
+  return most(bins[bin > 0 ? bin - 1 : 0] / TILE, tiles) + MORE;
 }
 
 __device__ __forceinline__ void find_windows(const solver &s, uint32_t i, const cut &at,
                                              windows *out) {
   __shared__ uint32_t window_low[4], window_high[4];
-  const uint32_t tid = threadIdx.x, *bins = s.bins(i), bin = at.bin;
-  const uint32_t floor = most(__float_as_uint(at.threshold / 2), 1), base = fine_edge(at.base, 0);
+  const uint32_t tid = threadIdx.x, bin = at.bin;
   __syncthreads();
-  if (tid < 4) window_low[tid] = floor, window_high[tid] = ~0u;
+  if (tid < 4)
+    window_low[tid] = bin < FINE ? most(fine_edge(at.base, 0), 1) : PINNED, window_high[tid] = ~0u;
   __syncthreads();
 #pragma unroll
   for (uint32_t l = 0; bin < FINE && l < 4; ++l) {
     /* the bin of this thread is the one in which so many tokens have come together */
-    const uint32_t here = bins[l * FINE + bin], n = bins[l * FINE + tid];
-    const uint32_t above = tid + 1 < FINE ? bins[l * FINE + tid + 1] : 0;
-    const uint32_t in = n - above, edge = base + (tid << 16);
+    const uint32_t *bins = s.bins(i) + l * FINE, here = bins[bin], n = bins[tid];
+    const uint32_t above = tid + 1 < FINE ? bins[tid + 1] : 0;
+    const uint32_t enough =
+        last_offer(s, bins, bin, tiles_at(s, here, s.head(i)->pinned[l + 1])) * TILE + 3 * TILE;
     if (tid >= bin && tid + 1 < FINE && here - above >= MARGIN && here - n < MARGIN)
-      window_high[l] = edge + (in > MARGIN ? part_of_bin(MARGIN - (here - n), in) : 65536);
-    if (tid < bin && n - here >= MARGIN + FILL && above - here < MARGIN + FILL)
-      window_low[l] =
-          most(floor,
-               edge + (in > MARGIN ? 65536 - part_of_bin(MARGIN + FILL - (above - here), in) : 0));
+      window_high[l] = fine_edge(at.base, tid + 1);
+    if (tid < bin && n >= enough && above < enough)
+      window_low[l] = most(fine_edge(at.base, tid), 1);
   }
   __syncthreads();
 #pragma unroll
-  for (uint32_t l = 0; l < 4; ++l) {
-    out->to[l] = window_high[l], out->from[l] = window_low[l];
-    out->cut_off[l] = window_low[l] > floor;
-  }
+  for (uint32_t l = 0; l < 4; ++l) out->to[l] = window_high[l], out->from[l] = window_low[l];
 }
 
-/* Gives every token the level that is sure, and lists the tokens of the windows; or, with alone >=
-   0, lists all tokens of that level alone down to the floor, none being sure. */
-__device__ __noinline__ void collect(solver &s, const cut &at, int alone) {
-  windows w;
-  uint8_t *v_bits = nullptr;
-  u64 *list = nullptr;
-  uint32_t *n_list = nullptr;
-  u64 taken = 0; /* 16 bits a level: a thread has at most 2^20 / SOLVE tokens of a unit */
-  const uint32_t floor = most(__float_as_uint(at.threshold / 2), 1);
-  each_token(
-      s,
-      [&](uint32_t i) {
-        v_bits = s.v_bits(i), list = s.list(i), n_list = s.head(i)->n_list;
-        if (alone < 0) find_windows(s, i, at, &w);
-        taken = 0;
-      },
-      [&](uint32_t t, const uint32_t *slope) {
-        if (alone < 0) {
-          bool sure = true;
-          int level = 0;
-#pragma unroll
-          for (uint32_t l = 0; l < 4; ++l) {
-            sure = sure && slope[l] >= w.to[l];
-            level += sure;
-            taken += static_cast<u64>(sure) << (16 * l);
-            if (!sure && slope[l] >= w.from[l]) {
-              const uint32_t to = atomicAdd(&n_list[l], 1u);
-              if (to < s.a.capacity)
-                list[l * static_cast<size_t>(s.a.capacity) + to] =
-                    static_cast<u64>(slope[l]) << 32 | static_cast<uint32_t>(~t);
-            }
-          }
-          v_bits[t] = static_cast<uint8_t>(width_of(level));
-        } else {
-          const uint32_t x = alone == 0   ? slope[0]
-                             : alone == 1 ? slope[1]
-                             : alone == 2 ? slope[2]
-                                          : slope[3];
-          if (alone == 0) v_bits[t] = 0;
-          if (x >= floor)
-            list[atomicAdd(&n_list[alone], 1u)] =
-                static_cast<u64>(x) << 32 | static_cast<uint32_t>(~t);
-        }
-      },
-      [&](uint32_t i, const v_costs &) {
-#pragma unroll
-        for (uint32_t l = 0; l < 4; ++l) {
-          const uint32_t n =
-              __reduce_add_sync(FULL, static_cast<uint32_t>(taken >> (16 * l) & 0xffff));
-          if (threadIdx.x % 32 == 0 && n) atomicAdd(&s.head(i)->n_sure[l], n);
-        }
-      });
-  s.sync();
-}
-
-/* Sorts LISTS lists of keys, `pitch` apart, the greatest first, by one block: a bitonic network
-   whose comparators all point the same way, so that no list need be padded. */
-template <int LISTS>
-__device__ __noinline__ void sort_lists(u64 *keys, uint32_t pitch, uint4 lengths) {
-  const uint32_t m[4] = {lengths.x, lengths.y, lengths.z, lengths.w};
-  const uint32_t longest = LISTS == 1 ? m[0] : most(most(m[0], m[1]), most(m[2], m[3]));
+/* Sorts n keys, the greatest first, by one block: a bitonic network whose comparators all point the
+   same way, so that nothing need be padded. */
+__device__ __noinline__ void sort_long(u64 *keys, uint32_t n) {
   __syncthreads();
-  for (uint32_t level = 0; (1u << level) < longest; ++level) {
-    const uint32_t pairs = (longest + (2u << level) - 1) >> (level + 1) << level;
+  for (uint32_t level = 0; (1u << level) < n; ++level) {
+    const uint32_t pairs = (n + (2u << level) - 1) >> (level + 1) << level;
     for (uint32_t step = level + 1; step-- > 0;) {
       const uint32_t stride = 1u << step;
       for (uint32_t i = threadIdx.x; i < pairs; i += SOLVE) {
         const uint32_t in = i & (stride - 1), lo = (i >> step << (step + 1)) + in;
         const uint32_t hi = step == level ? lo - 2 * in + 2 * stride - 1 : lo + stride;
-        u64 x[LISTS], y[LISTS];
-#pragma unroll
-        for (int l = 0; l < LISTS; ++l)
-          if (hi < m[l]) x[l] = keys[l * pitch + lo], y[l] = keys[l * pitch + hi];
-#pragma unroll
-        for (int l = 0; l < LISTS; ++l)
-          if (hi < m[l] && x[l] < y[l]) keys[l * pitch + lo] = y[l], keys[l * pitch + hi] = x[l];
+        if (hi >= n) continue;
+        const u64 x = keys[lo], y = keys[hi];
+        if (x < y) keys[lo] = y, keys[hi] = x;
       }
-      /* up to a stride of 32 a warp goes on with the keys it has */
-      if (step > 5 || (step == 0 && level > 4))
-        __syncthreads();
-      else
-        __syncwarp();
+      __syncthreads();
     }
   }
   __syncthreads();
@@ -6188,11 +6120,12 @@ __device__ __forceinline__ uint32_t bucket_of(u64 key, uint32_t from, uint32_t s
   return least((static_cast<uint32_t>(key >> 32) - from) >> shift, BUCKETS - 1);
 }
 
-/* Sorts up to four lists of at most SORT keys into `to`, SORT apart, the greatest first: into
-   buckets by slope, then by rank within the bucket. */
+/* Sorts LISTS lists of at most 4 * SORT / LISTS keys into `to`, so far apart, the greatest first:
+   into buckets by slope, then by rank within the bucket. */
+template <uint32_t LISTS>
 __device__ __noinline__ void sort_short(u64 *to, u64 *const list[4], const uint32_t m[4],
                                         const uint32_t from[4], const uint32_t shift[4]) {
-  enum { EACH = SORT / SOLVE };
+  enum { PITCH = 4 * SORT / LISTS, EACH = PITCH / SOLVE };
   __shared__ uint32_t bucket_end[4][BUCKETS]; /* tokens of this bucket and those above */
   __shared__ u64 bucket_scratch[33];
   const uint32_t tid = threadIdx.x;
@@ -6202,12 +6135,12 @@ __device__ __noinline__ void sort_short(u64 *to, u64 *const list[4], const uint3
   for (uint32_t b = tid; b < 4 * BUCKETS; b += SOLVE) bucket_end[0][b] = 0;
   __syncthreads();
 #pragma unroll 1
-  for (uint32_t l = 0; l < 4; ++l)
+  for (uint32_t l = 0; l < LISTS; ++l)
     for (uint32_t j = tid; j < m[l]; j += SOLVE)
       atomicAdd(&bucket_end[l][bucket_of(list[l][j], from[l], shift[l])], 1u);
   __syncthreads();
 #pragma unroll 1
-  for (uint32_t l = 0; l < 4; l += 2) { /* two lists in one sum, from the top bucket down */
+  for (uint32_t l = 0; l < LISTS; l += 2) { /* two lists in one sum, from the top bucket down */
     const uint32_t b = BUCKETS - 1 - tid;
     const u64 mine =
         tid < BUCKETS ? bucket_end[l][b] | static_cast<u64>(bucket_end[l + 1][b]) << 32 : 0;
@@ -6219,15 +6152,15 @@ __device__ __noinline__ void sort_short(u64 *to, u64 *const list[4], const uint3
   }
   __syncthreads();
 #pragma unroll 1
-  for (uint32_t l = 0; l < 4; ++l) /* filled from their ends, which become their starts */
+  for (uint32_t l = 0; l < LISTS; ++l) /* filled from their ends, which become their starts */
     for (uint32_t j = tid; j < m[l]; j += SOLVE) {
       const u64 x = list[l][j];
-      to[l * SORT + atomicSub(&bucket_end[l][bucket_of(x, from[l], shift[l])], 1u) - 1] = x;
+      to[l * PITCH + atomicSub(&bucket_end[l][bucket_of(x, from[l], shift[l])], 1u) - 1] = x;
     }
   __syncthreads();
 #pragma unroll 1
-  for (uint32_t l = 0; l < 4; ++l) {
-    u64 *keys = to + l * SORT;
+  for (uint32_t l = 0; l < LISTS; ++l) {
+    u64 *keys = to + l * PITCH;
 #pragma unroll
     for (uint32_t e = 0; e < EACH; ++e) {
       const uint32_t j = tid + e * SOLVE;
@@ -6247,142 +6180,298 @@ __device__ __noinline__ void sort_short(u64 *to, u64 *const list[4], const uint3
   __syncthreads();
 }
 
-/* What the greedy steps need to know of the tokens at hand. By one block. */
-__device__ __noinline__ void prepare_fill(const solver &s, uint32_t i) {
-  __shared__ uint32_t fill_token[4][FILL];
-  solve_head *h = s.head(i);
-  const uint8_t *v_bits = s.v_bits(i);
+/* Key of a token for a level, where not every token has been looked at at once. */
+__device__ __noinline__ u64 key_of(const solver &s, uint32_t i, const v_costs &c, uint32_t t,
+                                   uint32_t l) {
   const float *d = s.v_distortion(i);
-  for (uint32_t e = threadIdx.x; e < 4 * FILL; e += SOLVE)
-    fill_token[e / FILL][e % FILL] =
-        e % FILL < h->n_fill[e / FILL] ? h->fill[e / FILL][e % FILL] : ~0u;
-  __syncthreads();
-  for (uint32_t e = threadIdx.x; e < 4 * FILL; e += SOLVE) {
-    const uint32_t l = e / FILL, j = e % FILL, t = fill_token[l][j];
-    const bool real = t != ~0u;
-    const float *from = d + static_cast<size_t>(l) * s.a.n;
-    float gain = 0;
-    bool able = false;
-    uint32_t link = 255;
-    if (real) {
-      gain = __fsub_rn(from[t], from[s.a.n + t]);
-      able = v_bits[t] == width_of(static_cast<int>(l));
-#pragma unroll 8
-      for (uint32_t o = 0; o < FILL && l < 3; ++o)
-        if (fill_token[l + 1][o] == t) link = o;
-    }
-    h->gain[l][j] = gain, h->link[l][j] = static_cast<uint8_t>(link);
-    const uint32_t word = __ballot_sync(FULL, able);
-    if (threadIdx.x % 32 == 0) h->able[l][j / 32] = word;
+  float x[5];
+  uint32_t slope[4];
+  for (int j = 0; j < 5; ++j) x[j] = d[static_cast<size_t>(j) * s.a.n + t];
+  slopes_of(x, c, s.a.pin ? s.a.pin[static_cast<size_t>(s.first + i) * s.a.n + t] : 0, slope);
+  const uint32_t y = l == 0 ? slope[0] : l == 1 ? slope[1] : l == 2 ? slope[2] : slope[3];
+  return static_cast<u64>(y) << 32 | static_cast<uint32_t>(~t);
+}
+
+/* rdkv__offer for one head, by one block; leaves its lists in order. */
+__device__ __noinline__ void offer(const solver &s, uint32_t i, const cut &at, const windows &w) {
+  __shared__ uint32_t offer_listed[1];
+  solve_head *h = s.head(i);
+  uint32_t m[4], from[4], shift[4], longest = 0;
+  u64 *list[4];
+  for (uint32_t l = 0; l < 4; ++l) {
+    m[l] = h->n_list[l], longest = most(longest, m[l]);
+    list[l] = s.list(i) + l * static_cast<size_t>(s.a.capacity);
+    const uint32_t span = (w.to[l] == ~0u ? 0x7f800000u : w.to[l]) - w.from[l];
+    from[l] = w.from[l], shift[l] = span < BUCKETS ? 0 : 32 - __clz(span / BUCKETS);
   }
+  const bool lists = longest <= s.a.capacity;
+  u64 *here = reinterpret_cast<u64 *>(solve_shared);
+  if (lists && longest <= SORT) {
+    sort_short<4>(here, list, m, from, shift);
+    for (uint32_t l = 0; l < 4; ++l)
+      for (uint32_t j = threadIdx.x; j < m[l]; j += SOLVE) list[l][j] = here[l * SORT + j];
+  } else {
+#pragma unroll 1
+    for (uint32_t l = 0; l < 4 && lists; ++l) {
+      if (m[l] > 4 * SORT) {
+        sort_long(list[l], m[l]);
+        continue;
+      }
+      sort_short<1>(here, list + l, m + l, from + l, shift + l);
+      for (uint32_t j = threadIdx.x; j < m[l]; j += SOLVE) list[l][j] = here[j];
+    }
+  }
+  __syncthreads();
+  for (uint32_t l = 0; l < 4; ++l) {
+    const uint32_t *bins = s.bins(i) + l * FINE;
+    uint32_t have = at.bin < FINE ? bins[at.bin] : 0, n_offers = 0, n_above = h->n_sure[l];
+    const uint32_t tiles = tiles_at(s, have, h->pinned[l + 1]);
+    if (at.bin > 0 && at.bin < FINE && s.round_up == 0) {
+      const uint32_t end = least(last_offer(s, bins, at.bin, tiles), tiles_at(s, bins[0], 0));
+      n_offers = end > tiles ? end - tiles : 0;
+    }
+    if (!lists && n_offers > 0) { /* all the tokens in question, in the room of four lists */
+      const v_costs c = costs_of(h->k_tile, s.a.v_dim, s.a.positions);
+      const u64 top = static_cast<u64>(fine_edge(at.base, at.bin)) << 32;
+      list[l] = s.list(i), n_above = have;
+      __syncthreads();
+      if (threadIdx.x == 0) offer_listed[0] = 0;
+      __syncthreads();
+      for (uint32_t t = threadIdx.x; t < s.a.n; t += SOLVE) {
+        const u64 key = key_of(s, i, c, t, l);
+        if (key < top && key >> 32 >= w.from[l]) list[l][atomicAdd(&offer_listed[0], 1u)] = key;
+      }
+      __syncthreads();
+      sort_long(list[l], offer_listed[0]);
+    }
+    for (uint32_t j = threadIdx.x; j < n_offers; j += SOLVE)
+      s.offers(i, l)[j] = list[l][least((tiles + 1 + j) * TILE, s.a.n) - 1 - n_above];
+    if (threadIdx.x == 0)
+      h->tiles[l] = tiles, h->n_offers[l] = n_offers, h->taken[l] = 0, h->sure_from[l] = w.to[l];
+  }
+  if (threadIdx.x == 0) h->no_lists = !lists;
   __syncthreads();
 }
 
-/* Takes the reach_at() best of the tokens listed that are at the level below, level after level,
-   and notes the next FILL tokens, best first. By one block. Where the windows were too small it
-   counts a failure. */
-__device__ __noinline__ void resolve(const solver &s, uint32_t i, const cut &at, int alone) {
-  __shared__ u64 resolve_scratch[33];
-  __shared__ uint32_t resolve_last[1];
-  solve_head *h = s.head(i);
-  uint8_t *v_bits = s.v_bits(i);
-  const int first = alone < 0 ? 0 : alone, end = alone < 0 ? 4 : alone + 1, n_lists = end - first;
-  uint32_t reach[4], m[4] = {0, 0, 0, 0}, n_sure[4];
-  u64 *list[4];
-  windows w;
-  bool failed = false;
-  const uint32_t floor = most(__float_as_uint(at.threshold / 2), 1);
-  uint32_t pinned[4];
-  for (int l = 0; l < 4; ++l) pinned[l] = h->pinned[l + 1];
-  reach_at(s, i, at.bin, reach);
-  if (alone < 0) find_windows(s, i, at, &w);
-  for (int l = 0; l < 4; ++l) n_sure[l] = h->n_sure[l]; /* all 0 with one alone */
-  for (int l = 0; l < n_lists; ++l) {
-    m[l] = h->n_list[first + l];
-    list[l] = s.list(i) + static_cast<size_t>(l) * s.a.capacity;
-    if (alone < 0 && m[l] > s.a.capacity) failed = true;
+/* The greatest key of a warp, of equal ones that with the least number. */
+__device__ __forceinline__ void best_of_warp(u64 *key, uint32_t *who) {
+  const uint32_t high = static_cast<uint32_t>(*key >> 32), low = static_cast<uint32_t>(*key);
+  const uint32_t top = __reduce_max_sync(FULL, high);
+  const uint32_t rest = __reduce_max_sync(FULL, high == top ? low : 0);
+  *who = __reduce_min_sync(FULL, high == top && low == rest ? *who : ~0u);
+  *key = static_cast<u64>(top) << 32 | rest;
+}
+
+/* rdkv__spend, by one block: of the tiles above the lower edge of the bin below the threshold's
+   those are taken that come before the first that does not fit, down to a 512th of the bin; the
+   rest one by one. */
+__device__ __noinline__ void spend(const solver &s, const cut &at, u64 budget) {
+  enum { LANES = 8 }; /* that look at the offers of a level */
+  __shared__ u64 spend_scratch[33], spend_bytes[FINE], spend_key[SOLVE / 32], spend_before[1];
+  __shared__ uint32_t spend_who[SOLVE / 32];
+  __shared__ int spend_found[1];
+  const uint32_t tid = threadIdx.x, lane = tid & 31, pairs = 4 * s.n_heads;
+  const uint32_t bottom = fine_edge(at.base, at.bin - 1);
+  u64 left = budget - s.hist()[at.bin], all; /* as add_up() left it */
+  spend_bytes[tid] = 0;
+  if (tid == 0) spend_found[0] = -1;
+  __syncthreads();
+  for (uint32_t q = tid / LANES; q < pairs; q += SOLVE / LANES) {
+    const solve_head *h = s.head(q / 4);
+    const u64 *offers = s.offers(q / 4, q % 4), cost = tile_cost(s, h, q % 4);
+    for (uint32_t j = tid % LANES; j < h->n_offers[q % 4]; j += LANES) {
+      const uint32_t slope = static_cast<uint32_t>(offers[j] >> 32);
+      if (slope >= bottom) atomicAdd(&spend_bytes[(slope - bottom) >> 6], cost);
+    }
   }
   __syncthreads();
-  if (threadIdx.x < 4) h->n_list[threadIdx.x] = h->n_sure[threadIdx.x] = 0;
-  if (!failed && most(most(m[0], m[1]), most(m[2], m[3])) <= SORT) {
-    u64 *here = reinterpret_cast<u64 *>(solve_shared);
-    uint32_t from[4], shift[4];
-    for (int l = 0; l < 4; ++l) {
-      const int level = least(first + l, 3);
-      from[l] = alone < 0 ? w.from[level] : floor;
-      const uint32_t span = (alone < 0 && w.to[level] != ~0u ? w.to[level] : 0x7f800000u) - from[l];
-      shift[l] = span < BUCKETS ? 0 : 32 - __clz(span / BUCKETS);
-    }
-    sort_short(here, list, m, from, shift);
-    for (int l = 0; l < n_lists; ++l) list[l] = here + l * SORT;
-  } else { /* in place */
-    for (int l = 0; l < n_lists && !failed; ++l)
-      sort_lists<1>(list[l], 0, make_uint4(m[l], 0, 0, 0));
+  const uint32_t bin = FINE - 1 - tid;
+  const u64 here = spend_bytes[bin], before = block_scan(here, spend_scratch, &all);
+  if (before + here > left) atomicMax(&spend_found[0], static_cast<int>(bin));
+  __syncthreads();
+  const int found = spend_found[0]; /* the highest bin that is too much */
+  if (static_cast<int>(bin) == found) spend_before[0] = before;
+  const uint32_t edge = bottom + (static_cast<uint32_t>(found + 1) << 6);
+  __syncthreads();
+  left -= found < 0 ? all : spend_before[0];
+  for (uint32_t q0 = 0; q0 < pairs; q0 += SOLVE / LANES) {
+    const uint32_t q = q0 + tid / LANES;
+    solve_head *h = s.head(least(q, pairs - 1) / 4);
+    const u64 *offers = s.offers(least(q, pairs - 1) / 4, q % 4);
+    uint32_t taken = 0;
+    for (uint32_t j = tid % LANES; q < pairs && j < h->n_offers[q % 4]; j += LANES)
+      taken += offers[j] >> 32 >= edge;
+    for (int d = LANES / 2; d; d >>= 1) taken += __shfl_xor_sync(FULL, taken, d);
+    if (q < pairs && tid % LANES == 0) h->taken[q % 4] = taken, h->tiles[q % 4] += taken;
   }
-  for (int l = first; l < end && !failed; ++l) {
-    const u64 *keys = list[l - first];
-    const uint32_t n = m[l - first], each = (n + SOLVE - 1) / SOLVE;
-    const uint32_t j0 = least(threadIdx.x * each, n), j1 = least(j0 + each, n);
-    const uint8_t here = static_cast<uint8_t>(width_of(l)),
-                  next = static_cast<uint8_t>(width_of(l + 1));
-    const uint32_t to = alone < 0 ? w.to[l] : ~0u;
-    const bool cut_off = alone < 0 && w.cut_off[l];
-    u64 mine = 0, all;
-    u64 is_able = 0; /* a bit each of the first 64 */
-#pragma unroll 4
-    for (uint32_t j = j0; j < j1; ++j) {
-      const bool able = v_bits[~static_cast<uint32_t>(keys[j])] == here;
-      if (j - j0 < 64) is_able |= static_cast<u64>(able) << (j - j0);
-      mine += able;
+  __syncthreads();
+  for (;;) {
+    u64 best = 0;
+    uint32_t who = ~0u;
+    for (uint32_t q = tid; q < pairs; q += SOLVE) {
+      const uint32_t l = q % 4;
+      const solve_head *h = s.head(q / 4);
+      const uint32_t next = h->taken[l];
+      if (next >= h->n_offers[l] || tile_cost(s, h, l) > left ||
+          (l > 0 && h->tiles[l] >= h->tiles[l > 0 ? l - 1 : 0]))
+        continue;
+      const u64 key = s.offers(q / 4, l)[next];
+      if (key > best) best = key, who = q;
     }
-    uint32_t before = static_cast<uint32_t>(block_scan(mine, resolve_scratch, &all));
-    const uint32_t able = static_cast<uint32_t>(all);
-    const uint32_t sure = n_sure[l];
-    const uint32_t enough = most(whole_tiles(able + sure, s.a.n), pinned[l]);
-    const uint32_t want = least(reach[l], enough);
-    failed = want < sure || (cut_off && able + sure < reach[l]);
-    const uint32_t need = failed ? 0 : want - sure;
-    if (threadIdx.x == 0) resolve_last[0] = ~0u;
+    best_of_warp(&best, &who);
+    if (lane == 0) spend_key[tid / 32] = best, spend_who[tid / 32] = who;
+    __syncthreads();
+    best = spend_key[lane % (SOLVE / 32)], who = spend_who[lane % (SOLVE / 32)];
+    best_of_warp(&best, &who);
+    if (best == 0) break;
+    solve_head *h = s.head(who / 4);
+    left -= tile_cost(s, h, who % 4);
+    __syncthreads();
+    if (tid == 0) ++h->taken[who % 4], ++h->tiles[who % 4];
+    __syncthreads();
+  }
+}
+
+/* Gives every token the level that is sure, and lists the tokens of the windows; then a head's last
+   block makes its offers, and the last one of all spends the budget. */
+__device__ __noinline__ void collect(solver &s, const cut &at, u64 budget) {
+  windows w;
+  uint8_t *v_bits = nullptr;
+  u64 *list = nullptr;
+  uint32_t *n_list = nullptr;
+  u64 taken = 0; /* 16 bits a level: a thread has at most 2^20 / SOLVE tokens of a unit */
+  each_token(
+      s,
+      [&](uint32_t i) {
+        v_bits = s.v_bits(i), list = s.list(i), n_list = s.head(i)->n_list;
+        find_windows(s, i, at, &w);
+        taken = 0;
+      },
+      [&](uint32_t t, const uint32_t *slope) {
+        bool sure = true;
+        int level = 0;
+#pragma unroll
+        for (uint32_t l = 0; l < 4; ++l) {
+          sure = sure && slope[l] >= w.to[l];
+          level += sure;
+          taken += static_cast<u64>(sure) << (16 * l);
+          if (!sure && slope[l] >= w.from[l]) {
+            const uint32_t to = atomicAdd(&n_list[l], 1u);
+            if (to < s.a.capacity)
+              list[l * static_cast<size_t>(s.a.capacity) + to] =
+                  static_cast<u64>(slope[l]) << 32 | static_cast<uint32_t>(~t);
+          }
+        }
+        v_bits[t] = static_cast<uint8_t>(width_of(level));
+      },
+      [&](uint32_t i, const v_costs &) {
+#pragma unroll
+        for (uint32_t l = 0; l < 4; ++l) {
+          const uint32_t n =
+              __reduce_add_sync(FULL, static_cast<uint32_t>(taken >> (16 * l) & 0xffff));
+          if (threadIdx.x % 32 == 0 && n) atomicAdd(&s.head(i)->n_sure[l], n);
+        }
+        if (!last_block(&s.head(i)->done, s.slices)) return;
+        offer(s, i, at, w);
+        if (threadIdx.x == 0) s.head(i)->done = 0;
+        if (!last_block(&s.a.state->offered, s.n_heads)) return;
+        if (at.bin > 0 && at.bin < FINE && s.round_up == 0) spend(s, at, budget);
+        if (threadIdx.x == 0) s.a.state->offered = 0;
+      });
+  s.sync();
+}
+
+/* Level after level the best tokens of those at the level below rise, as many as the tiles hold:
+   by looking at all of them. By one block. */
+__device__ __noinline__ void raise_all(const solver &s, uint32_t i) {
+  __shared__ uint32_t raise_digits[256], raise_found[2];
+  __shared__ u64 raise_scratch[33];
+  const solve_head *h = s.head(i);
+  const v_costs c = costs_of(h->k_tile, s.a.v_dim, s.a.positions);
+  uint8_t *v_bits = s.v_bits(i);
+  uint32_t at_level = s.a.n;
+  __syncthreads();
+  for (uint32_t t = threadIdx.x; t < s.a.n; t += SOLVE) v_bits[t] = 0;
+  for (uint32_t l = 0; l < 4; ++l) {
+    const uint32_t want = reach_of(s, h, l);
+    const uint8_t here = static_cast<uint8_t>(width_of(static_cast<int>(l)));
+    uint32_t k = want;
+    u64 limit = 0; /* the least key that rises, digit by digit */
+    for (int shift = 56; want < at_level && shift >= 0; shift -= 8) {
+      __syncthreads();
+      if (threadIdx.x < 256) raise_digits[threadIdx.x] = 0;
+      __syncthreads();
+      for (uint32_t t = threadIdx.x; t < s.a.n && want > 0; t += SOLVE) {
+        if (v_bits[t] != here) continue;
+        const u64 key = key_of(s, i, c, t, l);
+        if (shift == 56 || key >> (shift + 8) == limit >> (shift + 8))
+          atomicAdd(&raise_digits[key >> shift & 255], 1u);
+      }
+      __syncthreads();
+      const uint32_t digit = 255 - threadIdx.x,
+                     n = threadIdx.x < 256 ? raise_digits[digit & 255] : 0;
+      u64 all;
+      const u64 above = block_scan(n, raise_scratch, &all);
+      if (above < k && above + n >= k)
+        raise_found[0] = digit, raise_found[1] = static_cast<uint32_t>(above);
+      __syncthreads();
+      if (want > 0) limit |= static_cast<u64>(raise_found[0]) << shift, k -= raise_found[1];
+    }
+    for (uint32_t t = threadIdx.x; t < s.a.n && want > 0; t += SOLVE)
+      if (v_bits[t] == here && key_of(s, i, c, t, l) >= limit)
+        v_bits[t] = static_cast<uint8_t>(width_of(static_cast<int>(l) + 1));
+    at_level = want;
+  }
+}
+
+/* The same by the lists in order; false where they did not suffice. */
+__device__ __noinline__ bool raise_listed(const solver &s, uint32_t i) {
+  __shared__ u64 listed_scratch[33];
+  __shared__ uint32_t listed_last[1];
+  const solve_head *h = s.head(i);
+  uint8_t *v_bits = s.v_bits(i);
+  for (uint32_t l = 0; l < 4; ++l) {
+    const u64 *keys = s.list(i) + l * static_cast<size_t>(s.a.capacity);
+    const uint32_t n = h->n_list[l], each = (n + SOLVE - 1) / SOLVE;
+    const uint32_t j0 = least(threadIdx.x * each, n), j1 = least(j0 + each, n);
+    const uint8_t here = static_cast<uint8_t>(width_of(static_cast<int>(l))),
+                  next = static_cast<uint8_t>(width_of(static_cast<int>(l) + 1));
+    const uint32_t want = reach_of(s, h, l), sure = h->n_sure[l];
+    u64 mine = 0, all;
+#pragma unroll 4
+    for (uint32_t j = j0; j < j1; ++j) mine += v_bits[~static_cast<uint32_t>(keys[j])] == here;
+    uint32_t before = static_cast<uint32_t>(block_scan(mine, listed_scratch, &all));
+    if (want < sure || all + sure < want) return false;
+    const uint32_t need = want - sure;
+    if (threadIdx.x == 0) listed_last[0] = 0;
     __syncthreads();
     for (uint32_t j = j0; j < j1 && before < need; ++j) {
       const uint32_t t = ~static_cast<uint32_t>(keys[j]);
-      if (j - j0 < 64 ? !(is_able >> (j - j0) & 1) : v_bits[t] != here) continue;
+      if (v_bits[t] != here) continue;
       v_bits[t] = next;
-      if (++before == need) resolve_last[0] = j;
+      if (++before == need) listed_last[0] = j;
     }
     __syncthreads();
-    const uint32_t last = resolve_last[0], p = need ? last + 1 : 0;
-    /* the next tokens must lie below those that are sure */
-    failed =
-        failed || (sure > 0 && (need == 0 || keys[last] >> 32 >= to)) || (cut_off && n - p < FILL);
-    for (uint32_t j = threadIdx.x; j < FILL && p + j < n; j += SOLVE)
-      h->fill[l][j] = ~static_cast<uint32_t>(keys[p + j]);
-    if (threadIdx.x == 0) h->n_fill[l] = least(n - p, FILL), h->at_least[l] = want;
+    /* all that are listed must lie below those that are sure */
+    if (sure > 0 && (need == 0 || keys[listed_last[0]] >> 32 >= h->sure_from[l])) return false;
     __syncthreads();
   }
-  if (failed) {
-    if (threadIdx.x == 0) atomicAdd(&s.a.state->failures, 1u);
-    return;
-  }
-  if (end < 4) return;
-  if (threadIdx.x == 0) {
-    h->count[0] = s.a.n - h->at_least[0];
-    for (int l = 1; l < 4; ++l) h->count[l] = h->at_least[l - 1] - h->at_least[l];
-    h->count[4] = h->at_least[3];
-  }
-  prepare_fill(s, i);
+  return true;
 }
 
-/* rdkv__assign for every head. */
-__device__ __noinline__ void assign(solver &s, const cut &at) {
-  for (int alone = -1; alone < 4; ++alone) {
-    collect(s, at, alone);
-    for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x) resolve(s, i, at, alone);
-    s.sync();
-    const uint32_t failures = *static_cast<volatile uint32_t *>(&s.a.state->failures);
-    if (alone < 0 && failures == s.failures) return;
-    s.failures = failures;
+/* rdkv__assign for one head, by one block. */
+__device__ __noinline__ void assign(const solver &s, uint32_t i) {
+  solve_head *h = s.head(i);
+  if (h->no_lists || !raise_listed(s, i)) raise_all(s, i);
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  uint32_t last = s.a.n;
+  for (uint32_t l = 0; l < 4; ++l) {
+    const uint32_t reach = reach_of(s, h, l);
+    h->count[l] = last - reach, last = reach;
+    h->n_list[l] = h->n_sure[l] = 0;
   }
+  h->count[4] = last;
 }
 
 __device__ __noinline__ uint64_t bytes_now(const solver &s) {
@@ -6394,383 +6483,6 @@ __device__ __noinline__ uint64_t bytes_now(const solver &s) {
   }
   block_scan(bytes, now_scratch, &all);
   return all;
-}
-
-/* ---- the greedy steps: a warp works out a head's next steps as if it were alone; then the heads'
-   are put in order, and carried out as far as the bytes last. */
-
-/* A head between steps, in a warp and its shared memory. */
-struct __align__(16) stepper {
-  float gain[4][FILL];   /* of the head */
-  uint8_t link[4][FILL]; /* likewise */
-  uint8_t line[4][FILL]; /* tokens of fill[l] at level l, in order */
-  float terms[4][36];    /* gains of a tile's tokens, in order */
-  uint32_t able[4][FILL / 32];
-  uint32_t in_line[4], next[4]; /* tokens in a line, and how many have risen */
-  uint32_t units[9];            /* tokens at each level, then channels */
-};
-
-/* Lines up the tokens of fill[l] that can rise. */
-__device__ __forceinline__ void line_up(stepper *st, uint32_t l) {
-  const uint32_t lane = threadIdx.x & 31;
-  uint32_t n = 0;
-#pragma unroll 1
-  for (uint32_t j = 0; j < FILL / 32; ++j) {
-    const uint32_t word = st->able[l][j];
-    if (word >> lane & 1)
-      st->line[l][n + static_cast<uint32_t>(__popc(word & ((1u << lane) - 1)))] =
-          static_cast<uint8_t>(32 * j + lane);
-    n += static_cast<uint32_t>(__popc(word));
-  }
-  __syncwarp();
-  if (lane == 0) st->in_line[l] = n, st->next[l] = 0;
-  __syncwarp();
-}
-
-/* Tokens that fill up a tile of level l + 1, or as many as there are. */
-__device__ __forceinline__ uint32_t tokens_of(const stepper *st, uint32_t l) {
-  return least(TILE - st->units[l + 1] % TILE, st->in_line[l] - st->next[l]);
-}
-/* Channels that fill up a block of level l + 1. */
-__device__ __forceinline__ uint32_t channels_of(const stepper *st, uint32_t l) {
-  return least(16 - st->units[6 + l] % 16, st->units[5 + l]);
-}
-
-/* The next tokens of fill[l] rise, in v_bits too if it is given. */
-__device__ __noinline__ void raise_tokens(const solve_head *h, stepper *st, uint32_t l,
-                                          uint8_t *v_bits) {
-  const uint32_t lane = threadIdx.x & 31, got = tokens_of(st, l);
-  const uint32_t at = lane < got ? st->line[l][st->next[l] + lane] : 0;
-  const uint32_t link = lane < got ? st->link[l][at] : 255;
-  const bool linked = __any_sync(FULL, link != 255);
-  if (lane < got) {
-    atomicAnd(&st->able[l][at / 32], ~(1u << (at % 32)));
-    if (link != 255) atomicOr(&st->able[l + 1][link / 32], 1u << (link % 32));
-    if (v_bits) v_bits[h->fill[l][at]] = static_cast<uint8_t>(width_of(static_cast<int>(l) + 1));
-  }
-  __syncwarp();
-  if (lane == 0) st->next[l] += got, st->units[l] -= got, st->units[l + 1] += got;
-  __syncwarp();
-  if (linked) line_up(st, l + 1);
-}
-
-/* The best `got` channels at level l, a bit each; what they gain is added up in order. */
-__device__ __noinline__ uint32_t best_channels(const solver &s, uint32_t i, uint32_t k_level,
-                                               uint32_t l, uint32_t got, float *gain) {
-  const uint32_t lane = threadIdx.x & 31, kd = static_cast<uint32_t>(s.a.k_dim);
-  const float *from = s.k_distortion(i) + l * kd, *to = from + kd;
-  uint32_t key[MAX_DIM / 32], taken = 0; /* order of the floats; 0: not at the level */
-#pragma unroll
-  for (uint32_t j = 0; j < MAX_DIM / 32; ++j) {
-    const uint32_t c = lane + 32 * j;
-    key[j] = c < kd && (k_level >> (4 * j) & 15) == l
-                 ? static_cast<uint32_t>(ordered(__fsub_rn(from[c], to[c]))) ^ 0x80000000u
-                 : 0;
-  }
-  *gain = 0;
-  for (uint32_t g = 0; g < got; ++g) {
-    uint32_t best = 0, channel = ~0u;
-#pragma unroll
-    for (uint32_t j = 0; j < MAX_DIM / 32; ++j)
-      if (key[j] > best) best = key[j], channel = lane + 32 * j;
-    const uint32_t top = __reduce_max_sync(FULL, best);
-    channel = __reduce_min_sync(FULL, best == top ? channel : ~0u);
-    *gain = __fadd_rn(*gain, unordered(static_cast<int>(top ^ 0x80000000u)));
-#pragma unroll
-    for (uint32_t j = 0; j < MAX_DIM / 32; ++j)
-      if (channel == lane + 32 * j) key[j] = 0, taken |= 1u << j;
-  }
-  return taken;
-}
-
-/* The widths of a head's channels, 4 bits of a level each, lane + 32 j. */
-__device__ __forceinline__ uint32_t levels_of(const solver &s, uint32_t i) {
-  const uint32_t lane = threadIdx.x & 31;
-  const uint8_t *k_bits = s.k_bits(i);
-  const int kd = s.a.k_dim;
-  uint32_t levels = 0;
-#pragma unroll
-  for (uint32_t j = 0; j < MAX_DIM / 32; ++j) {
-    const int c = static_cast<int>(lane + 32 * j);
-    const int level = c < kd ? level_of(k_bits[c]) : 15;
-    levels |= static_cast<uint32_t>(level) << (4 * j);
-  }
-  return levels;
-}
-
-/* Channels `taken` rise to level l + 1. */
-__device__ __forceinline__ void raise_channels(stepper *st, uint32_t *levels, uint32_t l,
-                                               uint32_t taken, uint32_t got) {
-#pragma unroll
-  for (uint32_t j = 0; j < MAX_DIM / 32; ++j) *levels += (taken >> j & 1) << (4 * j);
-  if (threadIdx.x % 32 == 0) st->units[5 + l] -= got, st->units[6 + l] += got;
-  __syncwarp();
-}
-
-/* Fetches a head and carries out its steps that came in time. */
-__device__ __noinline__ uint32_t carry_out(const solver &s, uint32_t i, steps_ahead *o,
-                                           stepper *st) {
-  const uint32_t lane = threadIdx.x & 31, used = o->used;
-  solve_head *h = s.head(i);
-  uint32_t levels = levels_of(s, i);
-  __syncwarp();
-#pragma unroll 1
-  for (uint32_t e = lane; e < 4 * FILL / 4; e += 32) {
-    reinterpret_cast<float4 *>(st->gain)[e] = reinterpret_cast<const float4 *>(h->gain)[e];
-    reinterpret_cast<uint32_t *>(st->link)[e] = reinterpret_cast<const uint32_t *>(h->link)[e];
-  }
-  if (lane < 4 * FILL / 32)
-    st->able[lane / (FILL / 32)][lane % (FILL / 32)] =
-        h->able[lane / (FILL / 32)][lane % (FILL / 32)];
-  if (lane < 5) st->units[lane] = h->count[lane];
-  if (lane >= 5 && lane < 9) st->units[lane] = h->channels[lane - 5];
-  __syncwarp();
-#pragma unroll 1
-  for (uint32_t l = 0; l < 4; ++l) line_up(st, l);
-  if (used == 0) return levels;
-#pragma unroll 1
-  for (uint32_t n = 0; n < used; ++n) {
-    const uint32_t step = o->step[n];
-    if (step < 4) {
-      raise_tokens(h, st, step, s.v_bits(i));
-    } else {
-      const uint32_t l = step - 4, got = channels_of(st, l);
-      float gain;
-      const uint32_t taken = best_channels(s, i, levels, l, got, &gain);
-      raise_channels(st, &levels, l, taken, got);
-      for (uint32_t j = 0; j < MAX_DIM / 32; ++j)
-        if (taken >> j & 1)
-          s.k_bits(i)[lane + 32 * j] = static_cast<uint8_t>(width_of(static_cast<int>(l) + 1));
-    }
-  }
-  if (lane < 4 * FILL / 32)
-    h->able[lane / (FILL / 32)][lane % (FILL / 32)] =
-        st->able[lane / (FILL / 32)][lane % (FILL / 32)];
-  if (lane < 5) h->count[lane] = st->units[lane];
-  if (lane >= 5 && lane < 9) h->channels[lane - 5] = st->units[lane];
-  if (lane == 0) o->used = 0;
-  __syncwarp();
-  return levels;
-}
-
-/* Bytes that step `lane` of a head would take more, from what head_bytes() counts: tiles of the two
-   levels of V, or blocks of two levels of K in every tile and in the table. */
-__device__ __forceinline__ u64 step_cost(const stepper *st, int v_dim, int positions,
-                                         uint32_t got) {
-  const uint32_t step = threadIdx.x & 31, *u = st->units;
-  const uint32_t block = static_cast<uint32_t>(pad16(v_dim)) / 16 * 64;
-  uint32_t k_tile = 0, k_blocks = 0, n_tiles = 0;
-#pragma unroll
-  for (uint32_t l = 1; l < 4; ++l) {
-    k_blocks += (u[5 + l] + 15) / 16;
-    k_tile += (u[5 + l] + 15) / 16 * (64u << l);
-  }
-#pragma unroll
-  for (uint32_t l = 1; l < 5; ++l) n_tiles += (u[l] + TILE - 1) / TILE;
-  int64_t cost = 0;
-  if (step < 4) {
-    const int l = static_cast<int>(step);
-    const int fewer = l == 0 ? 0
-                             : static_cast<int>((u[l] - got + TILE - 1) / TILE) -
-                                   static_cast<int>((u[l] + TILE - 1) / TILE);
-    const int more = static_cast<int>((u[l + 1] + got + TILE - 1) / TILE) -
-                     static_cast<int>((u[l + 1] + TILE - 1) / TILE);
-    cost = static_cast<int64_t>(fewer + more) * (k_tile + 128 + (positions ? 4 * TILE : 0)) +
-           static_cast<int64_t>(fewer) * (block << l) +
-           static_cast<int64_t>(more) * (block << (l + 1));
-  } else if (step < 7) {
-    const int l = static_cast<int>(step) - 4;
-    const int fewer = l == 0 ? 0
-                             : static_cast<int>((u[5 + l] - got + 15) / 16) -
-                                   static_cast<int>((u[5 + l] + 15) / 16);
-    const int more =
-        static_cast<int>((u[6 + l] + got + 15) / 16) - static_cast<int>((u[6 + l] + 15) / 16);
-    const uint32_t dropped = u[5] - (l == 0 ? got : 0);
-    const int64_t table =
-        static_cast<int64_t>(round_up(
-            80 * static_cast<uint32_t>(static_cast<int>(k_blocks) + fewer + more) + 3 * dropped,
-            128)) -
-        static_cast<int64_t>(round_up(80 * k_blocks + 3 * u[5], 128));
-    cost = table + static_cast<int64_t>(n_tiles) * (fewer * (64 << l) + more * (128 << l));
-  }
-  return cost > 0 ? static_cast<u64>(cost) : 0;
-}
-
-/* The next steps of a head with `left` bytes if no other head spends any, best gain for a byte
-   first. A step that is within what is left in the end too is the same then: it was the best of
-   more. */
-__device__ __noinline__ void look_ahead(const solver &s, uint32_t i, u64 left, uint32_t depth,
-                                        steps_ahead *o, stepper *st) {
-  const uint32_t lane = threadIdx.x & 31;
-  const int v_dim = s.a.v_dim, positions = s.a.positions;
-  const solve_head *h = s.head(i);
-  uint32_t levels = carry_out(s, i, o, st);
-  uint32_t dirty = 15, known = 0, n = 0; /* levels and steps of K whose gain is to be found, is */
-  uint32_t taken[3] = {0, 0, 0};
-  float gain = 0; /* of step `lane`, as got and cost */
-#pragma unroll 1
-  for (; n < depth; ++n) {
-#pragma unroll 1
-    for (uint32_t l = 0; l < 4; ++l)
-      if (dirty >> l & 1)
-        st->terms[l][lane] =
-            lane < tokens_of(st, l) ? st->gain[l][st->line[l][st->next[l] + lane]] : 0;
-    __syncwarp();
-    const uint32_t got = lane < 4 ? tokens_of(st, lane) : lane < 7 ? channels_of(st, lane - 4) : 0;
-    if (dirty >> lane & 1) {
-      gain = 0;
-#pragma unroll
-      for (int j = 0; j < TILE; j += 4) {
-        const float4 x = *reinterpret_cast<const float4 *>(&st->terms[lane][j]);
-        gain = __fadd_rn(__fadd_rn(__fadd_rn(__fadd_rn(gain, x.x), x.y), x.z), x.w);
-      }
-    }
-    dirty = 0;
-    const u64 cost = step_cost(st, v_dim, positions, got);
-    const bool able = got > 0 && cost <= left;
-    const uint32_t look = __ballot_sync(FULL, able) >> 4 & ~known;
-#pragma unroll
-    for (uint32_t l = 0; l < 3; ++l) { /* channels are looked at where they could be paid */
-      if (!(look >> l & 1)) continue;
-      float sum;
-      taken[l] =
-          best_channels(s, i, levels, l, __shfl_sync(FULL, got, static_cast<int>(4 + l)), &sum);
-      if (lane == 4 + l) gain = sum;
-    }
-    known |= look & 7;
-    uint32_t slope = 0;
-    if (able && gain > 0 && (lane < 4 || (known >> (lane - 4) & 1)))
-      slope =
-          __float_as_uint(cost ? __fdiv_rn(gain, __ull2float_rn(cost)) : __uint_as_float(PINNED));
-    const uint32_t best = __reduce_max_sync(FULL, slope);
-    if (best == 0) break;
-    const int step = __ffs(static_cast<int>(__ballot_sync(FULL, slope == best))) - 1;
-    const u64 price = __shfl_sync(FULL, cost, step);
-    if (lane == 0) o->slope[n] = best, o->step[n] = static_cast<uint32_t>(step), o->cost[n] = price;
-    left -= price;
-    if (step < 4) {
-      raise_tokens(h, st, static_cast<uint32_t>(step), nullptr);
-      dirty = (7u << step >> 1) & 15;
-    } else {
-      const uint32_t l = static_cast<uint32_t>(step) - 4;
-      raise_channels(st, &levels, l,
-                     l == 0   ? taken[0]
-                     : l == 1 ? taken[1]
-                              : taken[2],
-                     __shfl_sync(FULL, got, step));
-      known = 0;
-    }
-  }
-  if (lane == 0) o->n = n, o->depth = depth, o->stale = 0;
-  __syncwarp();
-}
-
-/* Spends what is left, best gain for a byte first, until nothing fits: the first block does. */
-__device__ __noinline__ void spend(solver &s, u64 left) {
-  enum { WARPS = 11 }; /* that have a stepper; keys lie behind these */
-  __shared__ u64 spend_scratch[33];
-  __shared__ uint32_t spend_end[2]; /* where the steps in order end, and whether any is stale */
-  __shared__ u64 spend_left[1];
-  __shared__ steps_ahead spend_ahead[FEW];
-  static_assert(WARPS * sizeof(stepper) + FEW * AHEAD * sizeof(u64) <= SOLVE_WORDS * 4, "room");
-  const uint32_t warp = threadIdx.x >> 5, n_heads = s.n_heads, n = n_heads * AHEAD;
-  steps_ahead *all = n_heads <= FEW ? spend_ahead : s.a.ahead;
-  stepper *st = reinterpret_cast<stepper *>(solve_shared) + warp;
-  u64 *keys = n_heads <= FEW
-                  ? reinterpret_cast<u64 *>(reinterpret_cast<stepper *>(solve_shared) + WARPS)
-                  : s.a.list;
-  const uint32_t tile =
-      (static_cast<uint32_t>(pad16(s.a.k_dim)) + static_cast<uint32_t>(pad16(s.a.v_dim))) * 8;
-  __syncthreads();
-  /* with nothing to share out there are steps that cost nothing: each head by itself */
-  for (uint32_t i = blockIdx.x * WARPS + warp; i < n_heads && left == 0 && warp < WARPS;
-       i += gridDim.x * WARPS) {
-    steps_ahead *o = s.a.ahead + i;
-    if ((threadIdx.x & 31) == 0) o->n = o->used = 0;
-    __syncwarp();
-    do {
-      look_ahead(s, i, 0, AHEAD, o, st);
-      if ((threadIdx.x & 31) == 0) o->used = o->n;
-      __syncwarp();
-    } while (o->n == AHEAD);
-    if (o->used) carry_out(s, i, o, st);
-  }
-  if (left == 0) {
-    s.sync();
-    return;
-  }
-  for (uint32_t i = threadIdx.x; i < n_heads && blockIdx.x == 0; i += SOLVE)
-    all[i].n = all[i].used = 0, all[i].stale = 1;
-  __syncthreads();
-  while (blockIdx.x == 0) {
-    /* about as many steps as a head will come to take */
-    const u64 share = left / n_heads / tile + 2;
-    const uint32_t depth =
-        share < AHEAD ? static_cast<uint32_t>(share) : static_cast<uint32_t>(AHEAD);
-    for (uint32_t i = warp; i < n_heads && warp < WARPS; i += WARPS)
-      if (all[i].stale) look_ahead(s, i, left, depth, &all[i], st);
-    __syncthreads();
-    /* all steps by the least slope on the way to them, then head and place: the order in which
-       they would be chosen one by one */
-    for (uint32_t e = threadIdx.x; e < n; e += SOLVE) {
-      const steps_ahead &o = all[e / AHEAD];
-      uint32_t least_slope = ~0u;
-#pragma unroll
-      for (uint32_t j = 0; j < AHEAD; ++j)
-        if (j >= o.used && j <= e % AHEAD) least_slope = least(least_slope, o.slope[j]);
-      const bool open = e % AHEAD >= o.used && e % AHEAD < o.n;
-      keys[e] = open ? static_cast<u64>(least_slope) << 32 | static_cast<uint32_t>(~e) : 0;
-    }
-    if (threadIdx.x == 0) spend_end[0] = n, spend_end[1] = 0, spend_left[0] = left;
-    sort_lists<1>(keys, 0, make_uint4(n, 0, 0, 0));
-    const uint32_t each = (n + SOLVE - 1) / SOLVE;
-    const uint32_t q0 = least(threadIdx.x * each, n), q1 = least(q0 + each, n);
-    u64 mine = 0, total;
-    for (uint32_t q = q0; q < q1 && keys[q]; ++q) {
-      const uint32_t e = ~static_cast<uint32_t>(keys[q]);
-      mine += all[e / AHEAD].cost[e % AHEAD];
-    }
-    u64 spent = block_scan(mine, spend_scratch, &total);
-    for (uint32_t q = q0; q < q1; ++q) {
-      const uint32_t e = ~static_cast<uint32_t>(keys[q]);
-      if (keys[q] == 0) {
-        atomicMin(&spend_end[0], q);
-        break;
-      }
-      const steps_ahead &o = all[e / AHEAD];
-      spent += o.cost[e % AHEAD];
-      if (spent > left) {
-        atomicMin(&spend_end[0], q);
-        break;
-      }
-      if (e % AHEAD == o.depth - 1)
-        atomicMin(&spend_end[0], q + 1); /* what comes then is not known */
-    }
-    __syncthreads();
-    const uint32_t end = spend_end[0];
-    for (uint32_t q = q0; q < q1 && q < end; ++q) {
-      const uint32_t e = ~static_cast<uint32_t>(keys[q]);
-      atomicAdd(&all[e / AHEAD].used, 1u);
-      atomicAdd(&spend_left[0], 0 - all[e / AHEAD].cost[e % AHEAD]);
-    }
-    __syncthreads();
-    left = spend_left[0];
-    for (uint32_t i = threadIdx.x; i < n_heads; i += SOLVE) {
-      steps_ahead &o = all[i];
-      bool stale = o.used == o.depth;
-      for (uint32_t j = o.used; j < o.n; ++j) stale |= o.cost[j] > left;
-      if (stale) spend_end[1] = 1;
-      if (o.n == o.depth && 2 * o.used > o.depth)
-        stale = true; /* soon, so together with the others */
-      o.stale = stale;
-    }
-    __syncthreads();
-    if (spend_end[1] == 0) break;
-    __syncthreads();
-  }
-  for (uint32_t i = warp; i < n_heads && blockIdx.x == 0 && warp < WARPS; i += WARPS)
-    if (all[i].used) carry_out(s, i, &all[i], st);
-  s.sync();
 }
 
 /* ---- predicted distortion */
@@ -6815,6 +6527,7 @@ __device__ __noinline__ double predict_all(solver &s, bool empty) {
 __device__ __noinline__ double predict_about(solver &s, bool empty) {
   __shared__ double about_sum[SOLVE / 32];
   double *at = &s.a.state->sum[s.sums % 3], mine = 0;
+  s.sync(); /* widths are there */
   if (blockIdx.x == 0 && threadIdx.x == 0) s.a.state->sum[(s.sums + 1) % 3] = 0;
   ++s.sums;
   for (uint32_t u = blockIdx.x; u < s.n_heads * s.slices; u += gridDim.x) {
@@ -6857,69 +6570,43 @@ __device__ __noinline__ bool within_error(solver &s) {
 /* rdkv__solve. */
 __device__ __noinline__ void solve(solver &s, uint64_t budget, double *used) {
   const float max = __uint_as_float(PINNED);
-  float lowest = 0, floor = 0;
+  float lowest = 0;
   cut at = {0, 0, FINE};
   float &threshold = at.threshold;
-  uint32_t lo = 0, hi = FINE - 1;
   bool raised = false;
-  s.fresh = true;
-  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x)
-    if (threadIdx.x == 0) s.head(i)->k_tile = first_k_tile(s.a.k_dim);
-  for (int round = 0; round < 3; ++round) {
-    floor = threshold / 16;
-    spectrum(s, round ? floor : 0);
+  s.choose = FRESH;
+  for (int round = 0; round < 2; ++round) {
+    spectrum(s, round ? threshold / 16 : 0);
     if (round == 0 && refuse(s)) return;
     threshold = spectrum_edge(s, budget, round ? nullptr : &lowest);
-    const uint32_t bin = __float_as_uint(threshold) >> 20;
-    /* where K takes the bytes that were counted with another round counts the same, unless the
-       threshold has come near the floor */
-    if (!choose_all_k(s, threshold, BY_BINS, bin) &&
-        (round == 0 || __float_as_uint(floor) >> 20 < bin - 1))
-      break;
+    s.choose = BY_BINS, s.chosen = threshold, s.above = __float_as_uint(threshold) >> 20;
   }
   for (int tries = 0;; ++tries) { /* move the window until the budget lies in it */
-    at.base = threshold / 4;
+    at.base = threshold / 2;
     fine_bins(s, at.base);
-    const bool *fits = fits_at(s, budget);
-    if (!fits[hi]) {
-      if (threshold > 1e37f || tries > 64) break;
-      threshold = threshold * 4 > lowest ? threshold * 4 : lowest;
-      s.sync(); /* all blocks have read the counts of channels */
-      choose_all_k(s, threshold, BY_FINE, hi);
-      raised = true;
-    } else if (at.base > 0 && tries <= 64 && fits[0]) {
-      threshold = at.base > lowest ? at.base : 0; /* below the lowest slope: everything */
-      s.sync();
-      if (!raised) choose_all_k(s, threshold, threshold > 0 ? BY_FINE : BY_ALL, 0);
-    } else {
-      while (lo < hi) { /* the lowest bin that fits */
-        const uint32_t mid = (lo + hi) / 2;
-        if (fits[mid])
-          hi = mid;
-        else
-          lo = mid + 1;
+    s.choose = KEEP;
+    /* the lowest bin that fits */
+    const uint32_t lo = static_cast<uint32_t>(__syncthreads_count(s.hist()[threadIdx.x] > budget));
+    if (lo == FINE) {
+      if (threshold > 1e37f || tries > 64) { /* pins alone, K dropped */
+        s.choose = BY_NONE, s.chosen = max;
+        break;
       }
+      threshold = threshold * 2 > lowest ? threshold * 2 : lowest;
+      s.choose = BY_FINE, s.chosen = threshold, s.above = FINE - 1;
+      raised = true;
+    } else if (at.base > 0 && tries <= 64 && lo == 0) {
+      threshold = at.base > lowest ? at.base : 0; /* below the lowest slope: everything */
+      if (!raised) s.choose = threshold > 0 ? BY_FINE : BY_ALL, s.chosen = threshold, s.above = 0;
+    } else {
       at.bin = lo;
       break;
     }
   }
-  uint64_t sum;
-  for (;;) {
-    if (at.bin < FINE) {
-      threshold = __uint_as_float(fine_edge(at.base, at.bin));
-    } else { /* pins alone, K dropped */
-      s.sync();
-      threshold = max;
-      choose_all_k(s, max, BY_BINS, BINS);
-    }
-    assign(s, at);
-    sum = bytes_now(s);
-    if (sum <= budget || at.bin == FINE) break;
-    s.sync(); /* all blocks have read the counts */
-    at.bin = ++lo < FINE ? lo : FINE;
-  }
+  threshold = at.bin < FINE ? __uint_as_float(fine_edge(at.base, at.bin)) : max;
   *used = static_cast<double>(threshold);
-  spend(s, sum <= budget ? budget - sum : 0);
+  collect(s, at, budget);
+  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x) assign(s, i);
 }
 
 /* The least that heads can take: what is pinned, K dropped. */
@@ -6930,9 +6617,13 @@ __device__ inline uint64_t least_bytes(const solver &s, uint32_t first, uint32_t
   parts p;
   if (!s.a.pin) return n_heads * head_bytes(s.a.v_dim, s.a.positions, count, channels, &p);
   for (uint32_t i = first; i < first + n_heads; ++i) {
-    const uint32_t *pinned = s.a.heads[i].pinned;
-    for (int l = 1; l < 5; ++l) count[l] = pinned[l] - (l < 4 ? pinned[l + 1] : 0);
-    count[0] = s.a.n - pinned[1];
+    uint32_t last = s.a.n;
+    for (int l = 0; l < 4; ++l) {
+      const uint32_t pinned = s.a.heads[i].pinned[l + 1];
+      const uint32_t reach = least((pinned + TILE - 1) / TILE * TILE, s.a.n);
+      count[l] = last - reach, last = reach;
+    }
+    count[4] = last;
     bytes += head_bytes(s.a.v_dim, s.a.positions, count, channels, &p);
   }
   return bytes;
@@ -6941,7 +6632,9 @@ __device__ inline uint64_t least_bytes(const solver &s, uint32_t first, uint32_t
 /* rdkv__solve_best. */
 __device__ inline void solve_best(solver &s, uint64_t budget, double *used) {
   const uint64_t tile = static_cast<uint64_t>(pad16(s.a.k_dim + s.a.v_dim)) / 16 * 256;
-  const int n_bias = budget / tile < 64ull * s.n_heads ? 5 : 1;
+  const int n_bias = budget / tile < 8ull * s.n_heads                    ? 7
+                     : s.a.n < 1024 && budget / tile < 64ull * s.n_heads ? 5
+                                                                         : 1;
   uint64_t lowest = least_bytes(s, s.first, s.n_heads), best_budget = budget;
   double best = 0;
   float best_bias = 0;
@@ -6951,7 +6644,13 @@ __device__ inline void solve_best(solver &s, uint64_t budget, double *used) {
   const bool one = n_bias == 1 && budget < lowest + 128;
   for (uint64_t b = budget;; b -= 128) {
     for (int i = 0; i < n_bias; ++i) {
-      s.bias = i == 0 ? 1.0f : i == 1 ? 4.0f : i == 2 ? 0.25f : i == 3 ? 16.0f : 64.0f;
+      s.bias = i == 0   ? 1.0f
+               : i == 1 ? 4.0f
+               : i == 2 ? 0.25f
+               : i == 3 ? 16.0f
+               : i == 4 ? 64.0f
+               : i == 5 ? 2.0f
+                        : 0.5f;
       solve(s, b, used);
       if (one || s.refused) return;
       const double sum = predict_all(s, false);
@@ -6968,18 +6667,19 @@ __device__ inline void solve_best(solver &s, uint64_t budget, double *used) {
 /* rdkv__solve_at. */
 __device__ inline void solve_at(solver &s, float threshold) {
   /* fine bins from somewhat below the threshold, which lies at the edge of one all the same */
-  const uint32_t bits = __float_as_uint(threshold), below = least(bits >> 16, FINE / 2);
-  const cut at = {__uint_as_float(bits - (below << 16)), threshold, below};
-  s.fresh = true;
-  for (int round = 0; round < 3; ++round) {
+  const uint32_t bits = __float_as_uint(threshold), below = least(bits >> 15, FINE / 2);
+  const cut at = {__uint_as_float(bits - (below << 15)), threshold, below};
+  s.choose = FRESH, s.chosen = threshold, s.above = bits >> 20;
+  for (int round = 0; round < 2; ++round) {
     spectrum(s, threshold / 2);
     if (round == 0 && refuse(s)) return;
-    choose_all_k(s, threshold, BY_BINS, bits >> 20);
+    s.choose = BY_BINS;
   }
-  fine_bins(s, at.base);
   s.round_up = TILE / 4;
-  assign(s, at);
-  spend(s, 0);
+  fine_bins(s, at.base);
+  s.choose = KEEP;
+  collect(s, at, 0);
+  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x) assign(s, i);
 }
 
 /* The smallest budget that meets config.max_error, within 0.1 %. */
@@ -7187,7 +6887,9 @@ __device__ __noinline__ void paper_all(solver &s, paper_team &team, double token
 __device__ inline void solve_paper(solver &s, uint64_t budget) {
   const bool search = s.a.search && budget > 0;
   double lo = 0, hi = 2 * static_cast<double>(s.a.n) + 1, tokens = s.a.tokens;
-  paper_team team = {nullptr, most(gridDim.x / s.n_heads, 1), 0, 0, {0, 0}};
+  /* a block has so many weights that going through them takes as long as meeting the others */
+  paper_team team = {
+      nullptr, most(least(gridDim.x / s.n_heads, (s.a.n + 8191) / 8192), 1), 0, 0, {0, 0}};
   team.member = blockIdx.x % team.size;
   if (search) { /* most tokens whose block fits */
     for (int step = 0; step < 24; ++step) {
@@ -7225,6 +6927,7 @@ static __global__ void __launch_bounds__(SOLVE, 1)
   const uint64_t budget = a.given_budget ? *a.given_budget : a.budget;
   for (uint32_t i = first; i < a.n_heads; i += step) {
     for (int l = 0; l < 4; ++l) s.head(i)->n_list[l] = s.head(i)->n_sure[l] = 0;
+    s.head(i)->done = 0;
     for (int l = 0; l < 5 && !a.pin; ++l) s.head(i)->pinned[l] = 0;
   }
   bool too_little = by_budget && budget < a.fixed;
@@ -7234,17 +6937,21 @@ static __global__ void __launch_bounds__(SOLVE, 1)
      pass over V sees that, before anything is written. */
   const bool look = a.paper || n_parts > 1 || too_little;
   bool odd = false;
-  for (uint32_t i = 0; i < a.n_heads; ++i) {
-    const float *v = a.paper ? s.layer_of(i).token + s.row(i) * a.n : s.v_distortion(i);
-    const size_t n = a.paper ? a.n : 5 * static_cast<size_t>(a.n);
-    for (size_t t = first; look && t < n; t += step) odd |= __float_as_uint(v[t]) >= 0x7f800000u;
-    for (size_t c = first; c < (a.paper ? kd : 4 * kd); c += step) {
-      if (a.paper)
-        odd |= __float_as_uint(s.layer_of(i).q_square[s.row(i) * kd + c]) >= 0x7f800000u ||
-               __float_as_uint(s.layer_of(i).k_square[s.row(i) * kd + c]) >= 0x7f800000u;
-      else
-        odd |= __float_as_uint(s.k_distortion(i)[c]) >= 0x7f800000u;
-    }
+  for (int l = 0; l < a.n_layers && look; ++l) {
+    const layer_view &layer = a.n_layers <= VIEWS ? a.few.view[l] : a.layers[l];
+    const float *v = a.paper ? layer.token : layer.v_distortion;
+    const size_t n = static_cast<size_t>(a.n) * a.n_kv_heads * (a.paper ? 1 : 5);
+#pragma unroll 4
+    for (size_t t = first; t < n; t += step) odd |= __float_as_uint(v[t]) >= 0x7f800000u;
+  }
+  const uint32_t each_k = a.paper ? kd : 4 * kd;
+  for (uint32_t j = first; j < a.n_heads * each_k; j += step) {
+    const uint32_t i = j / each_k, c = j - i * each_k;
+    if (a.paper)
+      odd |= __float_as_uint(s.layer_of(i).q_square[s.row(i) * kd + c]) >= 0x7f800000u ||
+             __float_as_uint(s.layer_of(i).k_square[s.row(i) * kd + c]) >= 0x7f800000u;
+    else
+      odd |= __float_as_uint(s.k_distortion(i)[c]) >= 0x7f800000u;
   }
   if (odd) atomicOr(&a.state->odd, 1u);
   if (look) {
@@ -7272,6 +6979,7 @@ static __global__ void __launch_bounds__(SOLVE, 1)
       if (blockIdx.x == 0 && threadIdx.x == 0)
         for (uint32_t h = i * each; h < (i + 1) * each; ++h) a.lambda[h / a.n_kv_heads] = used;
       if (i + 1 == n_parts) return;
+      s.sync();
       left -= bytes_now(s);
       s.sync();
     }
@@ -7493,9 +7201,8 @@ static uint32_t blocks_of(uint32_t n, uint32_t each, uint32_t limit) {
 
 /* What listing the tokens of a layer takes. */
 static void layout_list(arena *m, uint64_t heads, uint64_t kv_heads, uint32_t n, order_args *o) {
-  const uint64_t chunks = chunks_of(n);
-  m->take(&o->counts, kv_heads * chunks * 4 + 4);
-  m->take(&o->sums, kv_heads * chunks + 1);
+  o->chunks = blocks_of(n, LIST, ~0u);
+  m->take(&o->sums, kv_heads * o->chunks);
   m->take(&o->order, kv_heads * n + 1);
   m->take(&o->kept, heads * 5);
 }
@@ -7513,9 +7220,7 @@ static void layout_range(const rdkv_config *cfg, arena *m, uint64_t heads, uint6
 }
 
 static void list_tokens(const pack_args &a, uint32_t heads, cudaStream_t stream) {
-  const dim3 grid(a.list.chunks, heads);
-  count_kernel<<<grid, THREADS, 0, stream>>>(a.list);
-  order_kernel<<<grid, THREADS, 0, stream>>>(a);
+  order_kernel<<<dim3(a.list.chunks, heads), LIST_THREADS, 0, stream>>>(a);
 }
 
 typedef void (*range_kernel_type)(range_args);
@@ -7724,11 +7429,14 @@ static void layout_solve(const rdkv_config *cfg, int n_layers, uint32_t n, void 
   s->m.take(&s->a.hist[0], paper ? 0 : BINS);
   s->m.take(&s->a.bins[0], paper ? 0 : heads * BINS);
   s->m.take(&s->a.hist[1], paper ? 0 : BINS); /* up to here it is zeroed */
+  s->m.take(&s->a.hist[2], paper ? 0 : BINS);
   s->m.take(&s->a.bins[1], paper ? 0 : heads * BINS);
+  s->m.take(&s->a.bins[2], paper ? 0 : heads * BINS);
   s->m.take(&s->a.layers, static_cast<uint64_t>(n_layers));
   s->m.take(&s->a.heads, heads);
-  s->m.take(&s->a.ahead, paper ? 0 : heads);
   s->m.take(&s->a.list, paper ? 0 : heads * 4 * s->a.capacity);
+  s->a.max_offers = n / TILE + 1;
+  s->m.take(&s->a.offers, paper ? 0 : heads * 4 * s->a.max_offers);
 }
 
 /* rdkv_allocate for a budget or a lambda on the device, or NULL: the config's. */
@@ -7833,7 +7541,7 @@ static void layout_pack(const rdkv_config *cfg, int n_layers, uint32_t n, void *
 
 /* The arguments for one of the layers. */
 static pack_args pack_layer(const rdkv_config *cfg, const pack_args &all, const rdkv_kv *kv,
-                            const rdkv_layer *layers, int layer) {
+                            const rdkv_layer *layers, int n_layers, int layer) {
   pack_args a = all;
   const size_t first = static_cast<size_t>(layer) * static_cast<size_t>(cfg->n_kv_heads);
   a.heads += first;
@@ -7844,6 +7552,8 @@ static pack_args pack_layer(const rdkv_config *cfg, const pack_args &all, const 
   a.channel.k = kv[layer].k, a.channel.v = kv[layer].v;
   a.channel.lo += first * MAX_DIM, a.channel.hi += first * MAX_DIM,
       a.channel.sum += first * MAX_DIM;
+  int one;
+  a.item_from = items_of(kv, layers, nullptr, n_layers, layer, &one).at[0], a.item_to += layer;
   return a;
 }
 
@@ -8084,7 +7794,7 @@ static cudaError_t pack(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv_la
   layout_pack(cfg, n_layers, n, workspace, &s);
   if (bytes < s.m.bytes) return cudaErrorInvalidValue;
   pack_args &a = s.a;
-  a.list.status = status, a.list.n = n, a.list.chunks = chunks_of(n), a.all_heads = a.heads;
+  a.list.status = status, a.list.n = n, a.all_heads = a.heads;
   a.lambda = lambda, a.budget = budget, a.block = static_cast<uint8_t *>(block),
   a.capacity = capacity;
   a.bytes = block_bytes, a.n_heads = static_cast<uint32_t>(n_layers) * heads;
@@ -8102,40 +7812,35 @@ static cudaError_t pack(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv_la
   for (int i = 0; i < 3; ++i) h.eps_k[i] = cfg->eps_k[i], h.eps_v[i] = cfg->eps_v[i];
   h.keep = cfg->keep, h.max_error = cfg->max_error, h.token_budget = cfg->token_budget;
   h.budget_bytes = cfg->budget_bytes;
-  const size_t zero = static_cast<size_t>(reinterpret_cast<uint8_t *>(s.r.parts) -
-                                          reinterpret_cast<uint8_t *>(s.r.kept));
-  cudaError_t e = cudaMemsetAsync(s.r.kept, 0, zero, stream);
-  if (e) return e;
+  cudaError_t e = cudaSuccess;
   s.r.status = status;
-  for (int first = 0, of = 0; first < n_layers; first += of) {
-    const item_list list = items_of(kv, layers, nullptr, n_layers, first, &of);
-    items_kernel<<<1, 32, 0, stream>>>(s.items + first, list, of);
-  }
+  a.range_kept = s.r.kept, a.range_done = s.r.done, a.groups = s.r.groups, a.item_to = s.items;
   for (int i = 0; i < n_layers; ++i) {
-    list_tokens(pack_layer(cfg, a, kv, layers, i), heads, stream);
+    list_tokens(pack_layer(cfg, a, kv, layers, n_layers, i), heads, stream);
     launch_range(range_layer(s.r, i), kv[i].k.dtype, false, 1, stream);
   }
   /* tiles: enough blocks to fill 132 multiprocessors, then up to 4 tiles a warp */
   const uint32_t tiles = n / TILE + 4, each = tiles * heads / (132 * 4 * TILE_WARPS * 2);
   a.each = each < 1 ? 1 : each > 4 ? 4 : each;
+  const dim3 tile_grid(blocks_of(tiles, a.each * TILE_WARPS, 0x7fffffff), heads);
+  a.blocks = static_cast<uint32_t>(n_layers) * tile_grid.x * heads;
   bool all_rows = true; /* then the body's checksum is added up on the way */
   for (int i = 0; i < n_layers; ++i)
-    all_rows = all_rows && rows_kernel_of(pack_layer(cfg, a, kv, layers, i));
+    all_rows = all_rows && rows_kernel_of(pack_layer(cfg, a, kv, layers, n_layers, i));
   for (int i = 0; i < n_layers; ++i) {
-    const pack_args l = pack_layer(cfg, a, kv, layers, i);
+    const pack_args l = pack_layer(cfg, a, kv, layers, n_layers, i);
     if (n_layers > 1) list_tokens(l, heads, stream); /* the order has room for one layer */
     table_kernel<<<heads, THREADS, 0, stream>>>(l);
     if (n == 0) continue;
     if (all_rows) {
       const tile_kernel_type k = rows_kernel_of(l);
-      const dim3 grid(blocks_of(tiles, l.each * TILE_WARPS, 0x7fffffff), heads);
       const size_t shared = rows_shared(cfg->k_dim);
       if (shared > 48 * 1024 &&
           (e = cudaFuncSetAttribute(reinterpret_cast<const void *>(k),
                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared))) != cudaSuccess)
         return e;
-      k<<<grid, 32 * TILE_WARPS, shared, stream>>>(l);
+      k<<<tile_grid, 32 * TILE_WARPS, shared, stream>>>(l);
     } else {
       const dim3 grid(blocks_of(n, TILE, 1024 / heads + 1), heads);
       const tile_kernel_type k =
@@ -8144,7 +7849,7 @@ static cudaError_t pack(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv_la
     }
   }
   if (!all_rows) body_sum_kernel<<<264, THREADS, 0, stream>>>(status, a.state, a.block);
-  header_kernel<<<1, THREADS, 0, stream>>>(a);
+  if (!all_rows || n == 0) header_kernel<<<1, THREADS, 0, stream>>>(a);
   return cudaGetLastError();
 }
 

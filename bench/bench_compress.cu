@@ -1,6 +1,8 @@
 /* Time of each step of compression on the GPU, a layer at a time: 8 kv heads, groups of 4, head_dim
-   128, fp16, a tenth of the bytes kept. Medians of repeated launches; up to 8K tokens K and V stay
-   in the L2, above they do not fit. --csv: one line a row; a number: that many tokens alone.
+   128, fp16. Medians of repeated launches; up to 8K tokens K and V stay in the L2, above they do
+   not fit. Below each row the bytes that a step must move and its part of the rate of a kernel that
+   only reads K and V. --keep LIST: parts of the bytes to keep; --csv: one line a row; a number:
+   that many tokens alone.
    nvcc -O3 -std=c++17 -arch=native bench/bench_compress.cu -o bench_compress && ./bench_compress */
 #define RDKV_IMPLEMENTATION
 #define RDKV_CUDA_IMPLEMENTATION
@@ -86,6 +88,31 @@ static double median_us(F run) {
   return t[t.size() / 2];
 }
 
+/* Reads all and keeps nothing. */
+static __global__ void read_all(const uint4 *x, size_t n, uint32_t *out) {
+  uint32_t sum = 0;
+  const size_t step = static_cast<size_t>(gridDim.x) * blockDim.x;
+#pragma unroll 8
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < n; i += step) {
+    const uint4 v = x[i];
+    sum |= v.x ^ v.y ^ v.z ^ v.w;
+  }
+  if (sum == 0x12345678u) *out = sum;
+}
+
+/* What a step must move, MB: K and V once for each pass over them, the arrays, the block. */
+struct step_bytes {
+  double mb[5]; /* score, score with the log-sum-exp, measure, allocate, pack */
+  step_bytes(bool joint, double tokens, double heads, double kept, double block) {
+    const double k = tokens * heads * 128 * 2, array = tokens * heads * 4;
+    mb[1] = joint ? 2 * k + array : k + array, mb[0] = mb[1] + k;
+    mb[2] = joint ? 2 * k + 6 * array : 0; /* V and K, weights, distortions */
+    mb[3] = (joint ? 5 : 1) * array + array / 4;
+    mb[4] = array / 4 + kept * 2 * 128 * 2 + block;
+    for (double &x : mb) x /= 1e6;
+  }
+};
+
 /* Score and measure of many layers in one call, us a layer. */
 static void many_layers(int n_layers, uint32_t n) {
   rdkv_config c = rdkv_config();
@@ -125,32 +152,47 @@ static void many_layers(int n_layers, uint32_t n) {
   us[2] = median_us([&] {
     CHECK(rdkv_cuda_measure(&c, kv.data(), layers.data(), n_layers, status, work, work_bytes, 0));
   });
-  printf("joint   %7u %6d %9.1f %9.1f %9.1f   %d layers in one call\n", n, 32, us[0] / n_layers,
-         us[1] / n_layers, us[2] / n_layers, n_layers);
+  printf("joint   %7u %6d         %9.1f %9.1f %9.1f   %d layers in one call\n", n, 32,
+         us[0] / n_layers, us[1] / n_layers, us[2] / n_layers, n_layers);
   void *all[] = {k, v, q, mem, work, status, lse};
   for (void *p : all) CHECK(cudaFree(p));
   free(host);
 }
 
 int main(int argc, char **argv) {
-  const bool csv = argc > 1 && strcmp(argv[1], "--csv") == 0;
+  bool csv = false, all_rows = true;
+  uint32_t only = 0;
+  std::vector<double> keeps = {0.0248, 0.1};
+  for (int i = 1; i < argc; ++i) {
+    if (strcmp(argv[i], "--csv") == 0) {
+      csv = true;
+    } else if (strcmp(argv[i], "--keep") == 0 && i + 1 < argc) {
+      keeps.clear(), all_rows = false;
+      for (char *p = argv[++i]; *p; p += *p == ',') keeps.push_back(strtod(p, &p));
+    } else {
+      only = static_cast<uint32_t>(atoi(argv[i])), all_rows = false;
+    }
+  }
   const uint32_t lengths[] = {8192, 32768, 131072};
-  printf(csv ? "profile,tokens,window,score,score_lse,measure,allocate,pack,total,total_lse,bytes\n"
-             : "%-7s %7s %6s %9s %9s %9s %9s %9s %9s %9s   us a layer\n",
-         "profile", "tokens", "window", "score", "with lse", "measure", "allocate", "pack", "total",
-         "with lse");
+  printf(csv ? "profile,tokens,window,keep,score,score_lse,measure,allocate,pack,total,total_lse,"
+               "bytes,read_us,score_mb,score_lse_mb,measure_mb,allocate_mb,pack_mb\n"
+             : "%-7s %7s %6s %7s %9s %9s %9s %9s %9s %9s %9s   us a layer\n",
+         "profile", "tokens", "window", "keep", "score", "with lse", "measure", "allocate", "pack",
+         "total", "with lse");
   size_t peak = 0, dense = 0; /* of 32 layers one after the other; one layer's K and V */
-  for (int profile = 0; profile < 2; ++profile)
+  for (int which = 0; which < 2 * static_cast<int>(keeps.size()); ++which)
     for (uint32_t n : lengths)
       for (int window = 32; window <= 64; window *= 2) {
-        if (argc > 1 && !csv && static_cast<uint32_t>(atoi(argv[1])) != n) continue;
+        const int profile = which % 2;
+        const double keep = keeps[static_cast<size_t>(which / 2)];
+        if (only && only != n) continue;
         const size_t before = free_memory();
         rdkv_config c = rdkv_config();
         c.n_q_heads = 32, c.n_kv_heads = 8, c.k_dim = 128, c.window = window;
-        c.profile = profile ? RDKV_PAPER : RDKV_JOINT;
+        c.profile = profile ? RDKV_PAPER : RDKV_JOINT, c.keep = keep;
         if (rdkv_resolve(&c, &c) != RDKV_OK) return 2;
         const size_t row = 8 * 128, rows = static_cast<size_t>(window);
-        __half *k = device<__half>(n * row), *v = device<__half>(n * row);
+        __half *k = device<__half>(2 * n * row), *v = k + n * row;
         __half *q = device<__half>(rows * 32 * 128);
         fill<<<1024, 256>>>(k, n * row, 128, 1, 1), fill<<<1024, 256>>>(v, n * row, 128, 1, 2);
         fill<<<64, 256>>>(q, rows * 32 * 128, 128, 2, 3);
@@ -196,8 +238,13 @@ int main(int argc, char **argv) {
           CHECK(rdkv_cuda_pack(&c, &kv, &l, 1, lambda, 0, 0, block, capacity, bytes, status, work,
                                work_bytes, 0));
         });
+        const double read_us = median_us([&] {
+          read_all<<<1056, 256>>>(reinterpret_cast<const uint4 *>(k), n * row / 4, status);
+        });
         uint32_t failed;
         uint64_t packed;
+        std::vector<uint8_t> bits(static_cast<size_t>(n) * 8);
+        CHECK(cudaMemcpy(bits.data(), l.v_bits, bits.size(), cudaMemcpyDeviceToHost));
         CHECK(cudaMemcpy(&failed, status, 4, cudaMemcpyDeviceToHost));
         CHECK(cudaMemcpy(&packed, bytes, 8, cudaMemcpyDeviceToHost));
         if (failed) {
@@ -205,15 +252,33 @@ int main(int argc, char **argv) {
           return 2;
         }
         const double rest = us[2] + us[3] + us[4];
-        printf(csv ? "%s,%u,%d,%.1f,%.1f,%.1f,%.1f,%.1f,%.1f,%.1f,%llu\n"
-                   : "%-7s %7u %6d %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f\n",
-               profile ? "paper" : "joint", n, window, us[0], us[1], us[2], us[3], us[4],
-               us[0] + rest, us[1] + rest, static_cast<unsigned long long>(packed));
-        if (!csv && window == 32)
-          printf("        workspace %.1f MB, arrays %.1f MB, block %.2f MB of %.1f\n",
-                 work_bytes / 1e6, layer_bytes / 1e6, packed / 1e6, n * row * 4 / 1e6);
+        const double kept =
+            static_cast<double>(bits.size() - std::count(bits.begin(), bits.end(), 0));
+        const step_bytes must(!profile, n, 8, kept, static_cast<double>(packed));
+        const double read_rate = n * row * 4 / read_us / 1e6; /* MB a us */
+        printf(csv ? "%s,%u,%d,%g,%.1f,%.1f,%.1f,%.1f,%.1f,%.1f,%.1f"
+                   : "%-7s %7u %6d %5.2f %% %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f\n",
+               profile ? "paper" : "joint", n, window, csv ? keep : 100 * keep, us[0], us[1], us[2],
+               us[3], us[4], us[0] + rest, us[1] + rest);
+        if (csv) {
+          printf(",%llu,%.1f", static_cast<unsigned long long>(packed), read_us);
+          for (double mb : must.mb) printf(",%.2f", mb);
+          puts("");
+        } else {
+          printf("        MB; of %.2f TB/s     ", read_rate);
+          for (int i = 0; i < 5; ++i)
+            if (must.mb[i] > 0)
+              printf(" %5.*f %2.0f%%", must.mb[i] < 100, must.mb[i],
+                     100 * must.mb[i] / read_rate / us[i]);
+            else
+              printf("          ");
+          puts("");
+          if (window == 32)
+            printf("        workspace %.1f MB, arrays %.1f MB, block %.2f MB of %.1f\n",
+                   work_bytes / 1e6, layer_bytes / 1e6, packed / 1e6, n * row * 4 / 1e6);
+        }
         free(host);
-        if (!csv && !profile && n == 131072 && window == 32) {
+        if (all_rows && !csv && which == 0 && n == 131072 && window == 32) {
           const size_t room = (capacity + 127) / 128 * 128;
           char *blocks = device<char>(31 * room); /* the last layer's is `block` */
           for (size_t i = 0; i < 32; ++i) {
@@ -230,10 +295,10 @@ int main(int argc, char **argv) {
           peak = failed ? 0 : before - free_memory(), dense = n * row * 4;
           CHECK(cudaFree(blocks));
         }
-        void *all[] = {k, v, q, mem, work, block, lambda, bytes, status, lse};
+        void *all[] = {k, q, mem, work, block, lambda, bytes, status, lse};
         for (void *p : all) CHECK(cudaFree(p));
       }
-  if (argc == 1) many_layers(32, 8192), many_layers(4, 131072);
+  if (all_rows && !csv) many_layers(32, 8192), many_layers(4, 131072);
   if (peak > 0) {
     const size_t full = full_cache(dense);
     printf(
