@@ -296,8 +296,8 @@ void rdkv_cuda_queries(const rdkv_cuda_config *cfg, void *data, uint32_t capacit
 cudaError_t rdkv_cuda_keep(const rdkv_cuda_config *cfg, const rdkv_cuda_batch *batch, int layer,
                            const rdkv_cuda_io *io, cudaStream_t stream);
 
-/* Workspace bytes of rdkv_cuda_sequence_compress; 0 if the configs are not resolved or do not
-   agree. It grows with layers, heads, block, rows and lanes, not with the batch. */
+/* Workspace bytes of rdkv_cuda_sequence_compress and _flush; 0 if the configs are not resolved or
+   do not agree. It grows with layers, heads, block, rows and lanes, not with the batch. */
 size_t rdkv_cuda_sequence_workspace(const rdkv_config *rdkv, const rdkv_cuda_config *cfg,
                                     const rdkv_cuda_blocks *blocks);
 
@@ -308,15 +308,25 @@ size_t rdkv_cuda_sequence_workspace(const rdkv_config *rdkv, const rdkv_cuda_con
    gets one segment, and where there is none the same kernels run for nothing; call it once for each
    block that the host knows to be complete.
    rdkv: resolved, of the same shape and n_layers, with the budget of one block or RDKV_SCOPE_LAMBDA
-   and the prompt's lambda; no pins. plan as for rdkv_cuda_plan. workspace [bytes] 256-byte aligned.
+   and the prompt's lambda; its pins are by position in the sequence. plan as for rdkv_cuda_plan.
+   workspace [bytes] 256-byte aligned.
    What a sequence cannot do goes to its status and leaves its tail dense: RDKV_ERR_FULL (list or
    arena), RDKV_ERR_ARGUMENT (queries missing), and as rdkv_compress. What cannot be merged stays as
    it is. Returns cudaErrorInvalidValue for arguments that are wrong on their face,
-   cudaErrorNotSupported for pins and max_error, and for merging with RDKV_PAPER or positions. */
+   cudaErrorNotSupported for merging with pins, RDKV_PAPER or positions. */
 cudaError_t rdkv_cuda_sequence_compress(const rdkv_config *rdkv, const rdkv_cuda_config *cfg,
                                         const rdkv_cuda_batch *batch,
                                         const rdkv_cuda_blocks *blocks, void *plan, void *workspace,
                                         size_t bytes, cudaStream_t stream);
+
+/* rdkv_sequence_flush of entry `index`, at the end of a turn, say before it is saved: its whole
+   tail becomes segments, and rdkv_cuda_plan follows. Waits for the stream, to know how long the
+   tail is, and returns before the work is done. Errors and arguments as for
+   rdkv_cuda_sequence_compress; nothing is merged. */
+cudaError_t rdkv_cuda_sequence_flush(const rdkv_config *rdkv, const rdkv_cuda_config *cfg,
+                                     const rdkv_cuda_batch *batch, const rdkv_cuda_blocks *blocks,
+                                     int index, void *plan, void *workspace, size_t bytes,
+                                     cudaStream_t stream);
 
 /* rdkv_sequence_rollback of every sequence i to its first n_tokens[i] tokens, n_tokens [batch] on
    the device (UINT64_MAX: as it is). Its errors go to the sequence's status and change nothing
@@ -5528,7 +5538,8 @@ struct solve_args {
 };
 
 struct solve_pin {
-  uint32_t begin, end, take; /* of end - begin tokens the `take` with the largest D(0) */
+  uint32_t begin, end; /* positions in the sequence */
+  float share;         /* of their tokens those with the largest D(0); 1: all */
   int level;
 };
 struct solve_pins {
@@ -5542,7 +5553,7 @@ static __global__ void view_kernel(layer_view *to, solve_views from, int n) {
 /* Pins of a head, a block each. */
 static __global__ void __launch_bounds__(THREADS)
     pin_kernel(const __grid_constant__ solve_args a, const __grid_constant__ solve_pins pins,
-               int n_pins) {
+               int n_pins, const uint64_t *token_begin) {
   __shared__ uint32_t digits[256];
   __shared__ u64 scratch[33];
   __shared__ uint32_t found[2], pinned[5];
@@ -5550,9 +5561,15 @@ static __global__ void __launch_bounds__(THREADS)
   const layer_view &view = a.n_layers <= VIEWS ? a.few.view[layer] : a.layers[layer];
   const float *d0 = view.v_distortion + static_cast<size_t>(head % a.n_kv_heads) * 5 * a.n;
   uint8_t *level = a.pin + static_cast<size_t>(head) * a.n;
+  const uint64_t origin = token_begin ? *token_begin : 0;
   for (int i = 0; i < n_pins; ++i) {
-    const solve_pin p = pins.pin[i];
-    uint32_t k = p.take;
+    solve_pin p = pins.pin[i];
+    p.begin = p.begin > origin ? least(static_cast<uint32_t>(p.begin - origin), a.n) : 0;
+    p.end = p.end > origin ? least(static_cast<uint32_t>(p.end - origin), a.n) : 0;
+    const double of = static_cast<double>(p.end - p.begin);
+    const uint32_t take =
+        least(static_cast<uint32_t>(ceil(static_cast<double>(p.share) * of)), p.end - p.begin);
+    uint32_t k = take;
     u64 limit = 0; /* the least key taken; equal D(0) by rising index */
     for (int shift = 56; k < p.end - p.begin && shift >= 0; shift -= 8) {
       __syncthreads();
@@ -5571,7 +5588,7 @@ static __global__ void __launch_bounds__(THREADS)
       __syncthreads();
       limit |= static_cast<u64>(found[0]) << shift, k -= found[1];
     }
-    for (uint32_t t = p.begin + tid; t < p.end && p.take > 0; t += THREADS) {
+    for (uint32_t t = p.begin + tid; t < p.end && take > 0; t += THREADS) {
       const u64 key = static_cast<u64>(__float_as_uint(d0[t])) << 32 | static_cast<uint32_t>(~t);
       if (key >= limit && level[t] < p.level) level[t] = static_cast<uint8_t>(p.level);
     }
@@ -7439,10 +7456,12 @@ static void layout_solve(const rdkv_config *cfg, int n_layers, uint32_t n, void 
   s->m.take(&s->a.offers, paper ? 0 : heads * 4 * s->a.max_offers);
 }
 
-/* rdkv_allocate for a budget or a lambda on the device, or NULL: the config's. */
+/* rdkv_allocate for a budget or a lambda on the device, or NULL: the config's. token_begin on the
+   device, or NULL for 0: the range's place in the sequence, of which the pins are. */
 static cudaError_t allocate(const rdkv_config *cfg, const rdkv_layer *layers, int n_layers,
-                            const uint64_t *budget, const double *given, double *lambda,
-                            uint32_t *status, void *workspace, size_t bytes, cudaStream_t stream) {
+                            const uint64_t *budget, const double *given,
+                            const uint64_t *token_begin, double *lambda, uint32_t *status,
+                            void *workspace, size_t bytes, cudaStream_t stream) {
   const uint32_t n = layers[0].n_tokens;
   solve_memory s;
   layout_solve(cfg, n_layers, n, workspace, &s);
@@ -7484,13 +7503,10 @@ static cudaError_t allocate(const rdkv_config *cfg, const rdkv_layer *layers, in
     for (; i < 64 && first + i < cfg->n_pins; ++i) {
       const rdkv_pin &p = cfg->pins[first + i];
       solve_pin &to = pins.pin[i];
-      to.begin = least(p.begin, n), to.end = least(p.end, n), to.level = level_of(p.min_bits);
-      const uint32_t of = to.end - to.begin;
-      to.take = p.share > 0 && p.share < 1
-                    ? least(static_cast<uint32_t>(ceil(static_cast<double>(p.share) * of)), of)
-                    : of;
+      to.begin = p.begin, to.end = p.end, to.level = level_of(p.min_bits);
+      to.share = p.share > 0 && p.share < 1 ? p.share : 1;
     }
-    pin_kernel<<<a.n_heads, THREADS, 0, stream>>>(a, pins, i);
+    pin_kernel<<<a.n_heads, THREADS, 0, stream>>>(a, pins, i, token_begin);
   }
   /* at most a block on every multiprocessor: all are resident, as their barriers want; and no more
      than there is work for, as barriers take longer the more meet there */
@@ -7723,8 +7739,8 @@ extern "C" cudaError_t rdkv_cuda_allocate(const rdkv_config *cfg, const rdkv_lay
   if (!resolved(cfg) || !layers || n_layers > cfg->n_layers || !layers_ok(layers, n_layers) ||
       !lambda || !status || !workspace)
     return cudaErrorInvalidValue;
-  return allocate(cfg, layers, n_layers, nullptr, nullptr, lambda, status, workspace, bytes,
-                  stream);
+  return allocate(cfg, layers, n_layers, nullptr, nullptr, nullptr, lambda, status, workspace,
+                  bytes, stream);
 }
 
 extern "C" cudaError_t rdkv_cuda_allocate_at(const rdkv_config *cfg, const rdkv_layer *layers,
@@ -7737,7 +7753,8 @@ extern "C" cudaError_t rdkv_cuda_allocate_at(const rdkv_config *cfg, const rdkv_
     return cudaErrorInvalidValue;
   rdkv_config at = *cfg;
   at.scope = RDKV_SCOPE_LAMBDA;
-  return allocate(&at, layers, n_layers, nullptr, given, lambda, status, workspace, bytes, stream);
+  return allocate(&at, layers, n_layers, nullptr, given, nullptr, lambda, status, workspace, bytes,
+                  stream);
 }
 
 namespace rdkv_cuda_compress {
@@ -7940,8 +7957,8 @@ extern "C" cudaError_t rdkv_cuda_stream_layer(const rdkv_config *cfg, rdkv_strea
   }
   if (e) return e;
   share_kernel<<<1, THREADS, 0, stream>>>(a);
-  e = allocate(&one, layer, 1, by_budget ? s.budget : nullptr, nullptr, s.lambda, status, work,
-               work_bytes, stream);
+  e = allocate(&one, layer, 1, by_budget ? s.budget : nullptr, nullptr, nullptr, s.lambda, status,
+               work, work_bytes, stream);
   if (!e)
     e = pack(&one, kv, layer, 1, s.lambda, by_budget ? s.budget : nullptr, index, 0, block,
              capacity, block_bytes, status, work, work_bytes, stream);
@@ -7976,6 +7993,7 @@ struct turn {
   uint32_t status;      /* of the chain that compresses it */
   uint32_t made;        /* its segment is in the list */
   uint32_t tokens;      /* of its tail before */
+  uint64_t begin;       /* position of that tail's first token */
   uint32_t merge;       /* segments that become one; 0: it is about a block of the tail */
   uint32_t first_query; /* the tail's token whose query is the first that scores */
   uint32_t n_tokens;    /* of the range */
@@ -7989,16 +8007,17 @@ struct live_args {
   turn *state;       /* of this lane */
   size_t lane_bytes; /* to that of the next one */
   int n_lanes;
-  uint16_t *k, *v, *q; /* [layer][head][rows][dim]; of q [block] */
-  float *lse;          /* [layer][query head][block] */
+  uint16_t *k, *v, *q; /* [layer][head][rows][dim]; of q [queries] */
+  float *lse;          /* [layer][query head][queries] */
   float *token;        /* [layer][kv head][rows] */
   uint32_t *counts;    /* [layer][kv head][MAX_FAN + 1] rows before those of each merged segment */
   float *mean_out;     /* [layer][kv head][v_dim] */
   double *lambda;      /* [layer] */
   uint8_t *packed;
   int n_sequences, n_layers, first_layer, n_q_heads, n_kv_heads, k_dim, v_dim, max_segments;
-  uint32_t block, least; /* tokens of a block; of a tail at which one is made */
-  uint32_t rows;         /* of a head in k and v: a block's, or what a merged segment may hold */
+  uint32_t block, least;         /* tokens of a block; of a tail at which one is made */
+  uint32_t first_query, queries; /* by which it is scored: the tail's tokens that they are of */
+  uint32_t rows; /* of a head in k and v: a block's, or what a merged segment may hold */
   uint32_t fan;
   double keep; /* and budget_bytes: a block's budget */
   uint64_t budget_bytes;
@@ -8072,7 +8091,7 @@ static __device__ bool ready(const live_args &a, int i) {
   rdkv_cuda_live &l = a.batch.live[i];
   const rdkv_cuda_sequence &s = a.batch.sequences[i];
   if (l.status != RDKV_OK || a.batch.tail_tokens[i] < a.least) return false;
-  if (!l.q || !l.out || !l.lse || l.query_begin > a.block)
+  if (!l.q || !l.out || !l.lse || l.query_begin > a.first_query)
     l.status = RDKV_ERR_ARGUMENT;
   else if (!l.arena || s.n_segments >= static_cast<uint32_t>(a.max_segments))
     l.status = RDKV_ERR_FULL;
@@ -8096,10 +8115,11 @@ static __device__ bool pick(const live_args &a) {
       turn *t = reinterpret_cast<turn *>(reinterpret_cast<uint8_t *>(a.state) +
                                          static_cast<size_t>(lane) * a.lane_bytes);
       t->picked = picked, t->made = t->merge = 0, t->bytes = 0;
-      t->first_query = t->n_tokens = a.block;
+      t->first_query = a.first_query, t->n_tokens = a.block;
       /* where there is nothing to do allocate and pack stand still behind an error */
       t->status = picked == NONE ? RDKV_ERR_ARGUMENT : RDKV_OK;
       t->tokens = picked == NONE ? 0 : a.batch.tail_tokens[picked];
+      t->begin = picked == NONE ? 0 : a.batch.live[picked].tail_begin;
     }
   }
   __syncthreads();
@@ -8114,15 +8134,15 @@ static __global__ void gather_kernel(live_args a) {
   const rows from = rows_of(a, t.picked, static_cast<int>(blockIdx.y));
   if (from.what == ROW_OUT || (t.merge && from.what < ROW_Q)) return;
   rows to = from;
+  const uint32_t n = from.what < ROW_Q ? a.block : a.queries;
   to.stride = from.bytes;
   to.base = reinterpret_cast<uint8_t *>(from.what == ROW_K   ? static_cast<void *>(a.k)
                                         : from.what == ROW_V ? static_cast<void *>(a.v)
                                         : from.what == ROW_Q ? static_cast<void *>(a.q)
                                                              : static_cast<void *>(a.lse)) +
-            static_cast<size_t>(from.head) * a.block * from.bytes;
+            static_cast<size_t>(from.head) * n * from.bytes;
   const uint32_t pieces = pieces_of(from), first = from.what < ROW_Q ? 0 : t.first_query;
-  for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < a.block * pieces;
-       i += gridDim.x * THREADS)
+  for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < n * pieces; i += gridDim.x * THREADS)
     copy_piece(to, i / pieces, from, first + i / pieces, i % pieces);
 }
 
@@ -8140,7 +8160,7 @@ static __global__ void __launch_bounds__(THREADS) mean_out_kernel(live_args a) {
   if (sequence == NONE) return;
   const int layer = static_cast<int>(blockIdx.x) / a.n_kv_heads, group = a.n_q_heads / a.n_kv_heads;
   const int head = static_cast<int>(blockIdx.x) % a.n_kv_heads;
-  const int n = static_cast<int>(a.block), each = 2 * a.n_kv_heads + 3 * a.n_q_heads;
+  const int n = static_cast<int>(a.queries), each = 2 * a.n_kv_heads + 3 * a.n_q_heads;
   const int pieces = a.v_dim / 8, n_rows = THREADS / pieces, row = tid / pieces;
   double all = 0, acc[8] = {0, 0, 0, 0, 0, 0, 0, 0};
   bool bad = false;
@@ -8563,7 +8583,8 @@ static bool layout_turn(const rdkv_config *rdkv, const rdkv_cuda_config *cfg,
   t->heads.n_q_heads = cfg->n_layers * cfg->n_q_heads;
   t->heads.n_kv_heads = cfg->n_layers * cfg->n_kv_heads;
   t->a.n_lanes = blocks->lanes ? static_cast<int>(blocks->lanes) : 1;
-  t->a.block = block, t->a.rows = rows, t->a.fan = blocks->fan;
+  t->a.block = t->a.first_query = t->a.queries = block, t->a.rows = rows;
+  t->a.fan = blocks->fan;
   t->a.least = block + (blocks->recent > block ? blocks->recent : block);
   t->a.keep = rdkv->keep, t->a.budget_bytes = rdkv->budget_bytes;
   t->a.joint = rdkv->profile == RDKV_JOINT;
@@ -8594,11 +8615,22 @@ static bool layout_turn(const rdkv_config *rdkv, const rdkv_cuda_config *cfg,
   if (merge) any.scope = RDKV_SCOPE_LAMBDA, any.budget_bytes = 0;
   t->packed_bytes = rdkv_block_bound(&any, rows);
   t->m.take(&t->a.packed, t->packed_bytes);
-  const size_t a = rdkv_cuda_layer_workspace(&t->heads, 1, rows);
-  const size_t b = rdkv_cuda_allocate_workspace(&t->cfg, cfg->n_layers, rows);
-  t->work_bytes = a > b ? a : b;
+  t->work_bytes = 0;
+  for (uint32_t n = merge ? rows : 1; n <= rows; ++n) { /* fewer tokens may take more */
+    const size_t a = rdkv_cuda_layer_workspace(&t->heads, 1, n);
+    const size_t b = rdkv_cuda_allocate_workspace(&t->cfg, cfg->n_layers, n);
+    const size_t most = a > b ? a : b;
+    if (most > t->work_bytes) t->work_bytes = most;
+  }
   t->m.take(&t->work, t->work_bytes);
   return t->packed_bytes > 0;
+}
+
+/* Makes it a turn of the tail's first n tokens, scored by `queries` queries, none more than a block
+   has, from that of the tail's token first_query on. */
+static void narrow(turn_memory *t, uint32_t n, uint32_t first_query, uint32_t queries) {
+  t->a.block = t->a.rows = t->a.least = t->all.n_tokens = n;
+  t->a.first_query = first_query, t->a.queries = queries;
 }
 
 /* The launches of a turn, after pick or mergeable. */
@@ -8622,12 +8654,14 @@ static cudaError_t launch_turn(turn_memory *t, bool merge, cudaStream_t stream) 
   kv.q = rdkv_dense(a.q, a.bf16 ? RDKV_BF16 : RDKV_F16, q_heads, a.k_dim);
   kv.k.token_stride = kv.q.token_stride = a.k_dim, kv.v.token_stride = a.v_dim;
   kv.k.head_stride = static_cast<ptrdiff_t>(n) * a.k_dim;
-  kv.q.head_stride = static_cast<ptrdiff_t>(a.block) * a.k_dim;
+  kv.q.head_stride = static_cast<ptrdiff_t>(a.queries) * a.k_dim;
   kv.v.head_stride = static_cast<ptrdiff_t>(n) * a.v_dim;
   rdkv_layer *l = &t->all;
   const float *lse = a.lse;
-  cudaError_t e = rdkv_cuda_compress::score_by(&t->heads, &kv, n, &lse, a.block, l, 1, status,
-                                               t->work, t->work_bytes, stream);
+  rdkv_config by = t->heads; /* the header says how many there are of a whole block */
+  by.window = static_cast<int32_t>(a.queries);
+  cudaError_t e = rdkv_cuda_compress::score_by(&by, &kv, merge ? n : a.first_query, &lse, a.queries,
+                                               l, 1, status, t->work, t->work_bytes, stream);
   if (e) return e;
   if (merge) mask_kernel<<<static_cast<uint32_t>(kv_heads), THREADS, 0, stream>>>(a);
   if (a.joint) mean_out_kernel<<<static_cast<uint32_t>(kv_heads), THREADS, 0, stream>>>(a);
@@ -8645,8 +8679,8 @@ static cudaError_t launch_turn(turn_memory *t, bool merge, cudaStream_t stream) 
   }
   if (!e)
     e = rdkv_cuda_compress::allocate(&t->cfg, layers, t->cfg.n_layers,
-                                     merge ? &a.state->budget : nullptr, nullptr, a.lambda, status,
-                                     t->work, t->work_bytes, stream);
+                                     merge ? &a.state->budget : nullptr, nullptr, &a.state->begin,
+                                     a.lambda, status, t->work, t->work_bytes, stream);
   if (!e)
     e = rdkv_cuda_pack(&t->heads, &kv, l, 1, a.lambda, a.first_layer, 0, a.packed, t->packed_bytes,
                        &a.state->bytes, status, t->work, t->work_bytes, stream);
@@ -8924,8 +8958,7 @@ extern "C" cudaError_t rdkv_cuda_sequence_compress(const rdkv_config *rdkv,
       bytes < rdkv_cuda_sequence_workspace(rdkv, cfg, blocks))
     return cudaErrorInvalidValue;
   const bool merge = blocks->fan > 0;
-  if (rdkv->n_pins || rdkv->max_error > 0 ||
-      (merge && (rdkv->profile == RDKV_PAPER || rdkv->positions)))
+  if (merge && (rdkv->profile == RDKV_PAPER || rdkv->positions || rdkv->n_pins > 0))
     return cudaErrorNotSupported;
   for (uint32_t i = 0; i < (blocks->lanes ? blocks->lanes : 1); ++i) {
     uint8_t *own = static_cast<uint8_t *>(workspace) + i * each;
@@ -8950,6 +8983,42 @@ extern "C" cudaError_t rdkv_cuda_sequence_compress(const rdkv_config *rdkv,
   if (!e && merge) {
     mergeable_kernel<<<1, THREADS, 0, stream>>>(m->a);
     e = launch_turn(m, true, stream);
+  }
+  return e ? e : rdkv_cuda_plan(cfg, batch->sequences, batch->tail_tokens, plan, stream);
+}
+
+extern "C" cudaError_t rdkv_cuda_sequence_flush(const rdkv_config *rdkv,
+                                                const rdkv_cuda_config *cfg,
+                                                const rdkv_cuda_batch *batch,
+                                                const rdkv_cuda_blocks *blocks, int index,
+                                                void *plan, void *workspace, size_t bytes,
+                                                cudaStream_t stream) {
+  using namespace rdkv_cuda_live_code;
+  if (!batch_ok(cfg, batch) || index < 0 || index >= cfg->batch || !plan || !workspace)
+    return cudaErrorInvalidValue;
+  turn_memory t;
+  rdkv_cuda_config one = *cfg; /* that sequence is the whole batch */
+  one.batch = 1;
+  const rdkv_cuda_batch own = {batch->sequences + index, batch->live + index,
+                               batch->tail_tokens + index};
+  if (!layout_turn(rdkv, &one, &own, blocks, false, workspace, &t) || bytes < t.m.bytes)
+    return cudaErrorInvalidValue;
+  rdkv_cuda_live l;
+  uint32_t tokens;
+  const uint32_t block = t.a.block;
+  cudaError_t e = cudaMemcpyAsync(&l, own.live, sizeof l, cudaMemcpyDeviceToHost, stream);
+  if (!e)
+    e = cudaMemcpyAsync(&tokens, own.tail_tokens, sizeof tokens, cudaMemcpyDeviceToHost, stream);
+  if (!e) e = cudaStreamSynchronize(stream);
+  while (!e && tokens > 0) {
+    const uint32_t n = tokens < block ? tokens : block,
+                   end = tokens < 2 * block ? tokens : 2 * block;
+    uint32_t first = tokens > block ? block : 0;
+    if (first < l.query_begin && l.query_begin < end) first = l.query_begin; /* else an error */
+    narrow(&t, n, first, end - first);
+    pick_kernel<<<1, THREADS, 0, stream>>>(t.a);
+    e = launch_turn(&t, false, stream);
+    tokens -= n, l.query_begin = l.query_begin > n ? l.query_begin - n : 0;
   }
   return e ? e : rdkv_cuda_plan(cfg, batch->sequences, batch->tail_tokens, plan, stream);
 }
