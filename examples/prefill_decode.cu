@@ -320,23 +320,37 @@ static __global__ void add_norm(float *x, const __half *y, const int *token, con
   out[1] = __floats2half2_rn(v.z * r * w1.x, v.w * r * w1.y);
 }
 
-/* qkv [batch][q heads + 2 kv heads][DIM] -> q and k, turned to their position, and v. A head of a
-   sequence a block. */
-static __global__ void rope(const __half *qkv, const uint32_t *tail_tokens, uint32_t prompt,
-                            uint32_t q_heads, uint32_t kv_heads, __half *q, __half *k, __half *v) {
-  after_previous();
-  const uint32_t h = blockIdx.x, b = blockIdx.y, i = threadIdx.x;
-  const __half *in = qkv + (b * (q_heads + 2 * kv_heads) + h) * DIM;
-  __half *out = h < q_heads              ? q + (b * q_heads + h) * DIM
-                : h < q_heads + kv_heads ? k + (b * kv_heads + h - q_heads) * DIM
-                                         : v + (b * kv_heads + h - q_heads - kv_heads) * DIM;
-  const float position = prompt + tail_tokens[b], base = -18.931569f; /* log2 of 1/500000 */
+/* Where the new token's q, k and v go, and its position: prompt + tail_tokens[sequence]. */
+struct rotary {
+  const uint32_t *tail_tokens;
+  uint32_t prompt, q_heads, kv_heads;
+  __half *q, *k, *v;
+};
+
+/* Elements i and i + DIM / 2 of head h of sequence b, of q and k turned to their position. */
+static __device__ void put_rotated(const rotary &r, uint32_t b, uint32_t h, uint32_t i, float x,
+                                   float y) {
+  const bool is_q = h < r.q_heads, is_v = h >= r.q_heads + r.kv_heads;
+  const uint32_t kv_head = h - r.q_heads - (is_v ? r.kv_heads : 0);
+  __half *out = (is_q ? r.q + (b * r.q_heads + h) * DIM
+                      : (is_v ? r.v : r.k) + (b * r.kv_heads + kv_head) * DIM) +
+                i;
+  const float position = r.prompt + r.tail_tokens[b], base = -18.931569f; /* log2 of 1/500000 */
   const float turns = position * exp2f(base * i / (DIM / 2)) * 0.15915494f;
   float s = 0, c = 1;
-  if (h < q_heads + kv_heads) sincospif(2 * (turns - floorf(turns)), &s, &c);
-  const float x = __half2float(in[i]), y = __half2float(in[i + DIM / 2]);
-  out[i] = __float2half(x * c - y * s), out[i + DIM / 2] = __float2half(y * c + x * s);
+  if (!is_v) sincospif(2 * (turns - floorf(turns)), &s, &c);
+  out[0] = __float2half(x * c - y * s), out[DIM / 2] = __float2half(y * c + x * s);
 }
+
+/* qkv [batch][q heads + 2 kv heads][DIM]. A head of a sequence a block. */
+static __global__ void rope(const __half *qkv, rotary r) {
+  after_previous();
+  const uint32_t h = blockIdx.x, b = blockIdx.y, i = threadIdx.x;
+  const __half *in = qkv + (b * gridDim.x + h) * DIM + i;
+  put_rotated(r, b, h, i, __half2float(in[0]), __half2float(in[DIM / 2]));
+}
+
+static __device__ float gated(float gate, float up) { return gate * up / (1 + __expf(-gate)); }
 
 static __global__ void silu_times_up(const __half2 *gate_up, __half2 *out, uint32_t pairs) {
   after_previous();
@@ -344,8 +358,7 @@ static __global__ void silu_times_up(const __half2 *gate_up, __half2 *out, uint3
   if (i >= pairs) return;
   const float2 g = __half22float2(gate_up[2 * b * pairs + i]);
   const float2 u = __half22float2(gate_up[(2 * b + 1) * pairs + i]);
-  out[b * pairs + i] =
-      __floats2half2_rn(g.x * u.x / (1 + __expf(-g.x)), g.y * u.y / (1 + __expf(-g.y)));
+  out[b * pairs + i] = __floats2half2_rn(gated(g.x, u.x), gated(g.y, u.y));
 }
 
 /* The next token: index of the largest logit, the lowest of equal ones. A block a sequence. */
@@ -371,10 +384,10 @@ static __global__ void argmax(const __half *logits, uint32_t vocab, int *token) 
 }
 
 /* y [batch][rows] = x [batch][k] times w [rows][k], for a batch of at most 8: what counts is to
-   read w at the memory's speed. A block has 16 rows and a warp of it a part of k. Each lane copies
-   to shared memory what it will multiply itself, AHEAD steps ahead; the first of them before the
-   kernel in front has ended. Of 32 neighbours in k the eight that lie together go to one lane, in w
-   and x alike: a sum does not mind the order. */
+   read w at the memory's speed. A block has 16 rows, eight pairs of two that are `pair` apart, and
+   a warp of it a part of k. Each lane copies to shared memory what it will multiply itself, AHEAD
+   steps ahead; the first of them before the kernel in front has ended. Of 32 neighbours in k the
+   eight that lie together go to one lane, in w and x alike: a sum does not mind the order. */
 enum { GEMV_WARPS = 16, AHEAD = 4, GEMV_SHARED = AHEAD * 2 * 32 * GEMV_WARPS * 16 };
 
 static __device__ __forceinline__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1,
@@ -394,13 +407,19 @@ static __device__ __forceinline__ void copy_16(uint4 *to, const __half *from) {
                : "memory");
 }
 
+/* What comes of a pair of rows: both, a gate times an up, or two elements of a head for RoPE. */
+enum pairs { BOTH, GATED, ROTATED };
+
+template <pairs P>
 static __global__ void __launch_bounds__(32 * GEMV_WARPS)
-    gemv(const __half *w, const __half *x, __half *y, uint32_t rows, uint32_t k, uint32_t batch) {
+    gemv(const __half *w, const __half *x, __half *y, uint32_t rows, uint32_t pair, uint32_t k,
+         uint32_t batch, rotary r) {
   extern __shared__ uint4 ring[]; /* [AHEAD][2][thread] */
   __shared__ float sums[GEMV_WARPS][16][8];
   const uint32_t warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const uint32_t steps = k / (32 * GEMV_WARPS), first = 32 * steps * warp + 8 * t;
-  const __half *high = w + size_t(16 * blockIdx.x + g) * k + first, *low = high + size_t(8) * k;
+  const uint32_t row0 = 8 * blockIdx.x / pair * pair + 8 * blockIdx.x; /* the first of its rows */
+  const __half *high = w + size_t(row0 + g) * k + first, *low = high + size_t(pair) * k;
   auto slot = [&](uint32_t step, uint32_t half) {
     return ring + (step % AHEAD * 2 + half) * 32 * GEMV_WARPS + threadIdx.x;
   };
@@ -413,9 +432,17 @@ static __global__ void __launch_bounds__(32 * GEMV_WARPS)
   after_previous();
   x += size_t(min(g, batch - 1)) * k + first;
   float c[4] = {0, 0, 0, 0};
+#ifdef XAHEAD
+  uint4 next = *reinterpret_cast<const uint4 *>(x);
+#endif
 #pragma unroll 4
   for (uint32_t i = 0; i < steps; ++i) {
+#ifdef XAHEAD
+    const uint4 b = next;
+    next = *reinterpret_cast<const uint4 *>(x + 32 * min(i + 1, steps - 1));
+#else
     const uint4 b = *reinterpret_cast<const uint4 *>(x + 32 * i);
+#endif
     asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1) : "memory");
     const uint4 p = *slot(i, 0), q = *slot(i, 1);
     multiply(c, p.x, q.x, p.y, q.y, b.x, b.y);
@@ -424,17 +451,31 @@ static __global__ void __launch_bounds__(32 * GEMV_WARPS)
   }
   for (int i = 0; i < 4; ++i) sums[warp][g + 8 * (i / 2)][2 * t + i % 2] = c[i];
   __syncthreads();
-  const uint32_t row = threadIdx.x % 16, column = threadIdx.x / 16;
+  const uint32_t i = threadIdx.x % 8, row = row0 + i, column = threadIdx.x / 8;
   if (column >= batch) return;
-  float sum = 0;
-  for (int i = 0; i < GEMV_WARPS; ++i) sum += sums[i][row][column];
-  y[size_t(column) * rows + 16 * blockIdx.x + row] = __float2half(sum);
+  float a = 0, b = 0;
+  for (int j = 0; j < GEMV_WARPS; ++j) a += sums[j][i][column], b += sums[j][i + 8][column];
+  if (P == ROTATED)
+    put_rotated(r, column, row / DIM, row % DIM, a, b);
+  else if (P == GATED)
+    y[size_t(column) * pair + row] = __float2half(gated(a, b));
+  else
+    y[size_t(column) * rows + row] = __float2half(a),
+                              y[size_t(column) * rows + row + pair] = __float2half(b);
 }
+
+template <pairs P>
+static void multiply_by(const __half *w, const __half *x, __half *y, size_t rows, size_t pair,
+                        size_t k, size_t batch, const rotary &r) {
+  launch(gemv<P>, dim3(rows / 16), 32 * GEMV_WARPS, GEMV_SHARED, w, x, y, rows, pair, k, batch, r);
+}
+
+static bool by_gemv(size_t batch) { return batch <= 8 && !always_cublas; }
 
 static void gemm(const __half *w, const __half *x, __half *y, size_t rows, size_t k, size_t batch) {
   const float one = 1, zero = 0;
-  if (batch <= 8 && !always_cublas)
-    launch(gemv, dim3(rows / 16), 32 * GEMV_WARPS, GEMV_SHARED, w, x, y, rows, k, batch);
+  if (by_gemv(batch))
+    multiply_by<BOTH>(w, x, y, rows, 8, k, batch, rotary());
   else
     CHECK(cublasGemmEx(blas, CUBLAS_OP_T, CUBLAS_OP_N, rows, batch, k, &one, w, CUDA_R_16F, k, x,
                        CUDA_R_16F, k, &zero, y, CUDA_R_16F, rows, CUBLAS_COMPUTE_32F,
@@ -443,7 +484,7 @@ static void gemm(const __half *w, const __half *x, __half *y, size_t rows, size_
 
 struct activations {
   float *x;
-  __half *h, *qkv, *q, *k, *v, *out, *y, *gate_up, *logits;
+  __half *h, *qkv, *q, *k, *v, *out, *y, *gate_up, *gate, *logits;
   int *token;
 };
 
@@ -451,7 +492,7 @@ static activations make_activations(const shape &s, size_t batch, memory &kept) 
   const size_t q = s.q_heads * DIM, kv = s.kv_heads * DIM;
   auto halves = [&](size_t n) { return kept.get<__half>(batch * n); };
   activations a;
-  a.x = kept.get<float>(batch * s.hidden), a.h = halves(std::max(s.hidden, s.ffn));
+  a.x = kept.get<float>(batch * s.hidden), a.h = halves(s.hidden), a.gate = halves(s.ffn);
   a.qkv = halves(q + 2 * kv), a.q = halves(q), a.k = halves(kv), a.v = halves(kv);
   a.out = halves(q), a.y = halves(s.hidden), a.gate_up = halves(2 * s.ffn);
   a.logits = halves(s.vocab), a.token = kept.get<int>(batch);
@@ -465,23 +506,38 @@ static activations make_activations(const shape &s, size_t batch, memory &kept) 
 static void step(const model &m, const cache &c, const activations &a) {
   const shape &s = m.s;
   const size_t batch = c.cfg.batch, heads = s.q_heads + 2 * s.kv_heads;
+  const bool few = by_gemv(batch); /* then the GEMMs do what comes right after them too */
+  const rotary r = {c.tail_tokens,
+                    static_cast<uint32_t>(c.prompt),
+                    static_cast<uint32_t>(s.q_heads),
+                    static_cast<uint32_t>(s.kv_heads),
+                    a.q,
+                    a.k,
+                    a.v};
   auto add_and_norm = [&](const __half *y, const int *token, const __half *weight) {
     launch(add_norm, dim3(batch), s.hidden / 4, 0, a.x, y, token, weight, a.h, s.hidden);
   };
   add_and_norm(m.embedding, a.token, m.layers[0].norm1);
   for (size_t i = 0; i < s.layers; ++i) {
     const layer_weights &l = m.layers[i];
-    gemm(l.qkv, a.h, a.qkv, heads * DIM, s.hidden, batch);
-    launch(rope, dim3(heads, batch), DIM / 2, 0, a.qkv, c.tail_tokens, c.prompt, s.q_heads,
-           s.kv_heads, a.q, a.k, a.v);
+    if (few) {
+      multiply_by<ROTATED>(l.qkv, a.h, nullptr, heads * DIM, DIM / 2, s.hidden, batch, r);
+    } else {
+      gemm(l.qkv, a.h, a.qkv, heads * DIM, s.hidden, batch);
+      launch(rope, dim3(heads, batch), DIM / 2, 0, a.qkv, r);
+    }
     attend(c, i, a.q, a.k, a.v, a.out);
     gemm(l.o, a.out, a.y, s.hidden, s.q_heads * DIM, batch);
     add_and_norm(a.y, nullptr, l.norm2);
-    gemm(l.gate_up, a.h, a.gate_up, 2 * s.ffn, s.hidden, batch);
-    launch(silu_times_up, dim3((s.ffn / 2 + 255) / 256, batch), 256, 0,
-           reinterpret_cast<const __half2 *>(a.gate_up), reinterpret_cast<__half2 *>(a.h),
-           s.ffn / 2);
-    gemm(l.down, a.h, a.y, s.hidden, s.ffn, batch);
+    if (few) {
+      multiply_by<GATED>(l.gate_up, a.h, a.gate, 2 * s.ffn, s.ffn, s.hidden, batch, r);
+    } else {
+      gemm(l.gate_up, a.h, a.gate_up, 2 * s.ffn, s.hidden, batch);
+      launch(silu_times_up, dim3((s.ffn / 2 + 255) / 256, batch), 256, 0,
+             reinterpret_cast<const __half2 *>(a.gate_up), reinterpret_cast<__half2 *>(a.gate),
+             s.ffn / 2);
+    }
+    gemm(l.down, a.gate, a.y, s.hidden, s.ffn, batch);
     add_and_norm(a.y, nullptr, i + 1 < s.layers ? m.layers[i + 1].norm1 : m.norm);
   }
   gemm(m.head, a.h, a.logits, s.vocab, s.hidden, batch);
@@ -775,7 +831,8 @@ int main(int argc, char **argv) {
   cudaDeviceProp device;
   CHECK(cudaGetDeviceProperties(&device, 0));
   overlap = device.major >= 9;
-  CHECK(cudaFuncSetAttribute(gemv, cudaFuncAttributeMaxDynamicSharedMemorySize, GEMV_SHARED));
+  for (auto k : {gemv<BOTH>, gemv<GATED>, gemv<ROTATED>})
+    CHECK(cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, GEMV_SHARED));
   CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   memory kept;
   CHECK(cublasCreate(&blas));
