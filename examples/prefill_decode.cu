@@ -432,17 +432,11 @@ static __global__ void __launch_bounds__(32 * GEMV_WARPS)
   after_previous();
   x += size_t(min(g, batch - 1)) * k + first;
   float c[4] = {0, 0, 0, 0};
-#ifdef XAHEAD
-  uint4 next = *reinterpret_cast<const uint4 *>(x);
-#endif
+  uint4 next = *reinterpret_cast<const uint4 *>(x); /* of x, a step ahead */
 #pragma unroll 4
   for (uint32_t i = 0; i < steps; ++i) {
-#ifdef XAHEAD
     const uint4 b = next;
     next = *reinterpret_cast<const uint4 *>(x + 32 * min(i + 1, steps - 1));
-#else
-    const uint4 b = *reinterpret_cast<const uint4 *>(x + 32 * i);
-#endif
     asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1) : "memory");
     const uint4 p = *slot(i, 0), q = *slot(i, 1);
     multiply(c, p.x, q.x, p.y, q.y, b.x, b.y);
