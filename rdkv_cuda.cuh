@@ -1063,7 +1063,7 @@ enum {
   RDKV_CUDA__TAIL_END = 8 /* the group's part of the tail reaches to its end */
 };
 
-typedef struct rdkv_cuda__piece {
+typedef struct __align__(16) rdkv_cuda__piece {
   rdkv_cuda_head head;
   void *k, *v; /* tail of this (layer, kv head) */
   uint32_t tile_begin, tile_end;
@@ -1074,16 +1074,47 @@ typedef struct rdkv_cuda__piece {
   uint32_t part, n_parts;        /* this group among the head's groups */
   uint32_t slot, first_slot;     /* where it and the head's first one leave their results */
   uint32_t first_query, columns; /* row of q and out of its first column; how many have one */
-  uint32_t reserved;
-} rdkv_cuda__piece; /* 128 bytes, read 16 at a time */
+  uint32_t scale;                /* the largest of the head's table, fp16 */
+}
+rdkv_cuda__piece; /* 128 bytes, read 16 at a time */
 
-#define RDKV_CUDA__COUNTERS 16 /* of a head: one a warp of the latency kernel */
+/* A block's part in the latency kernel: its values, 32 / columns times the (max, sum) of all
+   columns, and words of its own. A word is RDKV_CUDA__ABSENT, a NaN that no arithmetic yields,
+   until it is there. Launches use two sets of parts in turn: each clears those that the one before
+   has read. */
+#define RDKV_CUDA__MOST_WARPS 16
+#define RDKV_CUDA__PART_WORDS(values) \
+  ((values) + 96u) /* own words: the last 32, in the first set */
+#define RDKV_CUDA__ABSENT 0xffffffffu
+
+/* What a block of the latency kernel asks for at once, beside its first piece: the first tile of
+   each warp (bytes 0: none), then the table of the piece's head, for a lane's two entries each. */
+typedef struct __align__(16) rdkv_cuda__first {
+  const uint8_t *tile;
+  uint32_t bytes, what; /* V run, tokens << 8, the piece's flags << 16 */
+}
+rdkv_cuda__first;
+
+typedef struct __align__(16) rdkv_cuda__entries {
+  uint32_t scale, mid, from, reserved; /* two halves, two halves, two bytes */
+}
+rdkv_cuda__entries;
+
+static __host__ __device__ uint32_t rdkv_cuda__n_entries(int k_dim) { /* runs are padded apart */
+  return (static_cast<uint32_t>(k_dim) + 46) / 2;
+}
+
+static __host__ __device__ uint32_t rdkv_cuda__start_bytes(int k_dim) {
+  return RDKV_CUDA__MOST_WARPS * sizeof(rdkv_cuda__first) +
+         (rdkv_cuda__n_entries(k_dim) * sizeof(rdkv_cuda__entries) + 127) / 128 * 128;
+}
 
 /* One layer's plan: pieces [n_blocks] the first of each block, then [heads * max_segments] others;
-   weights [heads]; counters [heads][RDKV_CUDA__COUNTERS]. */
+   weights [heads]; counters [heads]; for the latency kernel starts [n_blocks]. Behind all layers
+   two sets of the latency kernel's parts [n_blocks], of part bytes each (else 0). */
 typedef struct rdkv_cuda__layout {
   uint32_t heads, passes, group; /* heads of the batch, with passes */
-  size_t weights, counters, bytes;
+  size_t weights, counters, starts, bytes, part;
 } rdkv_cuda__layout;
 
 static rdkv_cuda__layout rdkv_cuda__layout_of(const rdkv_cuda_config *c) {
@@ -1096,8 +1127,12 @@ static rdkv_cuda__layout rdkv_cuda__layout_of(const rdkv_cuda_config *c) {
                         static_cast<size_t>(l.heads) * static_cast<size_t>(c->max_segments);
   l.weights = pieces * sizeof(rdkv_cuda__piece);
   l.counters = l.weights + l.heads * sizeof(uint64_t);
-  l.bytes = (l.counters + l.heads * RDKV_CUDA__COUNTERS * sizeof(uint32_t) + 127) &
-            ~static_cast<size_t>(127);
+  l.starts = (l.counters + l.heads * sizeof(uint32_t) + 127) & ~static_cast<size_t>(127);
+  l.bytes = l.starts;
+  if (c->latency > 0)
+    l.bytes += static_cast<size_t>(c->n_blocks) * rdkv_cuda__start_bytes(c->k_dim);
+  const uint32_t values = (group <= 4 ? 4u : 8u) * static_cast<uint32_t>(c->v_dim);
+  l.part = c->latency > 0 ? RDKV_CUDA__PART_WORDS(values) * sizeof(float) : 0;
   return l;
 }
 
@@ -1105,9 +1140,10 @@ typedef struct rdkv_cuda__plan_args {
   const rdkv_cuda_sequence *sequences;
   const uint32_t *tail_tokens;
   uint8_t *plan;
-  size_t layer_bytes, counters, weights;
-  uint32_t heads, passes, n_kv_heads, group, n_blocks, max_segments;
-  int first_layer, k_dim, v_dim, latency;
+  uint4 *parts;
+  size_t layer_bytes, counters, weights, starts;
+  uint32_t heads, passes, n_kv_heads, group, n_blocks, max_segments, n_parts;
+  int first_layer, k_dim, v_dim, latency, n_warps;
 } rdkv_cuda__plan_args;
 
 /* What the first tiles of a head cost: their bytes, but no less than reading 14 bytes a dim of a
@@ -1147,6 +1183,31 @@ static __device__ uint32_t rdkv_cuda__tile_after(const rdkv_cuda__plan_args &p,
       low = middle + 1;
   }
   return low;
+}
+
+/* The largest scale of a head's table: not negative, so ordered as integers. */
+static __device__ uint32_t rdkv_cuda__largest_scale(const rdkv_cuda_head &h) {
+  const uint32_t n = 16u * (h.n_blocks[0] + h.n_blocks[1] + h.n_blocks[2]);
+  uint32_t largest = 0;
+  for (uint32_t i = 0; i < n / 8; ++i) {
+    const uint4 x = reinterpret_cast<const uint4 *>(h.table)[i];
+    largest = __vmaxu2(__vmaxu2(largest, __vmaxu2(x.x, x.y)), __vmaxu2(x.z, x.w));
+  }
+  return max(largest & 0xffffu, largest >> 16);
+}
+
+/* Entries i and i + 1 of a head's table, with 0 behind its end. */
+__device__ __forceinline__ rdkv_cuda__entries rdkv_cuda__entries_at(const rdkv_cuda_head &h,
+                                                                    uint32_t i) {
+  const uint32_t n = 16u * (h.n_blocks[0] + h.n_blocks[1] + h.n_blocks[2]), all = n + h.n_dropped;
+  rdkv_cuda__entries e = rdkv_cuda__entries();
+  if (i < n) e.scale = __ldg(reinterpret_cast<const uint32_t *>(h.table + 2 * i));
+  if (i < all) {
+    e.mid = __ldg(reinterpret_cast<const uint32_t *>(h.table + 2 * (n + i)));
+    e.from = __ldg(reinterpret_cast<const uint16_t *>(h.table + 2 * (n + all) + i));
+    if (i + 1 == all) e.mid &= 0xffffu, e.from &= 0xffu;
+  }
+  return e;
 }
 
 #define RDKV_CUDA__PLAN_THREADS 256
@@ -1195,6 +1256,10 @@ static __global__ void __launch_bounds__(RDKV_CUDA__PLAN_THREADS)
   const uint64_t fixed = 4; /* what a head costs without any token, in 128 bytes */
   uint64_t total = 0, largest = 0, before, quota;
 
+  for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < p.n_parts;
+       i += gridDim.x * blockDim.x)
+    p.parts[i] =
+        make_uint4(RDKV_CUDA__ABSENT, RDKV_CUDA__ABSENT, RDKV_CUDA__ABSENT, RDKV_CUDA__ABSENT);
   for (uint32_t b = threadIdx.x; b < p.n_blocks; b += blockDim.x) pieces[b] = rdkv_cuda__piece();
   for (uint32_t base = 0; base < p.heads; base += blockDim.x) {
     const uint32_t h = base + threadIdx.x;
@@ -1209,7 +1274,7 @@ static __global__ void __launch_bounds__(RDKV_CUDA__PLAN_THREADS)
       for (uint32_t i = 0; i < min(s.n_segments, p.max_segments); ++i)
         w += rdkv_cuda__weight(p, s, i, layer, kv_head, &head);
       weights[h] = w;
-      for (uint32_t i = 0; i < RDKV_CUDA__COUNTERS; ++i) counters[RDKV_CUDA__COUNTERS * h + i] = 0;
+      counters[h] = 0;
     }
     total += rdkv_cuda__scan(w, &before);
     largest = max(largest, rdkv_cuda__max(w));
@@ -1263,6 +1328,7 @@ static __global__ void __launch_bounds__(RDKV_CUDA__PLAN_THREADS)
       for (uint32_t i = 0; s0 < h1; ++i) {
         const uint64_t weight = i < n ? rdkv_cuda__weight(p, s, i, layer, kv_head, &x.head) : 0;
         if (weight == 0 && packed > 0) continue; /* a head without segments gets an empty piece */
+        x.scale = weight ? rdkv_cuda__largest_scale(x.head) : 0;
         done += weight;
         const uint64_t s1 = done == packed ? h1 : h0 + width * done / packed;
         for (uint64_t b = s0 / quota; b * quota < s1; ++b) {
@@ -1288,12 +1354,42 @@ static __global__ void __launch_bounds__(RDKV_CUDA__PLAN_THREADS)
     }
     start += sum;
   }
+  if (!p.latency) return;
+  __syncthreads();
+  const uint32_t n_entries = rdkv_cuda__n_entries(p.k_dim), n = RDKV_CUDA__MOST_WARPS + n_entries;
+  for (uint32_t i = threadIdx.x; i < p.n_blocks * n; i += blockDim.x) {
+    const rdkv_cuda__piece &x = pieces[i / n];
+    uint4 *const start =
+        reinterpret_cast<uint4 *>(plan + p.starts + i / n * rdkv_cuda__start_bytes(p.k_dim));
+    const uint32_t j = i % n, tile = x.tile_begin + j;
+    rdkv_cuda__first first = rdkv_cuda__first();
+    first.what = x.flags << 16;
+    if (j >= RDKV_CUDA__MOST_WARPS) {
+      const bool keys = x.tile_begin < x.tile_end;
+      reinterpret_cast<rdkv_cuda__entries *>(start)[j] =
+          keys ? rdkv_cuda__entries_at(x.head, 2 * (j - RDKV_CUDA__MOST_WARPS))
+               : rdkv_cuda__entries();
+      continue;
+    }
+    if (j < static_cast<uint32_t>(p.n_warps) && tile < x.tile_end) {
+      int run;
+      uint32_t tokens;
+      uint64_t offset;
+      rdkv_cuda_tile_at(x.head, p.v_dim, tile, &run, &tokens, &offset);
+      first.tile = x.head.tiles + offset;
+      first.bytes =
+          rdkv_cuda_key_bytes(x.head) + 128u + (static_cast<uint32_t>(p.v_dim * 8) << run);
+      first.what |= static_cast<uint32_t>(run) | tokens << 8;
+    }
+    reinterpret_cast<rdkv_cuda__first *>(start)[j] = first;
+  }
 }
 
 /* ---- >>cuda-attend : one layer --------------------------------------------------------------- */
 
 typedef struct rdkv_cuda__args {
   const rdkv_cuda__piece *pieces;
+  const uint8_t *starts;
   uint32_t *counters;
   float *partials;
   rdkv_cuda_io io;
@@ -1301,7 +1397,7 @@ typedef struct rdkv_cuda__args {
   int k_dim, dtype, tail_bf16;
   uint32_t ring_bytes, key_fragments, tail_fragments; /* of shared memory */
   uint32_t table_bytes, row_bytes, source_bytes; /* a table, a row of q, one and columns of those */
-  uint32_t n_blocks, block_bytes;
+  uint32_t n_blocks, block_bytes, start_bytes;
   int overlap;
   float factor_log2;
 } rdkv_cuda__args;
@@ -1317,7 +1413,11 @@ typedef struct rdkv_cuda__args {
 typedef struct rdkv_cuda__shared {
   float2 factor[8], tail_factor[8]; /* the latter where both queries are made at once */
   uint64_t barrier;                 /* of the copies of what queries are made of */
-  uint32_t last, reserved[29];
+  int32_t max[8];                   /* of all warps, as rdkv_cuda__ordered */
+  uint32_t
+      last; /* this block has to add up for the head; how many others have left it their share */
+  uint32_t left, set; /* has left its share; the set of parts */
+  uint32_t reserved[19];
   rdkv_cuda__piece piece[2]; /* this one and the next */
 } rdkv_cuda__shared;         /* 512 bytes */
 
@@ -1976,8 +2076,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
           uint32_t before;
           asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
                        : "=r"(before)
-                       : "l"(__cvta_generic_to_global(p.counters + RDKV_CUDA__COUNTERS * head)),
-                         "r"(x.n_parts - 1)
+                       : "l"(__cvta_generic_to_global(p.counters + head)), "r"(x.n_parts - 1)
                        : "memory");
           sh->last = before == x.n_parts - 1;
         }
@@ -2007,27 +2106,30 @@ typedef struct rdkv_cuda__slots {
   uint32_t stride, n; /* bytes from one slot to the next, and how many there are */
 } rdkv_cuda__slots;
 
-/* Has tiles copied to the slots in mask, while there are any; at first divides the ring. */
+/* Has tiles copied to the slots in mask, while there are any; at first divides the ring. A lane in
+   done has its copy under way. */
 template <bool FIRST>
 __device__ __forceinline__ void rdkv_cuda__fill_slots(const rdkv_cuda__ring &r,
                                                       const rdkv_cuda_head &head, int v_dim,
                                                       uint32_t tile_end, uint32_t n_warps,
-                                                      uint32_t mask, rdkv_cuda__slots &s) {
+                                                      uint32_t mask, bool done,
+                                                      rdkv_cuda__slots &s) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t lane = threadIdx.x & 31;
   const uint32_t tile = FIRST && lane == 31 ? tile_end - 1 : min(s.next, tile_end - 1);
+  const bool there = s.next < tile_end;
   int run;
   uint32_t tokens;
   uint64_t offset;
   rdkv_cuda_tile_at(head, v_dim, tile, &run, &tokens, &offset);
   const uint32_t bytes =
       rdkv_cuda_key_bytes(head) + 128u + (static_cast<uint32_t>(v_dim * 8) << run);
-  if (FIRST) { /* widths ascend: the last tile is the largest */
-    s.stride = __shfl_sync(RDKV_CUDA__FULL, bytes, 31);
+  if (FIRST) { /* the warp's largest tile; widths ascend, where lanes are too few for all */
+    s.stride = __reduce_max_sync(RDKV_CUDA__FULL, there ? bytes : 0);
     s.n = static_cast<uint32_t>(__popc(__ballot_sync(
         RDKV_CUDA__FULL, lane < RDKV_CUDA__SLOTS && (lane + 1) * s.stride <= r.size)));
   }
-  const bool mine = mask >> lane & 1 && lane < s.n && s.next < tile_end;
+  const bool mine = mask >> lane & 1 && lane < s.n && there;
   asm volatile(
       "{\n\t.reg .pred mine;\n\t"
       "setp.ne.u32 mine, %5, 0;\n\t"
@@ -2035,7 +2137,7 @@ __device__ __forceinline__ void rdkv_cuda__fill_slots(const rdkv_cuda__ring &r,
       "@mine cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1], %2, [%3], %4;\n\t}" ::"r"(r.base + lane * s.stride),
       "l"(__cvta_generic_to_global(head.tiles + offset)), "r"(bytes), "r"(r.barrier + 8u * lane),
-      "l"(r.policy), "r"(static_cast<uint32_t>(mine))
+      "l"(r.policy), "r"(static_cast<uint32_t>(mine && !done))
       : "memory");
   if (mine) s.what = static_cast<uint32_t>(run) | tokens << 8, s.next += s.n * n_warps;
 #endif
@@ -2050,55 +2152,61 @@ __device__ __forceinline__ float rdkv_cuda__value(const uint8_t *row, uint32_t i
   return dtype == RDKV_F16 ? f : __uint_as_float(high);
 }
 
+/* 16 bytes of a row of q, past the first-level cache, which may hold older values; 0 if q is NULL.
+ */
+__device__ __forceinline__ uint4 rdkv_cuda__row_at(const uint8_t *q, uint32_t bytes, uint32_t i) {
+  return q && i < bytes ? __ldcg(reinterpret_cast<const uint4 *>(q + i)) : make_uint4(0, 0, 0, 0);
+}
+
+/* Stores a row of q, of which x is what rdkv_cuda__row_at gives for 16 lane, and behind it its
+   largest magnitude. */
+__device__ __forceinline__ void rdkv_cuda__row(uint8_t *row, const uint8_t *q, uint32_t bytes,
+                                               uint4 x, int dtype) {
+  const uint32_t lane = threadIdx.x & 31, sign = dtype == RDKV_F32 ? 0x7fffffffu : 0x7fff7fffu;
+  uint32_t high = 0; /* magnitudes are ordered as integers */
+  for (uint32_t i = 16 * lane; i < bytes; i += 512) {
+    if (i >= 512) x = rdkv_cuda__row_at(q, bytes, i);
+    *reinterpret_cast<uint4 *>(row + i) = x;
+    const uint32_t y[4] = {x.x & sign, x.y & sign, x.z & sign, x.w & sign};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) high = dtype == RDKV_F32 ? max(high, y[k]) : __vmaxu2(high, y[k]);
+  }
+  if (dtype != RDKV_F32) high = max(high & 0xffffu, high >> 16);
+  high = __reduce_max_sync(RDKV_CUDA__FULL, high);
+  if (lane == 0)
+    *reinterpret_cast<float *>(row + bytes) =
+        dtype == RDKV_F32   ? __uint_as_float(high)
+        : dtype == RDKV_F16 ? __half2float(__ushort_as_half(static_cast<uint16_t>(high)))
+                            : __uint_as_float(high << 16);
+  __syncwarp();
+}
+
 /* rdkv_cuda_query by several warps, each every parts-th 64 entries of the table, without a word
-   between them: the largest product is not looked for, only bounded by the largest factors. That
-   bound may be 2^10 too high without a loss, as high and low half both have 11 bits. q: a row in
-   shared memory, as the table, or NULL. The constant is the sum of constants [column][part]. */
-__device__ __forceinline__ void rdkv_cuda__query_part(const rdkv_cuda_head &head, const uint8_t *q,
-                                                      int dtype, uint32_t k_dim, float factor_log2,
-                                                      uint32_t column, uint32_t part,
-                                                      uint32_t parts, uint8_t *fragments,
-                                                      uint32_t rest, float *factor,
-                                                      float *constants) {
+   between them: the largest product is not looked for, only bounded by the largest factors, largest
+   = their product. That bound may be 2^10 too high without a loss, as high and low half both have
+   11 bits. row: of q, in shared memory; e: the first entries. The constant is the sum of constants
+   [column][part]. */
+__device__ __forceinline__ void rdkv_cuda__query_part(
+    const rdkv_cuda_head &head, rdkv_cuda__entries e, const uint8_t *row, float largest, int dtype,
+    float factor_log2, uint32_t column, uint32_t part, uint32_t parts, uint8_t *fragments,
+    uint32_t rest, float *factor, float *constants) {
   const uint32_t lane = threadIdx.x & 31;
   const uint32_t n2 = 16u * head.n_blocks[0], n4 = n2 + 16u * head.n_blocks[1];
   const uint32_t n = n4 + 16u * head.n_blocks[2], all = n + head.n_dropped;
-  const uint32_t *scales = reinterpret_cast<const uint32_t *>(head.table), *mids = scales + n / 2;
-  const uint16_t *channels = reinterpret_cast<const uint16_t *>(head.table + 2 * (n + all));
-  uint32_t high_q = 0, high_s = 0; /* two halves, not negative: ordered as integers */
-  if (q) {
-#pragma unroll 1
-    for (uint32_t i = lane; i < k_dim / (dtype == RDKV_F32 ? 1 : 2); i += 32) {
-      const uint32_t x = reinterpret_cast<const uint32_t *>(q)[i];
-      high_q = dtype == RDKV_F32 ? max(high_q, x & 0x7fffffffu) : __vmaxu2(high_q, x & 0x7fff7fffu);
-    }
-  }
-  if (dtype != RDKV_F32) {
-    high_q = max(high_q & 0xffffu, high_q >> 16);
-    high_q = dtype == RDKV_BF16
-                 ? high_q << 16
-                 : __float_as_uint(__half2float(__ushort_as_half(static_cast<uint16_t>(high_q))));
-  }
-#pragma unroll 1
-  for (uint32_t i = lane; i < n / 2; i += 32) high_s = __vmaxu2(high_s, scales[i]);
-  high_s = __reduce_max_sync(RDKV_CUDA__FULL, max(high_s & 0xffffu, high_s >> 16));
-  high_q = __reduce_max_sync(RDKV_CUDA__FULL, high_q);
-  const uint32_t largest = __float_as_uint(
-      __uint_as_float(high_q) * __half2float(__ushort_as_half(static_cast<uint16_t>(high_s))));
-  const uint32_t exponent = max(41u, min(241u, largest >> 23)); /* to [2^14, 2^15) */
+  /* to [2^14, 2^15) */
+  const uint32_t exponent = max(41u, min(241u, __float_as_uint(largest) >> 23));
   const float up = __uint_as_float((268u - exponent) << 23);
   const float down = __uint_as_float((exponent - 14u) << 23);
   float constant = 0, centred = 0;
 #pragma unroll 1
   for (uint32_t i = 64 * part + 2 * lane; i < all; i += 64 * parts) {
-    const bool two = i + 1 < all;
-    const uint32_t from = channels[i / 2];
-    const float2 mid = __half22float2(rdkv_cuda__halves(mids[i / 2]));
-    const float q0 = q ? rdkv_cuda__value(q, from & 255, dtype) : 0.0f;
-    const float q1 = q && two ? rdkv_cuda__value(q, from >> 8, dtype) : 0.0f;
-    constant += q0 * mid.x + q1 * (two ? mid.y : 0.0f);
+    if (i >= 64 * parts) e = rdkv_cuda__entries_at(head, i);
+    const float2 mid = __half22float2(rdkv_cuda__halves(e.mid));
+    const float q0 = rdkv_cuda__value(row, e.from & 255, dtype);
+    const float q1 = rdkv_cuda__value(row, e.from >> 8, dtype);
+    constant += q0 * mid.x + q1 * mid.y;
     if (i < n) {
-      const float2 scale = __half22float2(rdkv_cuda__halves(scales[i / 2]));
+      const float2 scale = __half22float2(rdkv_cuda__halves(e.scale));
       /* codes of an odd pair are worth 4 (2 bits) or 16 (4 bits) times as much: undone here */
       const bool odd = i & 2;
       const float part_of = !odd || i >= n4 ? up : up * (i < n2 ? 0.25f : 0.0625f);
@@ -2124,14 +2232,76 @@ __device__ __forceinline__ void rdkv_cuda__query_part(const rdkv_cuda_head &head
   }
 }
 
-/* All threads of the block copy; a wait for it and a barrier must follow. */
-__device__ __forceinline__ void rdkv_cuda__copy_async(uint8_t *to, const void *from,
-                                                      uint32_t bytes) {
-  for (uint32_t i = 16 * threadIdx.x; i < bytes; i += 16 * blockDim.x)
-    asm volatile(
-        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(rdkv_cuda__shared_address(to) + i),
-        "l"(__cvta_generic_to_global(static_cast<const uint8_t *>(from) + i))
-        : "memory");
+/* Floats as integers of the same order, and back. */
+__device__ __forceinline__ int32_t rdkv_cuda__ordered(int32_t x) {
+  return x ^ (x >> 31 & 0x7fffffff);
+}
+
+/* Words that other blocks wait for. A value's (max, sum) is one access: the sum alone says that
+   both are there. */
+__device__ __forceinline__ void rdkv_cuda__leave(float *to, float x) {
+  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(x)
+               : "memory");
+}
+
+__device__ __forceinline__ void rdkv_cuda__leave(float *to, float x, float y) {
+  asm volatile(
+      "{\n\t.reg .b64 both;\n\t"
+      "mov.b64 both, {%1, %2};\n\t"
+      "st.relaxed.gpu.global.b64 [%0], both;\n\t}" ::"l"(__cvta_generic_to_global(to)),
+      "f"(x), "f"(y)
+      : "memory");
+}
+
+__device__ __forceinline__ uint32_t rdkv_cuda__look(const void *from) {
+  return *static_cast<const volatile uint32_t *>(from);
+}
+
+__device__ __forceinline__ float2 rdkv_cuda__look2(const void *from) {
+  const uint64_t x = *static_cast<const volatile uint64_t *>(from);
+  return make_float2(__uint_as_float(static_cast<uint32_t>(x)),
+                     __uint_as_float(static_cast<uint32_t>(x >> 32)));
+}
+
+/* Adds a value of n parts, 16 or fewer, that lie WORDS apart, and their (max, sum), to (high,
+   value, all): waits until all are there. */
+template <bool ALL, uint32_t WORDS>
+__device__ __forceinline__ void rdkv_cuda__add_parts(const float *from, const float *pairs,
+                                                     uint32_t n, float &high, float &value,
+                                                     float &all) {
+  float x, y, top;
+  bool wait;
+  do {
+    float v[16];
+    float2 t[16];
+#pragma unroll
+    for (uint32_t k = 0; k < 16; ++k) {
+      v[k] = 0, t[k] = make_float2(-INFINITY, 0);
+      if (ALL || k < n)
+        v[k] = __uint_as_float(rdkv_cuda__look(from + k * WORDS)),
+        t[k] = rdkv_cuda__look2(pairs + k * WORDS);
+    }
+    top = high;
+#pragma unroll
+    for (uint32_t k = 0; k < 16; ++k) top = fmaxf(top, t[k].x);
+    const float zero = top == -INFINITY ? 0.0f : top; /* nothing yet: 0 of everything */
+    const float before = rdkv_cuda__exp2(high - zero);
+    x = value * before, y = all * before;
+#pragma unroll
+    for (uint32_t k = 0; k < 16; ++k) {
+      const float e = rdkv_cuda__exp2(t[k].x - zero);
+      x += e * v[k], y += e * t[k].y;
+    }
+    wait = false; /* a word that is not there is a NaN, and so are the sums */
+    if (!(x + y == x + y)) {
+      uint32_t most = 0;
+#pragma unroll
+      for (uint32_t k = 0; k < 16; ++k)
+        most = max(most, max(__float_as_uint(v[k]), __float_as_uint(t[k].y)));
+      wait = most == RDKV_CUDA__ABSENT;
+    }
+  } while (__any_sync(RDKV_CUDA__FULL, wait));
+  high = top, value = x, all = y;
 }
 
 template <int D, bool PAIRED>
@@ -2143,79 +2313,128 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
   const uint32_t warp = rdkv_cuda__uniform(threadIdx.x >> 5);
   const uint32_t lane = threadIdx.x & 31, n_warps = blockDim.x >> 5;
   uint8_t *const key_fragments = memory, *const tail_fragments = memory + p.key_fragments;
-  uint8_t *const source = tail_fragments + p.tail_fragments;
-  uint8_t *const rows = source + p.table_bytes; /* of q */
-  rdkv_cuda__shared *const sh = reinterpret_cast<rdkv_cuda__shared *>(source + p.source_bytes);
+  uint8_t *const rows = tail_fragments + p.tail_fragments; /* of q, one a warp and more */
+  rdkv_cuda__shared *const sh = reinterpret_cast<rdkv_cuda__shared *>(rows + p.source_bytes);
   rdkv_cuda__warp *const warps = reinterpret_cast<rdkv_cuda__warp *>(sh + 1);
   uint8_t *const rings = reinterpret_cast<uint8_t *>(warps + n_warps);
   uint8_t *const own = rings + warp * p.ring_bytes;
 
   const rdkv_cuda__piece *piece = p.pieces + blockIdx.x;
   rdkv_cuda__piece x = *piece; /* under way while the barriers are made */
+  const uint8_t *const start = p.starts + static_cast<size_t>(blockIdx.x) * p.start_bytes;
+  const rdkv_cuda__entries *const entries = reinterpret_cast<const rdkv_cuda__entries *>(
+      start + RDKV_CUDA__MOST_WARPS * sizeof(rdkv_cuda__first));
+  constexpr uint32_t columns_bits = PAIRED ? 2 : 3;
+  rdkv_cuda__entries e = rdkv_cuda__entries(); /* of the warp's part of the first query */
+  const uint32_t entry = 32 * (warp >> columns_bits) + lane;
+  if (entry < rdkv_cuda__n_entries(p.k_dim)) e = entries[entry];
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   rdkv_cuda__ring ring;
   ring.base = rdkv_cuda__shared_address(own);
   ring.barrier = rdkv_cuda__shared_address(warps[warp].barrier);
   ring.size = p.ring_bytes, ring.parity = ring.pending = 0;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(ring.policy));
-  if (lane < RDKV_CUDA__SLOTS)
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(ring.barrier + 8u * lane)
-                 : "memory");
+  if (lane == 0)
+#pragma unroll
+    for (uint32_t i = 0; i < RDKV_CUDA__SLOTS; ++i)
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(ring.barrier + 8u * i)
+                   : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   __syncwarp();
+  uint64_t first;
+  uint32_t first_bytes, first_what;
+  asm volatile(
+      "{\n\t.reg .b64 high;\n\t"
+      "ld.global.nc.v2.b64 {%0, high}, [%3];\n\t"
+      "mov.b64 {%1, %2}, high;\n\t}"
+      : "=l"(first), "=r"(first_bytes), "=r"(first_what)
+      : "l"(start + 16 * warp)
+      : "memory"); /* volatile: not waited for in front of the barriers */
   rdkv_cuda_acc<D> a;
   rdkv_cuda_clear(a);
 #pragma unroll
   for (int i = 0; i < D; ++i) /* now, not after the piece has come */
     asm volatile("" : "+f"(a.acc[i][0]), "+f"(a.acc[i][1]), "+f"(a.acc[i][2]), "+f"(a.acc[i][3]));
-  if (!(rdkv_cuda__uniform(x.flags) & RDKV_CUDA__ACTIVE)) return;
+  constexpr uint32_t part_words = RDKV_CUDA__PART_WORDS(n_values);
+  float *part = p.partials + static_cast<size_t>(blockIdx.x) * part_words;
+  uint32_t *const own_words = reinterpret_cast<uint32_t *>(part + part_words - 32);
+  uint32_t *const starts = p.counters + x.sequence * p.n_kv_heads * p.passes + x.kv_head;
+  const uint32_t one_more = (x.part ? 1u : 1u - x.n_parts) << 16;
+  if (!(rdkv_cuda__uniform(x.flags & first_what >> 16) & RDKV_CUDA__ACTIVE)) {
+    if (threadIdx.x == 0) { /* the sets change for all */
+      asm volatile("griddepcontrol.wait;" ::: "memory");
+      *own_words = rdkv_cuda__look(own_words) ^ 1u;
+    }
+    return;
+  }
   const uint32_t key_rest = PAIRED ? 128u : p.key_fragments / 2;
   const uint32_t tail_rest = PAIRED ? 128u : p.tail_fragments / 2;
   float *const constants = reinterpret_cast<float *>(sh->piece); /* [columns][4 parts] of queries */
   const uint32_t parts = max(1u, min(4u, n_warps / columns));
   const uint32_t k_dim = static_cast<uint32_t>(p.k_dim), mine = 2 * (lane & 3) & (columns - 1);
-  const uint8_t *const q =
-      static_cast<const uint8_t *>(p.io.q) + static_cast<size_t>(x.first_query) * p.row_bytes;
-  uint32_t q_bytes = x.columns * p.row_bytes; /* still to be asked for */
+  const uint32_t jobs = columns * parts; /* of making the query, column first */
+  const auto q_of = [&](uint32_t job)
+      -> const uint8_t * { /* NULL: a column without a query */
+                           const uint32_t c = job & (columns - 1);
+                           return c < x.columns
+                                      ? static_cast<const uint8_t *>(p.io.q) +
+                                            static_cast<size_t>(x.first_query + c) * p.row_bytes
+                                      : nullptr;
+  };
+  uint4 q = make_uint4(0, 0, 0, 0);
+  uint32_t tail_tokens = 0, started = 0, own_word = 0;
+  const auto ask = [&] { /* for what the launch in front may have written */
+                         q = rdkv_cuda__row_at(q_of(warp), p.row_bytes, 16 * lane);
+                         tail_tokens = __ldcg(p.io.tail_tokens + x.sequence);
+                         if (threadIdx.x == 0)
+                           started = atomicAdd(starts, one_more),
+                           own_word = rdkv_cuda__look(own_words);
+  };
+  /* tiles first, if the query has to be waited for; else last: they would stand in its way */
+  if (!p.overlap) ask();
+  if (lane == 0 && first_bytes)
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n\t"
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1], %2, [%3], %4;" ::"r"(ring.base),
+        "l"(first), "r"(first_bytes), "r"(ring.barrier), "l"(ring.policy)
+        : "memory");
+  bool again = false;          /* not the block's first piece */
+  uint32_t busy = 0, seen = 0; /* warps with something to add up; starts, a little later */
   for (;;) {
     const uint32_t tile_begin = rdkv_cuda__uniform(x.tile_begin);
     const uint32_t tile_end = rdkv_cuda__uniform(x.tile_end);
     const uint32_t flags = rdkv_cuda__uniform(x.flags);
     const bool keys = tile_begin < tile_end;
-    rdkv_cuda_head head = x.head;
+    const rdkv_cuda_head head = x.head;
+    if (again && keys) e = rdkv_cuda__entries_at(head, 2 * entry);
     rdkv_cuda__slots s;
     s.next = tile_begin + warp + lane * n_warps, s.what = s.n = s.stride = 0;
-    if (keys) {
-      const uint32_t n = 16u * (head.n_blocks[0] + head.n_blocks[1] + head.n_blocks[2]);
-      rdkv_cuda__copy_async(source, head.table, 5 * n + 3 * head.n_dropped);
-    }
-    /* tiles first, if the query has to be waited for; else last: they would stand in its way. The
-       tail's length past the first-level cache, which may hold an older value. */
-    uint32_t tail_tokens = 0;
-    if (!p.overlap) {
-      rdkv_cuda__copy_async(rows, q, q_bytes);
-      if (flags & RDKV_CUDA__LAST) tail_tokens = __ldcg(p.io.tail_tokens + x.sequence);
-    }
-    if (keys) rdkv_cuda__fill_slots<true>(ring, head, v_dim, tile_end, n_warps, RDKV_CUDA__FULL, s);
-    if (p.overlap) {
+    if (!again && tile_begin + warp + n_warps >= tile_end) /* one tile at most */
+      s.what = first_what & 0xffffu, s.n = 1;
+    else if (keys)
+      rdkv_cuda__fill_slots<true>(ring, head, v_dim, tile_end, n_warps, RDKV_CUDA__FULL,
+                                  lane == 0 && first_bytes, s);
+    first_bytes = 0;
+    if (p.overlap && !again) {
       asm volatile("griddepcontrol.wait;" ::: "memory");
-      rdkv_cuda__copy_async(rows, q, q_bytes);
-      if (flags & RDKV_CUDA__LAST) tail_tokens = __ldcg(p.io.tail_tokens + x.sequence);
+      ask();
     }
-    if (threadIdx.x == 0 && q_bytes) sh->piece[1] = x; /* for the end */
-    q_bytes = 0;
+    if (threadIdx.x == 0 && !again) sh->piece[1] = x; /* for the end */
     const uint32_t widths = rdkv_cuda__uniform(rdkv_cuda_key_widths(head));
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    __syncthreads();
-    head.table = source;
-    if (keys)
+    const float scale = __half2float(__ushort_as_half(static_cast<uint16_t>(x.scale)));
 #pragma unroll 1
-      for (uint32_t i = warp; i < columns * parts; i += n_warps) {
-        const uint32_t c = i & (columns - 1);
-        rdkv_cuda__query_part(head, c < x.columns ? rows + c * p.row_bytes : nullptr, p.dtype,
-                              k_dim, p.factor_log2, c, i / columns, parts, key_fragments, key_rest,
+    for (uint32_t i = warp; i < jobs; i += n_warps) {
+      const uint32_t c = i & (columns - 1), part = i / columns;
+      uint8_t *const row = rows + i * (p.row_bytes + 16);
+      if (i != warp && !again) q = rdkv_cuda__row_at(q_of(i), p.row_bytes, 16 * lane);
+      if (i != warp && keys) e = rdkv_cuda__entries_at(head, 64 * part + 2 * lane);
+      if (!again) rdkv_cuda__row(row, q_of(i), p.row_bytes, q, p.dtype);
+      if (keys)
+        rdkv_cuda__query_part(head, e, row, scale * *reinterpret_cast<float *>(row + p.row_bytes),
+                              p.dtype, p.factor_log2, c, part, parts, key_fragments, key_rest,
                               &sh->factor[c].x, constants);
-      }
+    }
     bool tail = false;
     rdkv_cuda__warp &w = warps[warp];
     if (flags & RDKV_CUDA__LAST) {
@@ -2236,12 +2455,23 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         __syncwarp();
 #pragma unroll 1
         for (uint32_t c = warp; c < columns; c += n_warps)
-          rdkv_cuda_query(nullptr, p.tail_bf16, c < x.columns ? rows + c * p.row_bytes : nullptr,
-                          p.dtype, p.k_dim, p.factor_log2, c, tail_fragments,
-                          tail_fragments + tail_rest, &sh->tail_factor[c]);
+          rdkv_cuda_query(nullptr, p.tail_bf16,
+                          c < x.columns ? rows + c * (p.row_bytes + 16) : nullptr, p.dtype, p.k_dim,
+                          p.factor_log2, c, tail_fragments, tail_fragments + tail_rest,
+                          &sh->tail_factor[c]);
       }
     }
+    if (threadIdx.x == 0 && !again) { /* the last to start has what others left to it */
+      const uint32_t last = (started + one_more) >> 16 ? 0 : started & 0xffffu;
+      if (last) atomicSub(starts, last);
+      sh->last = last, sh->left = 0, sh->set = own_word & 1;
+      own_words[0] = own_word ^ 1u, own_words[1] = RDKV_CUDA__ABSENT; /* its share is its own */
+    }
+    if (threadIdx.x < columns && !again)
+      sh->max[threadIdx.x] = rdkv_cuda__ordered(__float_as_int(-INFINITY));
     __syncthreads();
+    if (threadIdx.x == 0 && !again) seen = rdkv_cuda__look(starts);
+    busy = max(busy, tail ? n_warps : min(n_warps, tile_end - min(tile_begin, tile_end)));
 
     uint32_t slot = 0;
     float2 key_factor[2] = {};
@@ -2264,7 +2494,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
                                   rdkv_cuda__lift_of<PAIRED>(run)); /* 2: less code to fetch */
       __syncwarp();
       if (tile + s.n * n_warps < tile_end)
-        rdkv_cuda__fill_slots<false>(ring, head, v_dim, tile_end, n_warps, 1u << slot, s);
+        rdkv_cuda__fill_slots<false>(ring, head, v_dim, tile_end, n_warps, 1u << slot, false, s);
       slot = slot + 1 == s.n ? 0 : slot + 1;
     }
     if (tail) {
@@ -2277,120 +2507,136 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
                                             tail_rest, factor);
     }
     if (!(flags & RDKV_CUDA__MORE)) break;
-    piece = p.pieces + piece->next, x = *piece;
+    piece = p.pieces + piece->next, x = *piece, again = true;
     __syncthreads(); /* all have done with the query */
   }
 
-  /* each warp leaves its sums [dim][column] in its ring */
-  const uint32_t g = lane >> 2;
-  const float unit = (a.plain ? 1.0f : RDKV_CUDA__CODE_UNIT) / RDKV_CUDA_LIFT;
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    for (uint32_t d = columns / 2; d < 32; d <<= 1) {
-      a.sum[k] += __shfl_xor_sync(RDKV_CUDA__FULL, a.sum[k], d);
-      a.mid[k] += __shfl_xor_sync(RDKV_CUDA__FULL, a.mid[k], d);
-    }
-    a.mid[k] -= a.centre[k] * unit;
+  { /* clear the other set: the last warps have the fewest tiles */
+    float *const other = part + (sh->set ? 0 : static_cast<size_t>(p.n_blocks) * part_words);
+#pragma unroll 1
+    for (uint32_t i = blockDim.x - 1 - threadIdx.x; i < (part_words - 32) / 4; i += blockDim.x)
+      reinterpret_cast<uint4 *>(other)[i] =
+          make_uint4(RDKV_CUDA__ABSENT, RDKV_CUDA__ABSENT, RDKV_CUDA__ABSENT, RDKV_CUDA__ABSENT);
   }
-  if (2 * (lane & 3) < columns) {
-    float2 *to = reinterpret_cast<float2 *>(own) + (g * columns + mine) / 2;
+  /* all warps' sums to one scale, that of the block's largest logit */
+  const uint32_t n = sh->piece[1].n_parts;
+  const float unit = (a.plain ? 1.0f : RDKV_CUDA__CODE_UNIT) / RDKV_CUDA_LIFT;
+  float *const values = reinterpret_cast<float *>(rings); /* [warps][dims][columns] */
+  float2 *const sums = reinterpret_cast<float2 *>(values + n_warps * n_values); /* and mids */
+  float sum = 0; /* lanes 16 to 31: mid; every second 8 lanes: the second column */
+  if (warp < busy) {
+    if (lane < columns / 2)
 #pragma unroll
-    for (uint32_t i = 0; i < 2 * D; ++i)
-      to[4 * i * columns] = make_float2(a.acc[i / 2][2 * (i & 1)] * unit + a.mid[0],
-                                        a.acc[i / 2][2 * (i & 1) + 1] * unit + a.mid[1]);
-    if (g == 0) {
-      *reinterpret_cast<float2 *>(&warps[warp].max[mine]) = make_float2(a.max[0], a.max[1]);
-      *reinterpret_cast<float2 *>(&warps[warp].sum[mine]) = make_float2(a.sum[0], a.sum[1]);
+      for (uint32_t k = 0; k < 2; ++k)
+        atomicMax(&sh->max[mine + k], rdkv_cuda__ordered(__float_as_int(a.max[k])));
+    const bool upper = lane & 16, second = lane & 8;
+    float pair[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+      pair[k] = (upper ? a.mid[k] : a.sum[k]) +
+                __shfl_xor_sync(RDKV_CUDA__FULL, upper ? a.sum[k] : a.mid[k], 16);
+    sum = (second ? pair[1] : pair[0]) +
+          __shfl_xor_sync(RDKV_CUDA__FULL, second ? pair[0] : pair[1], 8);
+    sum += __shfl_xor_sync(RDKV_CUDA__FULL, sum, 4);
+    if (PAIRED) sum += __shfl_xor_sync(RDKV_CUDA__FULL, sum, 2);
+    if (upper) sum -= (second ? a.centre[1] : a.centre[0]) * unit;
+  }
+  __syncthreads();
+  if (warp < busy) {
+    const int2 m = *reinterpret_cast<const int2 *>(&sh->max[mine]);
+    const float top[2] = {__int_as_float(rdkv_cuda__ordered(m.x)),
+                          __int_as_float(rdkv_cuda__ordered(m.y))};
+    float f[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+      f[k] = a.max[k] == top[k] ? 1.0f : rdkv_cuda__exp2(a.max[k] - top[k]);
+    if ((lane & (PAIRED ? 6 : 4)) == 0)
+      reinterpret_cast<float *>(sums + warp * columns + mine)[(lane >> 2 & 2) + (lane >> 4)] =
+          sum * (lane & 8 ? f[1] : f[0]);
+    f[0] *= unit, f[1] *= unit;
+    if (2 * (lane & 3) < columns) {
+      float2 *to =
+          reinterpret_cast<float2 *>(values + warp * n_values) + ((lane >> 2) * columns + mine) / 2;
+#pragma unroll
+      for (uint32_t i = 0; i < 2 * D; ++i)
+        to[4 * i * columns] =
+            make_float2(a.acc[i / 2][2 * (i & 1)] * f[0], a.acc[i / 2][2 * (i & 1) + 1] * f[1]);
+    }
+  }
+  if (threadIdx.x == 0 && seen >> 16 && (seen = rdkv_cuda__look(starts)) >> 16) {
+    /* Not all of the head's blocks have started: this one must not wait for them, as they may wait
+       for its place. The last to start will take over its share. */
+    own_words[1] = 0;
+    __threadfence();
+    for (uint32_t now; seen >> 16; seen = now) {
+      now = atomicCAS(starts, seen, seen + 1);
+      if (now == seen) {
+        sh->left = 1;
+        break;
+      }
     }
   }
   __syncthreads();
-  /* From here on a warp works for itself, on every n_warps-th 32 values: it adds up the warps'
-     sums, leaves the block's in memory, and if it is the last one of the head's to have done so,
-     adds up those. Every warp makes the parts' weights for itself. */
-  if (32 * warp >= n_values) return;
+  /* From here on a warp works for itself. It adds up every n_warps-th 32 values of the warps, and
+     leaves the sums in memory, where a word says itself whether it is there. */
   const rdkv_cuda__piece &y = sh->piece[1];
-  const uint32_t c = lane & (columns - 1), n = y.n_parts;
-  constexpr uint32_t stride = n_values + 2 * columns * RDKV_CUDA__COUNTERS;
-  float *const part = p.partials + static_cast<size_t>(blockIdx.x) * stride;
-  float *const weight = reinterpret_cast<float *>(own) + n_values;
-  float top = -INFINITY, sum = 0;
-#pragma unroll 1
-  for (uint32_t k = lane / columns; k < n_warps; k += 32 / columns)
-    top = fmaxf(top, warps[k].max[c]);
-  for (uint32_t d = columns; d < 32; d <<= 1)
-    top = fmaxf(top, __shfl_xor_sync(RDKV_CUDA__FULL, top, d));
-#pragma unroll 1
-  for (uint32_t k = lane / columns; k < n_warps; k += 32 / columns) {
-    const float t = warps[k].max[c], e = t == top ? 1.0f : rdkv_cuda__exp2(t - top);
-    weight[k * columns + c] = e, sum += e * warps[k].sum[c];
-  }
-  for (uint32_t d = columns; d < 32; d <<= 1) sum += __shfl_xor_sync(RDKV_CUDA__FULL, sum, d);
-  __syncwarp();
-  if (n > 1 && lane < columns)
-    reinterpret_cast<float2 *>(part + n_values)[warp * columns + lane] = make_float2(top, sum);
-  bool done = n == 1;
-#pragma unroll 1
-  for (int step = 0; step < 2; ++step) {
+  if (sh->set) part += static_cast<size_t>(p.n_blocks) * part_words;
+  const auto write = [&](uint32_t o, float value, float all, float high) {
+    const uint32_t c = o & (columns - 1), d = o / columns, row = y.first_query + c;
+    if (c >= y.columns) return;
+    rdkv_cuda__store(p.io.out, static_cast<size_t>(row) * v_dim + d, p.dtype,
+                     all > 0 ? __fdividef(value, all) : 0.0f);
+    if (d == 0 && p.io.lse) p.io.lse[row] = all > 0 ? (high + log2f(all)) * 0.69314718f : -INFINITY;
+  };
+  if (32 * warp < n_values) {
+    const uint32_t c = lane & (columns - 1);
+    const float high = __int_as_float(rdkv_cuda__ordered(sh->max[c]));
+    float2 all = make_float2(0, 0); /* sum and mid */
+#pragma unroll 2
+    for (uint32_t k = lane / columns; k < busy; k += 32 / columns) {
+      const float2 one = sums[k * columns + c];
+      all.x += one.x, all.y += one.y;
+    }
+#pragma unroll
+    for (uint32_t d = columns; d < 32; d <<= 1) {
+      all.x += __shfl_xor_sync(RDKV_CUDA__FULL, all.x, d);
+      all.y += __shfl_xor_sync(RDKV_CUDA__FULL, all.y, d);
+    }
+    if (n > 1 && warp == 0) rdkv_cuda__leave(part + n_values + 2 * lane, high, all.x);
 #pragma unroll 1
     for (uint32_t o = threadIdx.x; o < n_values; o += blockDim.x) {
-      float value = 0;
-      if (step == 0) {
-        const float *from = reinterpret_cast<const float *>(rings) + o;
-#pragma unroll 8
-        for (uint32_t k = 0; k < n_warps; ++k, from += p.ring_bytes / 4)
-          value += weight[k * columns + c] * from[0];
-        if (n > 1) part[o] = value;
-      } else {
-        const float *from = part - static_cast<size_t>(y.part) * stride;
-        top = -INFINITY, sum = 0;
-#pragma unroll 1
-        for (uint32_t first = 0; first < n; first += 16) {
-          float v[16];
-          float2 t[16];
-#pragma unroll
-          for (uint32_t k = 0; k < 16; ++k) {
-            v[k] = 0, t[k] = make_float2(-INFINITY, 0);
-            if (first + k < n) {
-              const float *at = from + static_cast<size_t>(first + k) * stride;
-              v[k] = __ldcg(at + o);
-              t[k] = __ldcg(reinterpret_cast<const float2 *>(at + n_values) + warp * columns + c);
-            }
-          }
-          float high = top;
-#pragma unroll
-          for (uint32_t k = 0; k < 16; ++k) high = fmaxf(high, t[k].x);
-          const float f = top == high ? 1.0f : rdkv_cuda__exp2(top - high);
-          value *= f, sum *= f, top = high;
-#pragma unroll
-          for (uint32_t k = 0; k < 16; ++k) {
-            const float e = t[k].x == top ? 1.0f : rdkv_cuda__exp2(t[k].x - top);
-            value += e * v[k], sum += e * t[k].y;
-          }
-        }
-      }
-      if (done && c < y.columns) {
-        const uint32_t d = o / columns, row = y.first_query + c;
-        rdkv_cuda__store(p.io.out, static_cast<size_t>(row) * v_dim + d, p.dtype,
-                         sum > 0 ? __fdividef(value, sum) : 0.0f);
-        if (d == 0 && p.io.lse)
-          p.io.lse[row] = sum > 0 ? (top + log2f(sum)) * 0.69314718f : -INFINITY;
-      }
+      float value = all.y;
+#pragma unroll 4
+      for (uint32_t k = 0; k < busy; ++k) value += values[k * n_values + o];
+      if (n > 1)
+        rdkv_cuda__leave(part + o, value);
+      else
+        write(o, value, all.x, high);
     }
-    if (done) break;
-    /* releases this warp's values, acquires the others'; wraps to 0, ready for the next launch */
-    uint32_t before = 0;
-    __syncwarp();
-    if (lane == 0)
-      asm volatile(
-          "atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-          : "=r"(before)
-          : "l"(__cvta_generic_to_global(
-                p.counters +
-                RDKV_CUDA__COUNTERS * (y.sequence * p.n_kv_heads * p.passes + y.kv_head) + warp)),
-            "r"(n - 1)
-          : "memory");
-    done = rdkv_cuda__uniform(before) == n - 1;
-    if (!done) return;
+  }
+  if (n == 1) return;
+  /* The head's blocks share the values: every n-th 32 of them are a block's, one after the other
+     its warps', the last one's first. */
+  const float *const first_part = part - static_cast<size_t>(y.part) * part_words;
+#pragma unroll 1
+  for (uint32_t k = 0, who = y.part; k < n; ++k, who = who + 1 == n ? 0 : who + 1) {
+    if (k == 1 && !sh->last) break;
+    if (k == 0 ? sh->left
+               : rdkv_cuda__look(own_words + (static_cast<int64_t>(who) - y.part) * part_words + 1))
+      continue;
+#pragma unroll 1
+    for (uint32_t o = 32 * (who + n * (n_warps - 1 - warp)) + lane; o < n_values;
+         o += n * blockDim.x) {
+      const float *at = first_part + o;
+      const float *pair = first_part + n_values + 2 * ((who * columns + o % columns) & 31);
+      float value = 0, all = 0, high = -INFINITY;
+      uint32_t left = n;
+#pragma unroll 1
+      for (; left >= 16; left -= 16, at += 16 * part_words, pair += 16 * part_words)
+        rdkv_cuda__add_parts<true, part_words>(at, pair, 16, high, value, all);
+      if (left) rdkv_cuda__add_parts<false, part_words>(at, pair, left, high, value, all);
+      write(o, value, all, high);
+    }
   }
 #else
   (void)p;
@@ -2461,6 +2707,10 @@ static uint32_t rdkv_cuda__row_bytes(const rdkv_cuda_config *c) {
 
 static uint32_t rdkv_cuda__source_bytes(const rdkv_cuda_config *c) {
   const uint32_t group = static_cast<uint32_t>(c->n_q_heads / c->n_kv_heads);
+  if (c->latency > 0) { /* no table, but a row for each warp that makes a part of the query */
+    const uint32_t columns = group <= 4 ? 4 : 8, warps = static_cast<uint32_t>(c->n_warps);
+    return ((warps < columns ? columns : warps) * (rdkv_cuda__row_bytes(c) + 16) + 127) / 128 * 128;
+  }
   return rdkv_cuda__table_room(c) +
          ((group < 8 ? group : 8) * rdkv_cuda__row_bytes(c) + 127) / 128 * 128;
 }
@@ -2577,7 +2827,9 @@ extern "C" cudaError_t rdkv_cuda_resolve(const rdkv_cuda_config *in, rdkv_cuda_c
 }
 
 extern "C" size_t rdkv_cuda_plan_bytes(const rdkv_cuda_config *cfg) {
-  return rdkv_cuda__layout_of(cfg).bytes * static_cast<size_t>(cfg->n_layers);
+  const rdkv_cuda__layout l = rdkv_cuda__layout_of(cfg);
+  return l.bytes * static_cast<size_t>(cfg->n_layers) +
+         2 * l.part * static_cast<size_t>(cfg->n_blocks);
 }
 
 extern "C" size_t rdkv_cuda_workspace_bytes(const rdkv_cuda_config *cfg) {
@@ -2613,13 +2865,15 @@ extern "C" cudaError_t rdkv_cuda_plan(const rdkv_cuda_config *cfg,
   const rdkv_cuda__layout l = rdkv_cuda__layout_of(cfg);
   rdkv_cuda__plan_args p;
   p.sequences = sequences, p.tail_tokens = tail_tokens, p.plan = static_cast<uint8_t *>(plan);
-  p.layer_bytes = l.bytes, p.counters = l.counters, p.weights = l.weights;
+  p.layer_bytes = l.bytes, p.counters = l.counters, p.weights = l.weights, p.starts = l.starts;
   p.heads = l.heads, p.passes = l.passes, p.n_kv_heads = static_cast<uint32_t>(cfg->n_kv_heads);
   p.n_blocks = static_cast<uint32_t>(cfg->n_blocks);
   p.max_segments = static_cast<uint32_t>(cfg->max_segments);
   p.group = l.group;
   p.first_layer = cfg->first_layer, p.k_dim = cfg->k_dim, p.v_dim = cfg->v_dim;
-  p.latency = cfg->latency > 0;
+  p.latency = cfg->latency > 0, p.n_warps = cfg->n_warps;
+  p.parts = reinterpret_cast<uint4 *>(p.plan + l.bytes * static_cast<size_t>(cfg->n_layers));
+  p.n_parts = static_cast<uint32_t>(2 * l.part / sizeof(uint4)) * p.n_blocks;
   rdkv_cuda__plan_kernel<<<static_cast<uint32_t>(cfg->n_layers), RDKV_CUDA__PLAN_THREADS, 0,
                            stream>>>(p);
   return cudaGetLastError();
@@ -2637,7 +2891,12 @@ extern "C" cudaError_t rdkv_cuda_attend(const rdkv_cuda_config *cfg, const void 
   rdkv_cuda__args p;
   p.pieces = reinterpret_cast<const rdkv_cuda__piece *>(base);
   p.counters = reinterpret_cast<uint32_t *>(const_cast<uint8_t *>(base) + l.counters);
+  p.starts = base + l.starts, p.start_bytes = rdkv_cuda__start_bytes(cfg->k_dim);
   p.partials = static_cast<float *>(workspace);
+  if (l.part)
+    p.partials =
+        reinterpret_cast<float *>(const_cast<uint8_t *>(static_cast<const uint8_t *>(plan)) +
+                                  l.bytes * static_cast<size_t>(cfg->n_layers));
   p.io = *io;
   p.passes = l.passes;
   p.n_kv_heads = static_cast<uint32_t>(cfg->n_kv_heads);

@@ -661,6 +661,82 @@ static void test_graph(int latency) {
   cudaFree(workspace);
 }
 
+/* ---- many launches at once ------------------------------------------------------------------- */
+
+/* Streams with a plan and a workspace each, a head's blocks more than the device holds beside the
+   others': whatever order they start in, all must end, with the bits of a launch alone. Workspaces
+   are poisoned in several ways. */
+static void test_crowd(int latency, int heads) {
+  const int streams = small_run ? 2 : 9, launches = small_run ? 3 : 40, queries = 4 * heads;
+  const size_t values = static_cast<size_t>(queries) * 64;
+  rdkv_cuda_config cfg;
+  memset(&cfg, 0, sizeof cfg);
+  cfg.batch = 1, cfg.n_q_heads = queries, cfg.n_kv_heads = heads, cfg.k_dim = 64;
+  cfg.dtype = RDKV_F16, cfg.tail_dtype = RDKV_F16, cfg.latency = latency;
+  CHECK(rdkv_cuda_resolve(&cfg, &cfg));
+  const std::vector<head_counts> counts(static_cast<size_t>(heads),
+                                        {{12000, 10000, 400, 0}, {10, 40, 0}});
+  const std::vector<uint8_t> block =
+      random_block(1, 0, queries, heads, 64, 64, counts.data(), 1, 1, 5);
+  const void *d_block = to_device(block.data(), block.size());
+  const void **segments = to_device(&d_block, 1);
+  rdkv_cuda_sequence sequence;
+  memset(&sequence, 0, sizeof sequence);
+  sequence.segments = segments, sequence.n_segments = 1;
+  rdkv_cuda_sequence *d_sequence = to_device(&sequence, 1);
+  const uint32_t none = 0;
+  uint32_t *lengths = to_device(&none, 1);
+  random_source rng = {9};
+  std::vector<uint16_t> q(values);
+  for (uint16_t &x : q) x = half_bits(rng.normal());
+  uint16_t *d_q = to_device(q.data(), values);
+  std::vector<cudaStream_t> stream(static_cast<size_t>(streams));
+  std::vector<void *> plan(stream.size()), workspace(stream.size());
+  std::vector<uint16_t *> out(stream.size());
+  const size_t results = values * static_cast<size_t>(launches);
+  for (size_t i = 0; i < stream.size(); ++i) {
+    const int poison = i % 3 == 0 ? 0xff : i % 3 == 1 ? 0 : 0x3c;
+    CHECK(cudaStreamCreateWithFlags(&stream[i], cudaStreamNonBlocking));
+    CHECK(cudaMalloc(&out[i], results * 2)), CHECK(cudaMemset(out[i], 0xff, results * 2));
+    CHECK(cudaMalloc(&plan[i], rdkv_cuda_plan_bytes(&cfg)));
+    CHECK(cudaMalloc(&workspace[i], rdkv_cuda_workspace_bytes(&cfg)));
+    CHECK(cudaMemset(plan[i], poison, rdkv_cuda_plan_bytes(&cfg)));
+    CHECK(cudaMemset(workspace[i], poison, rdkv_cuda_workspace_bytes(&cfg)));
+  }
+  CHECK(cudaDeviceSynchronize());
+  rdkv_cuda_io io;
+  memset(&io, 0, sizeof io);
+  io.q = d_q, io.tail_tokens = lengths;
+  for (size_t i = 0; i < stream.size(); ++i)
+    CHECK(rdkv_cuda_plan(&cfg, d_sequence, lengths, plan[i], stream[i]));
+  CHECK(cudaDeviceSynchronize());
+  for (int n = 0; n < launches; ++n)
+    for (size_t i = 0; i < stream.size(); ++i) {
+      rdkv_cuda_config launch = cfg;
+      launch.overlap = cfg.latency > 0 && i & 1;
+      io.out = out[i] + values * static_cast<size_t>(n);
+      CHECK(rdkv_cuda_attend(&launch, plan[i], 0, &io, workspace[i], stream[i]));
+      if (n == 0 && i == 0) CHECK(cudaStreamSynchronize(stream[0])); /* alone */
+    }
+  CHECK(cudaDeviceSynchronize());
+  std::vector<uint16_t> first, got(results);
+  int different = 0;
+  for (size_t i = 0; i < stream.size(); ++i) {
+    CHECK(cudaMemcpy(got.data(), out[i], results * 2, cudaMemcpyDeviceToHost));
+    if (i == 0) first.assign(got.begin(), got.begin() + static_cast<std::ptrdiff_t>(values));
+    for (int n = 0; n < launches; ++n)
+      different +=
+          memcmp(got.data() + values * static_cast<size_t>(n), first.data(), values * 2) != 0;
+    CHECK(cudaStreamDestroy(stream[i]));
+    cudaFree(out[i]), cudaFree(plan[i]), cudaFree(workspace[i]);
+  }
+  printf("crowd%s, %d heads: %d streams, %d of %d launches differ\n",
+         latency > 0 ? ", latency" : "", heads, streams, different, streams * launches);
+  if (different) ++failures;
+  cudaFree(const_cast<void *>(d_block)), cudaFree(segments), cudaFree(d_sequence);
+  cudaFree(lengths), cudaFree(d_q);
+}
+
 /* ---- shapes that are refused ----------------------------------------------------------------- */
 
 static void test_refusals() {
@@ -703,6 +779,10 @@ int main(int argc, char **argv) {
   test_latency();
   if (wanted("graph")) test_graph(-1);
   if (wanted("graph, latency") && has_latency) test_graph(1);
+  for (int heads : {1, 3}) {
+    if (wanted("crowd")) test_crowd(-1, heads);
+    if (wanted("crowd, latency") && has_latency) test_crowd(1, heads);
+  }
   printf("%s: %d failures\n", failures ? "FAILED" : "passed", failures);
   return failures ? 1 : 0;
 }
