@@ -279,7 +279,8 @@ RDKV_API size_t rdkv_layer_scratch(const rdkv_config *cfg, uint32_t n_tokens);
 RDKV_API rdkv_status rdkv_score(const rdkv_config *cfg, const rdkv_kv *kv, rdkv_layer *layer,
                                 void *scratch, size_t scratch_bytes);
 
-/* Measures the layer's distortions at each width (RDKV_JOINT; RDKV_PAPER needs none: a no-op).
+/* Measures the layer's distortions at each width (RDKV_JOINT; RDKV_PAPER needs none: a no-op): at 0
+   bits what the data say, at 2, 4 and 8 bits an even spread of errors over the steps of the range.
    Reads layer->token, q_square, mean_out and K, V; writes v_distortion, k_distortion. K is
    measured over the tokens that v_bits keeps, or, where v_bits keeps none yet, over the tokens that
    are likely to be kept at this budget. Calling it again after rdkv_allocate refines K.
@@ -1132,12 +1133,13 @@ static float rdkv__noise(int n, int bits) {
   return (float)n / (12 * steps * steps);
 }
 
-/* Sums over tokens run over those of 64 positions, then over 8 such sums, then over all of these,
-   so that a GPU can work on many at once. n sums at each of the three levels, step floats apart.
-   Between token t and the next one (UINT32_MAX: there is none) what is complete goes up a level. */
+/* Sums over tokens run over those of 64 positions, then twice over 8 such sums, then over all of
+   these, so that a GPU can work on many at once. n sums at each of the four levels, step floats
+   apart. Between token t and the next one (UINT32_MAX: there is none) what is complete goes up a
+   level. */
 static void rdkv__carry(float *sum, size_t step, int n, uint32_t t, uint32_t next) {
   int i, level;
-  for (level = 0; level < 2 && t >> (6 + 3 * level) != next >> (6 + 3 * level); level++)
+  for (level = 0; level < 3 && t >> (6 + 3 * level) != next >> (6 + 3 * level); level++)
     for (i = 0; i < n; i++) {
       float *from = sum + (size_t)level * step + i;
       from[step] += *from, *from = 0;
@@ -1643,8 +1645,7 @@ RDKV_DEF rdkv_status rdkv_measure(const rdkv_config *cfg, const rdkv_kv *kv, rdk
     float *dv = layer->v_distortion + (size_t)head * 5 * n;
     float *dk = layer->k_distortion + (size_t)head * 4 * (size_t)kd;
     float *ref = w.channel, *lo = ref + RDKV__MAX_DIM, *hi = lo + RDKV__MAX_DIM;
-    float *sum = hi + RDKV__MAX_DIM,
-          *all = sum + 2 * 4 * RDKV__MAX_DIM; /* three levels; the last */
+    float *sum = hi + RDKV__MAX_DIM, *all = sum + 3 * 4 * RDKV__MAX_DIM; /* four levels; the last */
     float norm = rdkv__f(cfg->softmax_scale * cfg->softmax_scale);
     for (t = 0, kept = 0; t < n; t++)
       if (v_bits[t]) w.order[kept++] = t;
@@ -2844,7 +2845,7 @@ static void rdkv__pack_head(const rdkv_config *cfg, const rdkv__kernels *kn, con
     blocks[level] = blocks[level - 1] + (rec->n_channels[level - 1] + 15) / 16;
   /* channel table */
   for (d = 0; d < kp; d++) lo[d] = FLT_MAX, hi[d] = -FLT_MAX;
-  memset(sum, 0, 3 * RDKV__MAX_DIM * sizeof(float));
+  memset(sum, 0, 4 * RDKV__MAX_DIM * sizeof(float));
   for (t = first = 0; t < l->n_tokens; t++) {
     if (t + RDKV__AHEAD < l->n_tokens && v_bits[t + RDKV__AHEAD])
       rdkv__ahead(&kv->k, t + RDKV__AHEAD, head, kd);
@@ -2864,7 +2865,7 @@ static void rdkv__pack_head(const rdkv_config *cfg, const rdkv__kernels *kn, con
     if (d < 0) continue;
     bits = k_bits[d] > 8 ? 8 : k_bits[d];
     if (bits == 0) {
-      mids[i] = paper ? 0 : rdkv__to_half(rdkv__f(sum[2 * RDKV__MAX_DIM + d] / (float)n));
+      mids[i] = paper ? 0 : rdkv__to_half(rdkv__f(sum[3 * RDKV__MAX_DIM + d] / (float)n));
       continue;
     }
     if (paper) {

@@ -3136,6 +3136,16 @@ __device__ inline affine affine_paper(zero_point z, int bits) {
   return a;
 }
 
+/* 16 bytes to shared memory; zeroes where there is no such row. */
+__device__ __forceinline__ void copy_16(uint32_t to, const char *from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_16(uint32_t to, const char *from, bool real) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(real ? 16 : 0)
+               : "memory");
+}
+
 /* ---- sums over a block; all threads call them */
 
 __device__ inline u64 warp_sum(u64 x) {
@@ -3211,9 +3221,9 @@ static __global__ void items_kernel(item *to, item_list from, int n) {
   if (static_cast<int>(threadIdx.x) < n) to[threadIdx.x] = from.at[threadIdx.x];
 }
 
-/* ---- K over the kept tokens: range and sums. A warp takes 64 channels, two a lane, of
-   stretches of 64 tokens, and a block spans of 8, in the order of sums that rdkv__carry defines.
- */
+/* ---- K over the kept tokens: range and sums. A warp takes 64 channels, two a lane, of stretches
+   of 64 tokens, a block spans of 8, and where there are many 8 spans, in the order of sums that
+   rdkv__carry defines. */
 
 enum {
   STRETCH = 64,
@@ -3226,15 +3236,16 @@ enum {
 struct range_args {
   const item *items;
   const uint32_t *cut; /* [heads] lowest bin of D(0) that is kept, or BY_WIDTH */
-  float *parts;        /* [heads][spans][kinds][channels]: sums of a span, then a block's lowest and
-                          highest */
-  uint32_t *kept;      /* [heads][groups], zeroed */
-  uint32_t *done;      /* [heads][groups] blocks that have written their parts, zeroed */
-  int *lo, *hi;        /* [heads][MAX_DIM] ordered */
-  float *sum;          /* [heads][MAX_DIM] */
-  float norm;          /* softmax_scale squared */
+  float *parts; /* [heads][parts][kinds][channels]: sums of 1 or 8 spans, then a block's lowest and
+                   highest */
+  uint32_t *kept; /* [heads][groups], zeroed */
+  uint32_t *done; /* [heads][groups] blocks that have written their parts, zeroed */
+  int *lo, *hi;   /* [heads][MAX_DIM] ordered */
+  float *sum;     /* [heads][MAX_DIM] */
+  float norm;     /* softmax_scale squared */
   uint32_t *status;
   uint32_t n, spans, groups; /* groups of 64 channels */
+  uint32_t each;             /* log2 of the spans of a part: 0 or 3 */
   int heads, k_dim;          /* heads of an item */
 };
 
@@ -3310,16 +3321,14 @@ struct extremes<RDKV_F32> {
 struct stretch {
   float d0[2];
   uint32_t bits[2];
-  __device__ __forceinline__ void load(const range_args &a, const item &it, int head, uint32_t cut,
-                                       uint32_t t0, bool weighted) {
+  __device__ __forceinline__ void load(const range_args &a, const float *d, const uint8_t *width,
+                                       uint32_t cut, uint32_t t0, bool weighted) {
 #pragma unroll
     for (uint32_t h = 0; h < 2; ++h) {
       const uint32_t t = t0 + 32 * h + (threadIdx.x & 31);
-      const size_t i = static_cast<size_t>(head) * a.n + t;
       d0[h] = 0, bits[h] = 0;
-      if (t < a.n && (weighted || cut != BY_WIDTH))
-        d0[h] = it.v_distortion[i + 4 * static_cast<size_t>(head) * a.n];
-      if (t < a.n && cut == BY_WIDTH) bits[h] = it.v_bits[i];
+      if (t < a.n && (weighted || cut != BY_WIDTH)) d0[h] = d[t];
+      if (t < a.n && cut == BY_WIDTH) bits[h] = width[t];
     }
   }
   /* Where the rows of the kept ones begin, `step` bytes apart, padded to a multiple of 8 by the
@@ -3343,6 +3352,16 @@ struct stretch {
     if (lane < 8 && g) g[n + lane] = 0;
     __syncwarp();
     return n;
+  }
+  /* The lane's place in the kept rows, of which `row` is that of token t0, on its way to the L2. */
+  __device__ __forceinline__ void prefetch(const range_args &a, uint32_t cut, uint32_t t0,
+                                           const char *row, int step) const {
+#pragma unroll
+    for (uint32_t h = 0; h < 2; ++h) {
+      const uint32_t t = 32 * h + (threadIdx.x & 31);
+      if (t0 + t < a.n && (cut == BY_WIDTH ? bits[h] != 0 : bin_of(d0[h]) >= cut))
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(row + static_cast<int>(t) * step));
+    }
   }
 };
 
@@ -3396,32 +3415,35 @@ __device__ __forceinline__ bool last_block(uint32_t *done, uint32_t blocks) {
   return before[0] == blocks - 1;
 }
 
-/* Sum over the spans, in order, of C columns' parts; thread c < C has column c. step: floats from
-   span to span; scratch [8192]. */
+/* Sum over the spans, in order, of C columns' parts of 2^each spans; thread c < C has column c.
+   step: floats from part to part; scratch [8192]. */
 template <int C>
-__device__ __forceinline__ float add_parts(const float *column, uint32_t spans, size_t step,
-                                           float *scratch) {
+__device__ __forceinline__ float add_parts(const float *column, uint32_t parts, uint32_t each,
+                                           size_t step, float *scratch) {
   enum { ROUND = 8192 / C, ROWS = RANGE_THREADS / C, EACH = ROUND / ROWS };
-  const uint32_t row = threadIdx.x / C, c = threadIdx.x % C;
-  float sum = 0;
-  for (uint32_t first = 0; first < spans; first += ROUND) {
+  const uint32_t row = threadIdx.x / C, c = threadIdx.x % C, last = (8u >> each) - 1;
+  float sum = 0, eight = 0;
+  for (uint32_t first = 0; first < parts; first += ROUND) {
     float x[EACH];
 #pragma unroll
     for (uint32_t i = 0; i < EACH; ++i) {
       const uint32_t s = first + i * ROWS + row;
-      x[i] = s < spans ? __ldcg(column + s * step) : 0;
+      x[i] = s < parts ? __ldcg(column + s * step) : 0;
     }
     __syncthreads();
 #pragma unroll
     for (uint32_t i = 0; i < EACH; ++i) scratch[(i * ROWS + row) * C + c] = x[i];
     __syncthreads();
-    const uint32_t n = least(ROUND, spans - first);
+    const uint32_t n = least(ROUND, parts - first);
     if (threadIdx.x < C) {
-#pragma unroll 16
-      for (uint32_t s = 0; s < n; ++s) sum = __fadd_rn(sum, scratch[s * C + c]);
+#pragma unroll 8
+      for (uint32_t s = 0; s < n; ++s) {
+        eight = __fadd_rn(eight, scratch[s * C + c]);
+        if ((s & last) == last) sum = __fadd_rn(sum, eight), eight = 0;
+      }
     }
   }
-  return sum;
+  return __fadd_rn(sum, eight);
 }
 
 /* What a block has found of a head's 64 channels, for all of the head's: the extremes at `to` and a
@@ -3465,7 +3487,11 @@ __device__ __forceinline__ float2 load_ends(float (*memory)[STRETCHES][64], cons
   return make_float2(lowest, highest);
 }
 
-/* DTYPE is K's. A block takes every so manieth span of a head's 64 channels. */
+__host__ __device__ inline uint32_t parts_of(const range_args &a) {
+  return (a.spans + (1u << a.each) - 1) >> a.each;
+}
+
+/* DTYPE is K's. A block takes every so manieth part of a head's 64 channels. */
 template <int DTYPE>
 __global__ void __launch_bounds__(RANGE_THREADS, 4) range_kernel(range_args a) {
   enum { KINDS = 3 };
@@ -3487,15 +3513,25 @@ __global__ void __launch_bounds__(RANGE_THREADS, 4) range_kernel(range_args a) {
   uint32_t buffer = 0;
   stretch next;
   ends.clear();
-  next.load(a, it, head, BY_WIDTH, block * SPAN + static_cast<uint32_t>(warp) * STRETCH, false);
-  for (uint32_t span = block; span < a.spans; span += blocks, buffer ^= 1) {
+  pair_rows<DTYPE> rows(it.k, 0, head, d, a.k_dim);
+  const char *const first_row = rows.base;
+  const int k_step = step_of(it.k);
+  const float *const d0 = it.v_distortion + 5 * static_cast<size_t>(head) * a.n;
+  const uint8_t *const widths = it.v_bits + static_cast<size_t>(head) * a.n;
+  next.load(a, d0, widths, BY_WIDTH,
+            (block << a.each) * SPAN + static_cast<uint32_t>(warp) * STRETCH, false);
+  float all = 0;
+  for (uint32_t span = block << a.each, after; span < a.spans; span = after, buffer ^= 1) {
     const uint32_t t0 = span * SPAN + static_cast<uint32_t>(warp) * STRETCH;
+    const bool whole =
+        ((span + 1) & ((1u << a.each) - 1)) == 0 || span + 1 == a.spans; /* the part is */
+    after = whole ? ((span >> a.each) + blocks) << a.each : span + 1;
     const stretch now = next;
-    const uint32_t n = now.list(a, BY_WIDTH, t0, step_of(it.k), list, nullptr);
+    const uint32_t n = now.list(a, BY_WIDTH, t0, k_step, list, nullptr);
     float2 sum = make_float2(0, 0);
-    if (span + blocks < a.spans) next.load(a, it, head, BY_WIDTH, t0 + blocks * SPAN, false);
+    if (after < a.spans) next.load(a, d0, widths, BY_WIDTH, t0 + (after - span) * SPAN, false);
     if (n > 0) {
-      const pair_rows<DTYPE> rows(it.k, t0, head, d, a.k_dim);
+      rows.base = first_row + static_cast<ptrdiff_t>(t0) * k_step;
       raw_pair<DTYPE> x[8], ahead[8];
       rows.load(list, x);
       for (uint32_t i = 0; i < n; i += 8) {
@@ -3517,17 +3553,18 @@ __global__ void __launch_bounds__(RANGE_THREADS, 4) range_kernel(range_args a) {
       float s = 0;
 #pragma unroll
       for (int w = 0; w < STRETCHES; ++w) s = __fadd_rn(s, part[buffer][w][column]);
-      parts[span * step + column] = s;
+      all = __fadd_rn(all, s);
+      if (whole) parts[(span >> a.each) * step + column] = all, all = 0;
     }
   }
   store_ends(a, ends, part, parts + block * step + row, row);
   if (!last_block(&a.done[h * a.groups + group], blocks)) return;
-  const float2 all = load_ends(part, parts + row, row, step, blocks);
-  const float total = add_parts<64>(parts + column, a.spans, step, scratch);
+  const float2 low_high = load_ends(part, parts + row, row, step, blocks);
+  const float total = add_parts<64>(parts + column, parts_of(a), a.each, step, scratch);
   const int c = static_cast<int>(64 * group + column);
   if (threadIdx.x >= 64 || c >= a.k_dim) return;
   const size_t at = static_cast<size_t>(h) * MAX_DIM + static_cast<size_t>(c);
-  a.lo[at] = ordered(all.x), a.hi[at] = ordered(all.y), a.sum[at] = total;
+  a.lo[at] = ordered(low_high.x), a.hi[at] = ordered(low_high.y), a.sum[at] = total;
 }
 
 /* D of K at each width, from its range and, with u the distance from the last token and D(0) of V
@@ -3556,23 +3593,32 @@ __global__ void __launch_bounds__(RANGE_THREADS, 4) moments_kernel(range_args a)
   uint32_t kept = 0, buffer = 0;
   stretch next;
   ends.clear();
-  next.load(a, it, head, cut, block * SPAN + static_cast<uint32_t>(warp) * STRETCH, true);
+  pair_rows<DTYPE> rows(it.k, 0, head, d, a.k_dim);
+  const char *const first_row = rows.base;
+  const int k_step = step_of(it.k);
+  const float *const d0 = it.v_distortion + 5 * static_cast<size_t>(head) * a.n;
+  const uint8_t *const widths = it.v_bits + static_cast<size_t>(head) * a.n;
+  next.load(a, d0, widths, cut, (block << a.each) * SPAN + static_cast<uint32_t>(warp) * STRETCH,
+            true);
   raw_pair<DTYPE> last;
-  {
-    const pair_rows<DTYPE> rows(it.k, a.n - 1, head, d, a.k_dim);
-    last.load(rows.base, rows.stride, rows.whole && rows.n > 0, rows.n);
-  }
+  last.load(first_row + static_cast<ptrdiff_t>(a.n - 1) * k_step, rows.stride,
+            rows.whole && rows.n > 0, rows.n);
   const float2 o = last.values();
-  for (uint32_t span = block; span < a.spans; span += blocks, buffer ^= 1) {
+  float all = 0;
+  for (uint32_t span = block << a.each, after; span < a.spans; span = after, buffer ^= 1) {
     const uint32_t t0 = span * SPAN + static_cast<uint32_t>(warp) * STRETCH;
-    const uint32_t n = next.list(a, cut, t0, step_of(it.k), list, weights[warp]);
+    const bool whole =
+        ((span + 1) & ((1u << a.each) - 1)) == 0 || span + 1 == a.spans; /* the part is */
+    after = whole ? ((span >> a.each) + blocks) << a.each : span + 1;
+    const uint32_t n = next.list(a, cut, t0, k_step, list, weights[warp]);
     float2 s[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) s[j] = make_float2(0, 0);
-    if (span + blocks < a.spans) next.load(a, it, head, cut, t0 + blocks * SPAN, true);
+    const uint32_t t1 = t0 + (after - span) * SPAN;
+    if (after < a.spans) next.load(a, d0, widths, cut, t1, true);
     kept += n;
     if (n > 0) {
-      const pair_rows<DTYPE> rows(it.k, t0, head, d, a.k_dim);
+      rows.base = first_row + static_cast<ptrdiff_t>(t0) * k_step;
       raw_pair<DTYPE> x[8], ahead[8];
       rows.load(list, x);
       for (uint32_t i = 0; i < n; i += 8) {
@@ -3600,21 +3646,24 @@ __global__ void __launch_bounds__(RANGE_THREADS, 4) moments_kernel(range_args a)
         for (int k = 0; k < 8; ++k) x[k] = ahead[k];
       }
     }
+    if (rows.n > 0 && after < a.spans)
+      next.prefetch(a, cut, t1, first_row + static_cast<ptrdiff_t>(t1) * k_step, k_step);
     s[3].y = s[3].x;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       *reinterpret_cast<float2 *>(&part[buffer][warp][j][2 * lane]) = s[j];
     __syncthreads();
-    float all = 0;
+    float sum = 0;
 #pragma unroll
-    for (int w = 0; w < STRETCHES; ++w) all = __fadd_rn(all, part[buffer][w][kind][column]);
-    parts[span * step + kind * row + column] = all;
+    for (int w = 0; w < STRETCHES; ++w) sum = __fadd_rn(sum, part[buffer][w][kind][column]);
+    all = __fadd_rn(all, sum);
+    if (whole) parts[(span >> a.each) * step + kind * row + column] = all, all = 0;
   }
   if (lane == 0 && kept > 0) atomicAdd(&a.kept[h * a.groups + group], kept);
   store_ends(a, ends, memory, parts + block * step + 4 * row, row);
   if (!last_block(&a.done[h * a.groups + group], blocks)) return;
   const float2 low_high = load_ends(memory, parts + 4 * row, row, step, blocks);
-  const float sum = add_parts<256>(parts + kind * row + column, a.spans, step, scratch);
+  const float sum = add_parts<256>(parts + kind * row + column, parts_of(a), a.each, step, scratch);
   __syncthreads();
   scratch[threadIdx.x] = sum;
   __syncthreads();
@@ -4755,148 +4804,149 @@ __device__ __forceinline__ bool any_width(const measure_args &a, uint32_t h) {
   return __syncthreads_or(mine);
 }
 
-/* A row's elements of 8 of the 16 lanes, in blocks of 16: of dense 16-bit rows the words as they
-   lie in memory, all others are loaded when wanted. */
-template <int N, int DTYPE, bool WIDE>
-struct v_row {
-  uint4 x[N];
-  __device__ __forceinline__ void load(const rdkv_tensor &v, uint32_t t, int head, int half,
-                                       int dim) {
-    const char *row = static_cast<const char *>(row_of(v, t, head)) + 16 * half;
-#pragma unroll
-    for (int b = 0; b < N; ++b)
-      if (16 * b < dim) x[b] = __ldg(reinterpret_cast<const uint4 *>(row + 32 * b));
-  }
-  __device__ __forceinline__ bool ends(int dim, int, float *lo, float *hi) const {
-    extremes<DTYPE> e;
-    e.clear();
-#pragma unroll
-    for (int b = 0; b < N; ++b)
-      if (16 * b < dim) e.take(x[b].x), e.take(x[b].y), e.take(x[b].z), e.take(x[b].w);
-    const float2 low = e.lowest(), high = e.highest();
-    *lo = fminf(low.x, low.y), *hi = fmaxf(high.x, high.y);
-    return in_range(low.x) && in_range(low.y) && in_range(high.x) && in_range(high.y);
-  }
-  __device__ __forceinline__ void block(int b, float (&y)[8]) const {
-    const uint32_t w[4] = {x[b].x, x[b].y, x[b].z, x[b].w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 p = extremes<DTYPE>::values(w[i]);
-      y[2 * i] = p.x, y[2 * i + 1] = p.y;
-    }
-  }
-};
-template <int N, int DTYPE>
-struct v_row<N, DTYPE, false> {
-  const void *row;
-  ptrdiff_t stride;
-  int first, dim;
-  __device__ __forceinline__ void load(const rdkv_tensor &v, uint32_t t, int head, int half,
-                                       int v_dim) {
-    row = row_of(v, t, head), stride = v.dim_stride ? v.dim_stride : 1;
-    first = 8 * half, dim = v_dim;
-  }
-  __device__ __forceinline__ bool ends(int, int, float *lo, float *hi) const {
-    bool good = true;
-    *lo = 3.402823466e38f, *hi = -3.402823466e38f;
-    for (int d0 = first; d0 < dim; d0 += 16)
-#pragma unroll
-      for (int d = d0; d < d0 + 8; ++d) {
-        const float x = d < dim ? element(row, DTYPE, d * stride) : *lo;
-        good &= d >= dim || in_range(x);
-        *lo = fminf(*lo, x), *hi = d < dim ? fmaxf(*hi, x) : *hi;
-      }
-    return good;
-  }
-  __device__ __forceinline__ void block(int b, float (&y)[8]) const {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int d = 16 * b + first + i;
-      y[i] = d < dim ? element(row, DTYPE, d * stride) : 0;
-    }
-  }
-};
-
-/* Distances of V's rows from the mean output, and their D at the widths from the range, two threads
-   a token: of rdkv.h's 16 lanes (element i in lane i mod 16) each has 8. N is the most blocks of 16
-   elements. */
-template <int N, int DTYPE, bool WIDE>
-__global__ void __launch_bounds__(THREADS, N > 8 ? 2 : 3) v_error_kernel(measure_args a) {
-  __shared__ __align__(16) float o[MAX_DIM];
-  const int head = static_cast<int>(blockIdx.y), vd = a.v_dim;
+/* What the two threads of a token of V found: of rdkv.h's 16 lanes of sums each has 8, of e the
+   squared distances from the mean output, of r those from halves, or NULL. */
+__device__ __forceinline__ void store_v(const measure_args &a, const item &it, int head, uint32_t h,
+                                        uint32_t t, float lo, float hi, float (&e)[8],
+                                        float (*r)[8]) {
   const int half = static_cast<int>(threadIdx.x) & 1;
+  const size_t n = a.n;
+  lo = fminf(lo, __shfl_xor_sync(FULL, lo, 1)), hi = fmaxf(hi, __shfl_xor_sync(FULL, hi, 1));
+#pragma unroll
+  for (int m = 4; m; m >>= 1)
+#pragma unroll
+    for (int i = 0; i < m; ++i) {
+      e[i] = __fadd_rn(e[i], e[i + m]);
+      if (r) (*r)[i] = __fadd_rn((*r)[i], (*r)[i + m]);
+    }
+  e[0] = __fadd_rn(e[0], __shfl_xor_sync(FULL, e[0], 1));
+  if (r) (*r)[0] = __fadd_rn((*r)[0], __shfl_xor_sync(FULL, (*r)[0], 1));
+  if (t >= a.n) return;
+  const float w = it.token[static_cast<size_t>(head) * n + t];
+  const float range = __fsub_rn(hi, lo), square = __fmul_rn(range, range);
+  float *to = it.v_distortion + static_cast<size_t>(head) * 5 * n + t;
+  if (half == 0) {
+    a.mean[static_cast<size_t>(h) * n + t] = e[0];
+    to[n] = __fmul_rn(w, __fmul_rn(square, a.noise[0]));
+  } else {
+    to[2 * n] = __fmul_rn(w, __fmul_rn(square, a.noise[1]));
+    to[3 * n] = __fmul_rn(w, __fmul_rn(square, a.noise[2]));
+    to[4 * n] = r ? __fmul_rn(w, (*r)[0]) : 0;
+  }
+}
+
+/* Distances of V's rows from the mean output, and their D at the widths from the range. Any dtype
+   and stride. */
+template <int DTYPE>
+__global__ void __launch_bounds__(THREADS) v_error_kernel(measure_args a) {
+  __shared__ float o[MAX_DIM];
+  const int head = static_cast<int>(blockIdx.y), vd = a.v_dim;
+  const int first_lane = 8 * (static_cast<int>(threadIdx.x) & 1);
   const uint32_t h = blockIdx.z * static_cast<uint32_t>(a.heads) + blockIdx.y;
   const item &it = a.items[blockIdx.z];
   if (any_width(a, h)) return;
-  for (int d = static_cast<int>(threadIdx.x); d < MAX_DIM; d += THREADS)
-    o[d] = d < vd ? it.mean_out[head * vd + d] : 0;
+  for (int d = static_cast<int>(threadIdx.x); d < vd; d += THREADS)
+    o[d] = it.mean_out[head * vd + d];
   __syncthreads();
-  const rdkv_tensor v = it.v;
-  const float *token = it.token + static_cast<size_t>(head) * a.n;
-  float *dv = it.v_distortion + static_cast<size_t>(head) * 5 * a.n;
-  float *mean = a.mean + static_cast<size_t>(h) * a.n;
+  const ptrdiff_t stride = it.v.dim_stride ? it.v.dim_stride : 1;
   bool good = true;
   for (uint32_t first = blockIdx.x * (THREADS / 2); first < a.n; first += gridDim.x * THREADS / 2) {
-    const uint32_t want = first + threadIdx.x / 2, t = least(want, a.n - 1);
-    v_row<N, DTYPE, WIDE> row;
-    row.load(v, t, head, half, vd);
-    if (WIDE) { /* the row after this one on its way to the L2 */
-      const uint32_t ahead = least(t + gridDim.x * THREADS / 2, a.n - 1);
-      const char *next = static_cast<const char *>(row_of(v, ahead, head));
-      for (int i = 128 * half; i < 2 * vd; i += 256)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(next + i));
-    }
-    const float w = token[t];
-    float lo, hi;
-    good &= row.ends(vd, half, &lo, &hi);
-    lo = fminf(lo, __shfl_xor_sync(FULL, lo, 1)), hi = fmaxf(hi, __shfl_xor_sync(FULL, hi, 1));
-    float e[2][8]; /* from the mean output; from halves */
+    const uint32_t t = first + threadIdx.x / 2;
+    const void *row = row_of(it.v, least(t, a.n - 1), head);
+    float lo = 3.402823466e38f, hi = -3.402823466e38f, e[8], r[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) e[0][i] = e[1][i] = 0;
-#pragma unroll(WIDE ? N : 1)
-    for (int b = 0; b < N; ++b) {
-      if (16 * b < vd) {
-        const float4 o0 = *reinterpret_cast<const float4 *>(&o[16 * b + 8 * half]);
-        const float4 o1 = *reinterpret_cast<const float4 *>(&o[16 * b + 8 * half + 4]);
-        const float p[8] = {o0.x, o0.y, o0.z, o0.w, o1.x, o1.y, o1.z, o1.w};
-        float x[8];
-        row.block(b, x);
+    for (int i = 0; i < 8; ++i) e[i] = r[i] = 0;
+    for (int d0 = first_lane; d0 < vd; d0 += 16)
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          if (WIDE || 16 * b + 8 * half + i < vd) {
-            const float d = __fsub_rn(x[i], p[i]);
-            e[0][i] = WIDE && b == 0 ? __fmul_rn(d, d) : __fadd_rn(e[0][i], __fmul_rn(d, d));
-            if (DTYPE == RDKV_F32) {
-              const float r = __fsub_rn(x[i], nearest_half(x[i]));
-              e[1][i] = __fadd_rn(e[1][i], __fmul_rn(r, r));
-            }
+      for (int i = 0; i < 8; ++i)
+        if (d0 + i < vd) {
+          const float x = element(row, DTYPE, (d0 + i) * stride), d = __fsub_rn(x, o[d0 + i]);
+          good &= in_range(x);
+          lo = fminf(lo, x), hi = fmaxf(hi, x);
+          e[i] = __fadd_rn(e[i], __fmul_rn(d, d));
+          if (DTYPE == RDKV_F32) {
+            const float f = __fsub_rn(x, nearest_half(x));
+            r[i] = __fadd_rn(r[i], __fmul_rn(f, f));
           }
         }
-      }
-    }
-    float sum[2] = {0, 0};
-#pragma unroll
-    for (int j = 0; j < (DTYPE == RDKV_F32 ? 2 : 1); ++j) {
-#pragma unroll
-      for (int n = 4; n; n >>= 1)
-#pragma unroll
-        for (int i = 0; i < n; ++i) e[j][i] = __fadd_rn(e[j][i], e[j][i + n]);
-      sum[j] = __fadd_rn(e[j][0], __shfl_xor_sync(FULL, e[j][0], 1));
-    }
-    const float range = __fsub_rn(hi, lo), square = __fmul_rn(range, range);
-    if (want < a.n) {
-      float *to = dv + t;
-      if (half == 0) {
-        mean[t] = sum[0];
-        to[a.n] = __fmul_rn(w, __fmul_rn(square, a.noise[0]));
-      } else {
-        to[2 * static_cast<size_t>(a.n)] = __fmul_rn(w, __fmul_rn(square, a.noise[1]));
-        to[3 * static_cast<size_t>(a.n)] = __fmul_rn(w, __fmul_rn(square, a.noise[2]));
-        to[4 * static_cast<size_t>(a.n)] = __fmul_rn(w, sum[1]);
-      }
-    }
+    store_v(a, it, head, h, t, lo, hi, e, DTYPE == RDKV_F32 ? &r : nullptr);
   }
   if (!good) fail(a.status, RDKV_ERR_NONFINITE);
+}
+
+/* The same of dense 16-bit rows of 16 N elements, a warp 16 of them at a time; the next 16 are on
+   their way to shared memory, in whole lines. */
+template <int N>
+struct v_ring {
+  enum { PITCH = 32 * (N | 1), STAGE_BYTES = 16 * PITCH, BYTES = 2 * STAGE_BYTES * THREADS / 32 };
+};
+template <int N, bool BF16>
+__global__ void __launch_bounds__(THREADS, N > 8 ? 1 : 3) v_rows_kernel(measure_args a) {
+  enum { PITCH = v_ring<N>::PITCH, STAGE_BYTES = v_ring<N>::STAGE_BYTES };
+  typedef extremes<BF16 ? RDKV_BF16 : RDKV_F16> extremes_type;
+  extern __shared__ uint4 rdkv_cuda_compress_memory[];
+  __shared__ __align__(16) float o[16 * N];
+  const int head = static_cast<int>(blockIdx.y);
+  const uint32_t lane = threadIdx.x & 31, half = lane & 1, step = gridDim.x * (THREADS / 2);
+  const uint32_t h = blockIdx.z * static_cast<uint32_t>(a.heads) + blockIdx.y;
+  const item &it = a.items[blockIdx.z];
+  if (any_width(a, h)) return;
+  for (uint32_t d = threadIdx.x; d < 16 * N; d += THREADS) o[d] = it.mean_out[head * 16 * N + d];
+  __syncthreads();
+  const uint8_t *ring = reinterpret_cast<const uint8_t *>(rdkv_cuda_compress_memory) +
+                        (threadIdx.x >> 5) * (2 * STAGE_BYTES);
+  const uint32_t ring_at = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
+  const char *const rows = static_cast<const char *>(row_of(it.v, 0, head));
+  const ptrdiff_t pitch = it.v.token_stride * 2;
+  const auto copy = [&](uint32_t first, uint32_t slot) {
+#pragma unroll
+    for (uint32_t i = 0; i < N; ++i) {
+      const uint32_t row = (32 * i + lane) / (2 * N), chunk = (32 * i + lane) % (2 * N);
+      copy_16(ring_at + slot * STAGE_BYTES + row * PITCH + 16 * chunk,
+              rows + static_cast<ptrdiff_t>(least(first + row, a.n - 1)) * pitch + 16 * chunk);
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+  extremes_type all;
+  all.clear();
+  uint32_t first = blockIdx.x * (THREADS / 2) + threadIdx.x / 32 * 16, slot = 0;
+  if (first < a.n) copy(first, 0);
+  for (; first < a.n; first += step, slot ^= 1) {
+    if (first + step < a.n)
+      copy(first + step, slot ^ 1);
+    else
+      asm volatile("cp.async.commit_group;" ::: "memory");
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    __syncwarp();
+    const uint8_t *row = ring + slot * STAGE_BYTES + (lane >> 1) * PITCH + 16 * half;
+    extremes_type ends;
+    float e[8];
+    ends.clear();
+#pragma unroll
+    for (int b = 0; b < N; ++b) {
+      const uint4 x = *reinterpret_cast<const uint4 *>(row + 32 * b);
+      const float4 o0 = *reinterpret_cast<const float4 *>(&o[16 * b + 8 * half]);
+      const float4 o1 = *reinterpret_cast<const float4 *>(&o[16 * b + 8 * half + 4]);
+      const float p[8] = {o0.x, o0.y, o0.z, o0.w, o1.x, o1.y, o1.z, o1.w};
+      const uint32_t word[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 y = extremes_type::values(word[i]);
+        const float u = __fsub_rn(y.x, p[2 * i]), v = __fsub_rn(y.y, p[2 * i + 1]);
+        ends.take(word[i]);
+        e[2 * i] = b == 0 ? __fmul_rn(u, u) : __fadd_rn(e[2 * i], __fmul_rn(u, u));
+        e[2 * i + 1] = b == 0 ? __fmul_rn(v, v) : __fadd_rn(e[2 * i + 1], __fmul_rn(v, v));
+      }
+    }
+    __syncwarp(); /* all have read what the copies after the next ones overwrite */
+    all.take(ends.low), all.take(ends.high);
+    const float2 low = ends.lowest(), high = ends.highest();
+    store_v(a, it, head, h, first + (lane >> 1), fminf(low.x, low.y), fmaxf(high.x, high.y), e,
+            nullptr);
+  }
+  const float2 low = all.lowest(), high = all.highest();
+  if (!(in_range(low.x) && in_range(low.y) && in_range(high.x) && in_range(high.y)))
+    fail(a.status, RDKV_ERR_NONFINITE);
 }
 
 /* D(0) of every token and how many lie in each bin, four tokens a thread; the last block of a head
@@ -5237,16 +5287,6 @@ struct tensor_shape {
 static size_t tensor_shared(int k_dim, bool with_v) {
   return 2 * STAGE * static_cast<size_t>(k_dim) * (with_v ? 4 : 2) +
          2 * STAGE * WARPS * sizeof(float) + (with_v ? 4 : 2) * THREADS * sizeof(float4);
-}
-
-/* 16 bytes to shared memory; zeroes where there is no such row. */
-__device__ __forceinline__ void copy_16(uint32_t to, const char *from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ __forceinline__ void copy_16(uint32_t to, const char *from, bool real) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(real ? 16 : 0)
-               : "memory");
 }
 
 /* A thread's chunks of a stage: rows ROWS apart, of which `left` are real from the stage's first
@@ -7502,7 +7542,7 @@ static void list_tokens(const pack_args &a, uint32_t heads, cudaStream_t stream)
 typedef void (*range_kernel_type)(range_args);
 typedef void (*tile_kernel_type)(pack_args);
 
-static void launch_range(const range_args &r, rdkv_dtype dtype, bool moments, int n_items,
+static void launch_range(range_args r, rdkv_dtype dtype, bool moments, int n_items,
                          cudaStream_t stream) {
   const range_kernel_type range = dtype == RDKV_F16    ? range_kernel<RDKV_F16>
                                   : dtype == RDKV_BF16 ? range_kernel<RDKV_BF16>
@@ -7514,7 +7554,8 @@ static void launch_range(const range_args &r, rdkv_dtype dtype, bool moments, in
   const uint32_t places = 4 * 132;
   const uint32_t rows = static_cast<uint32_t>(n_items * r.heads) * r.groups;
   const uint32_t each = rows < places ? places / rows : 1;
-  const dim3 grid(least(each, r.spans) * r.groups, static_cast<uint32_t>(r.heads),
+  r.each = r.spans / 8 * rows >= places / 2 ? 3 : 0;
+  const dim3 grid(least(each, parts_of(r)) * r.groups, static_cast<uint32_t>(r.heads),
                   static_cast<uint32_t>(n_items));
   if (r.n > 0) (moments ? weighted : range)<<<grid, RANGE_THREADS, 0, stream>>>(r);
 }
@@ -7639,23 +7680,36 @@ static score_kernel tensor_kernel_of(const score_args &a, bool bf16, bool stats,
 /* measure */
 
 typedef void (*measure_kernel)(measure_args);
-template <int N>
-static measure_kernel wide_v_error_kernel(bool bf16) {
-  return bf16 ? v_error_kernel<N, RDKV_BF16, true> : v_error_kernel<N, RDKV_F16, true>;
-}
-static measure_kernel v_error_kernel_of(rdkv_dtype dtype, int v_dim, bool wide) {
+
+/* The kernel for whole rows; NULL where there is none. */
+static measure_kernel v_rows_kernel_of(bool bf16, int v_dim, size_t *shared) {
+  measure_kernel k = nullptr;
+#define RDKV_CUDA__CASE(dim)                                                   \
+  case dim:                                                                    \
+    k = bf16 ? v_rows_kernel<dim / 16, true> : v_rows_kernel<dim / 16, false>; \
+    *shared = v_ring<dim / 16>::BYTES;                                         \
+    break;
+  switch (v_dim) {
 #if defined(RDKV_CUDA_V_DIM) && RDKV_CUDA_V_DIM > 0
-  if (wide && v_dim == RDKV_CUDA_V_DIM)
-    return wide_v_error_kernel<RDKV_CUDA_V_DIM / 16>(dtype == RDKV_BF16);
+    RDKV_CUDA__CASE(RDKV_CUDA_V_DIM)
 #else
-  if (wide)
-    return v_dim <= 64    ? wide_v_error_kernel<4>(dtype == RDKV_BF16)
-           : v_dim <= 128 ? wide_v_error_kernel<8>(dtype == RDKV_BF16)
-                          : wide_v_error_kernel<16>(dtype == RDKV_BF16);
+    RDKV_CUDA__CASE(64)
+    RDKV_CUDA__CASE(80)
+    RDKV_CUDA__CASE(96)
+    RDKV_CUDA__CASE(112)
+    RDKV_CUDA__CASE(128)
+    RDKV_CUDA__CASE(192)
+    RDKV_CUDA__CASE(256)
 #endif
-  return dtype == RDKV_F16    ? v_error_kernel<16, RDKV_F16, false>
-         : dtype == RDKV_BF16 ? v_error_kernel<16, RDKV_BF16, false>
-                              : v_error_kernel<16, RDKV_F32, false>;
+  }
+#undef RDKV_CUDA__CASE
+  if (k && cudaFuncSetAttribute(reinterpret_cast<const void *>(k),
+                                cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(*shared)) != cudaSuccess) {
+    cudaGetLastError();
+    k = nullptr;
+  }
+  return k;
 }
 
 struct measure_memory {
@@ -7984,7 +8038,14 @@ extern "C" cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *
   const uint32_t places = (heads * items > 32 ? 9 : 3) * 132;
   const uint32_t most = heads * items < places ? places / (heads * items) : 1;
   const dim3 rows(blocks_of(n, THREADS / 2, most), heads, items);
-  v_error_kernel_of(kv->v.dtype, cfg->v_dim, wide)<<<rows, THREADS, 0, stream>>>(a);
+  size_t shared = 0;
+  measure_kernel v_error =
+      wide ? v_rows_kernel_of(kv->v.dtype == RDKV_BF16, cfg->v_dim, &shared) : nullptr;
+  if (!v_error)
+    shared = 0, v_error = kv->v.dtype == RDKV_F16    ? v_error_kernel<RDKV_F16>
+                          : kv->v.dtype == RDKV_BF16 ? v_error_kernel<RDKV_BF16>
+                                                     : v_error_kernel<RDKV_F32>;
+  v_error<<<rows, THREADS, shared, stream>>>(a);
   const dim3 drop(blocks_of(n, 4 * THREADS, 64), heads, items);
   drop_kernel<<<drop, THREADS, 0, stream>>>(a);
   launch_range(s.r, kv->k.dtype, true, n_items, stream);
