@@ -173,7 +173,8 @@ size_t rdkv_cuda_pack_workspace(const rdkv_config *cfg, int n_layers, uint32_t n
    row i of query head h at lse[item][h * lse_stride + i], causal; it saves a pass over K. NULL:
    found here. Dense 16-byte aligned fp16 or bf16 rows of k_dim 64, 96, 128, 192 or 256 (K and Q of
    one type) go through the tensor cores, and V with them if it has their type and dims; all else
-   works, slowly. */
+   works, slowly. Built for sm_90a (nvcc -arch=sm_90a), the passes without V use Hopper's warp
+   groups. */
 cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv, const float *const *lse,
                             ptrdiff_t lse_stride, const rdkv_layer *layers, int n_items,
                             uint32_t *status, void *workspace, size_t workspace_bytes,
@@ -5684,6 +5685,302 @@ __global__ void __launch_bounds__(THREADS, 2) tensor_kernel(score_args a) {
   }
 }
 
+/* The same on Hopper, where a program is built for sm_90a: warp groups multiply out of shared
+   memory, which leaves the registers to the logits, and while they do so the warps go on. A group
+   has 64 columns of queries as A, the stage's 128 tokens as B; both lie in shared memory in rows of
+   128 bytes (64 channels), 16-byte chunks swizzled by the row. Elsewhere it is empty, and known to
+   the host by its launch bounds. */
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define RDKV_CUDA__GROUP_THREADS THREADS
+#else
+#define RDKV_CUDA__GROUP_THREADS 32
+#endif
+enum { GROUP_STAGE = 128 };
+
+/* Bytes of shared memory: queries, two stages of K, parts of two stages' weights, alignment. */
+static size_t group_shared(int k_dim) {
+  return 3 * GROUP_STAGE * 2 * static_cast<size_t>(k_dim) +
+         2 * GROUP_STAGE * WARPS * sizeof(float) + 1024;
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+/* Describes rows of 128 bytes from `at` on, swizzled; groups of 8 rows are 1024 bytes apart. */
+__device__ __forceinline__ u64 describe(uint32_t at) {
+  return static_cast<u64>(at >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+template <bool BF16, bool ADD>
+__device__ __forceinline__ void group_mma(float (&y)[32], u64 a, u64 b) {
+#define RDKV_CUDA__GROUP_MMA(type, to, add)                                                      \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                       \
+               " {"                                                                              \
+               "%0, %1, %2, %3, %4, %5, %6, %7, "                                                \
+               "%8, %9, %10, %11, %12, %13, %14, %15, "                                          \
+               "%16, %17, %18, %19, %20, %21, %22, %23, "                                        \
+               "%24, %25, %26, %27, %28, %29, %30, %31"                                          \
+               "}, %32, %33, " add ", 1, 1, 0, 0;"                                               \
+               : to(y[0]), to(y[1]), to(y[2]), to(y[3]), to(y[4]), to(y[5]), to(y[6]), to(y[7]), \
+                 to(y[8]), to(y[9]), to(y[10]), to(y[11]), to(y[12]), to(y[13]), to(y[14]),      \
+                 to(y[15]), to(y[16]), to(y[17]), to(y[18]), to(y[19]), to(y[20]), to(y[21]),    \
+                 to(y[22]), to(y[23]), to(y[24]), to(y[25]), to(y[26]), to(y[27]), to(y[28]),    \
+                 to(y[29]), to(y[30]), to(y[31])                                                 \
+               : "l"(a), "l"(b))
+  if (BF16 && ADD)
+    RDKV_CUDA__GROUP_MMA("bf16", "+f", "1");
+  else if (BF16)
+    RDKV_CUDA__GROUP_MMA("bf16", "=f", "0");
+  else if (ADD)
+    RDKV_CUDA__GROUP_MMA("f16", "+f", "1");
+  else
+    RDKV_CUDA__GROUP_MMA("f16", "=f", "0");
+#undef RDKV_CUDA__GROUP_MMA
+}
+/* Until all products are there but those of the last `LATER` commits. */
+template <int LATER>
+__device__ __forceinline__ void group_wait(float (&y)[32]) {
+  asm volatile("wgmma.wait_group.sync.aligned %32;"
+               : "+f"(y[0]), "+f"(y[1]), "+f"(y[2]), "+f"(y[3]), "+f"(y[4]), "+f"(y[5]), "+f"(y[6]),
+                 "+f"(y[7]), "+f"(y[8]), "+f"(y[9]), "+f"(y[10]), "+f"(y[11]), "+f"(y[12]),
+                 "+f"(y[13]), "+f"(y[14]), "+f"(y[15]), "+f"(y[16]), "+f"(y[17]), "+f"(y[18]),
+                 "+f"(y[19]), "+f"(y[20]), "+f"(y[21]), "+f"(y[22]), "+f"(y[23]), "+f"(y[24]),
+                 "+f"(y[25]), "+f"(y[26]), "+f"(y[27]), "+f"(y[28]), "+f"(y[29]), "+f"(y[30]),
+                 "+f"(y[31])
+               : "n"(LATER)
+               : "memory");
+}
+#endif
+
+/* A is k_dim / 64. */
+template <int A, bool BF16, bool STATS>
+__global__ void __launch_bounds__(RDKV_CUDA__GROUP_THREADS, A <= 2 ? 2 : 1)
+    group_kernel(score_args a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  enum {
+    CHUNKS = 8 * A,           /* of 16 bytes in a row */
+    ROWS = THREADS / CHUNKS,  /* a thread copies, and looks after, one chunk of every ROWS-th row */
+    PART = GROUP_STAGE * 128, /* bytes of 64 channels of a stage */
+    DTYPE = BF16 ? RDKV_BF16 : RDKV_F16
+  };
+  extern __shared__ uint4 rdkv_cuda_compress_memory[];
+  const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
+  const int h = static_cast<int>(blockIdx.z) * a.heads + head;
+  const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
+  const item &it = a.items[blockIdx.z];
+  const uint32_t memory =
+      static_cast<uint32_t>(__cvta_generic_to_shared(rdkv_cuda_compress_memory));
+  const uint32_t q_at = (memory + 1023) & ~1023u, k_at = q_at + A * PART;
+  uint8_t *const q_rows = reinterpret_cast<uint8_t *>(rdkv_cuda_compress_memory) + (q_at - memory);
+  uint8_t *const k_rows = q_rows + A * PART;
+  float *const partial = reinterpret_cast<float *>(q_rows + 3 * A * PART);
+  const uint32_t first = blockIdx.x * a.split, end = least(first + a.split, a.n);
+  const int n_stages = static_cast<int>((end - first + GROUP_STAGE - 1) / GROUP_STAGE);
+  const int passes = (a.columns - 1) / (16 * WARPS) + 1;
+  const int my_row = tid / CHUNKS, my_chunk = tid % CHUNKS;
+  const bool has_rows = THREADS % CHUNKS == 0 || my_row < ROWS;
+  const auto place = [&](int row, int chunk) {
+    return static_cast<uint32_t>(chunk / 8 * PART + row * 128 + ((chunk ^ row) & 7) * 16);
+  };
+  const ptrdiff_t k_step = it.k.token_stride * 2;
+  const u64 of_q = describe(q_at + __shfl_sync(FULL, threadIdx.x >> 7, 0) * 64 * 128);
+  const u64 of_k = describe(k_at);
+  float square[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  extremes<DTYPE> ends;
+  ends.clear();
+  for (int pass = 0; pass < passes; ++pass) {
+    const bool last_pass = pass == passes - 1;
+    const int column0 = 16 * (WARPS * pass + warp);
+    const char *k_from =
+        static_cast<const char *>(row_of(it.k, first + static_cast<uint32_t>(my_row), head)) +
+        16 * my_chunk;
+    uint32_t left = a.n - first; /* tokens not yet asked for */
+    const auto copy = [&](int slot) {
+      if (has_rows) {
+#pragma unroll
+        for (int i = 0; i < GROUP_STAGE; i += ROWS) {
+          const int row = my_row + i;
+          const uint32_t to = k_at + static_cast<uint32_t>(slot * A * PART) + place(row, my_chunk);
+          const bool real = static_cast<uint32_t>(row) < left;
+          if (GROUP_STAGE % ROWS == 0 || row < GROUP_STAGE)
+            copy_16(to, real ? k_from + i * k_step : k_from - my_row * k_step, real);
+        }
+      }
+      k_from += GROUP_STAGE * k_step, left -= least(left, GROUP_STAGE);
+      asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    __syncthreads(); /* all are done with the pass before */
+    copy(0);
+    for (int i = tid; i < 16 * WARPS * CHUNKS; i += THREADS) {
+      const int row = i / CHUNKS, chunk = i % CHUNKS, column = 16 * WARPS * pass + row;
+      uint4 x = make_uint4(0, 0, 0, 0);
+      if (column < a.group * a.window)
+        x = *reinterpret_cast<const uint4 *>(
+            static_cast<const uint16_t *>(row_of(it.q, static_cast<uint32_t>(column / a.group),
+                                                 head * a.group + column % a.group)) +
+            8 * chunk);
+      *reinterpret_cast<uint4 *>(q_rows + place(row, chunk)) = x;
+    }
+    float2 top[1], sum[1]; /* of columns g and g + 8 of the warp's; else top is their reference */
+    float r[2];
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      const int column = column0 + 8 * u + g;
+      r[u] = STATS                         ? -1e30f
+             : column < a.group * a.window ? reference_of(a, it, head, h, column)
+                                           : __int_as_float(0x7f800000);
+    }
+    top[0] = make_float2(r[0], r[1]), sum[0] = make_float2(0, 0);
+    /* A stage's tokens are multiplied in two halves, and a half's logits are taken while the
+       products of the next one go on. That of token 8 p + 2 t + i mod 2 of a half and column g +
+       8 (i / 2) lies at 4 p + i. */
+    const auto multiply = [&](float(&y)[32], int half) {
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+      for (int c = 0; c < 4 * A; ++c) {
+        const u64 step = static_cast<u64>((c / 4 * PART + c % 4 * 32) >> 4);
+        const u64 of = static_cast<u64>(((half >> 1 & 1) * A * PART + (half & 1) * PART / 2) >> 4);
+        if (c == 0)
+          group_mma<BF16, false>(y, of_q, of_k + of);
+        else
+          group_mma<BF16, true>(y, of_q + step, of_k + of + step);
+      }
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    };
+    const auto take = [&](const float(&y)[32], int half) {
+      const uint32_t t0 = first + static_cast<uint32_t>(GROUP_STAGE / 2 * half);
+      const bool edge = t0 + GROUP_STAGE / 2 > a.seen || t0 + GROUP_STAGE / 2 > end;
+      float *parts = partial + (half & 3) * (GROUP_STAGE / 2 * WARPS) + warp +
+                     (8 * (g & 1) + 2 * t + (g >> 1 & 1)) * WARPS;
+      float z[4][2][1][4];
+#pragma unroll
+      for (int i = 0; i < 32; ++i) z[i / 8][i / 4 % 2][0][i % 4] = y[i];
+      if (edge && half >= 0)
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+          hide<1>(a, z[n], t0 + static_cast<uint32_t>(16 * n + 2 * t), column0 + g, end, a.seen);
+      if (STATS) { /* without a branch, which the products that go on would not bear */
+        float2 most = make_float2(z[0][0][0][0], z[0][0][0][2]), old = top[0];
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+#pragma unroll
+          for (int p = 0; p < 2; ++p) {
+            most.x = fmaxf(most.x, fmaxf(z[n][p][0][0], z[n][p][0][1]));
+            most.y = fmaxf(most.y, fmaxf(z[n][p][0][2], z[n][p][0][3]));
+          }
+        top[0].x = fmaxf(old.x, most.x * a.scale), top[0].y = fmaxf(old.y, most.y * a.scale);
+        float2 part[4]; /* chains that do not wait for each other */
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          part[n] = make_float2(0, 0);
+#pragma unroll
+          for (int p = 0; p < 2; ++p)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              part[n].x += exp2_fast(z[n][p][0][i] * a.scale - top[0].x);
+              part[n].y += exp2_fast(z[n][p][0][2 + i] * a.scale - top[0].y);
+            }
+        }
+        sum[0].x = sum[0].x * exp2_fast(old.x - top[0].x) +
+                   ((part[0].x + part[1].x) + (part[2].x + part[3].x));
+        sum[0].y = sum[0].y * exp2_fast(old.y - top[0].y) +
+                   ((part[0].y + part[1].y) + (part[2].y + part[3].y));
+      } else {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const float w = over_columns<1>(z[n], top, a.scale);
+          if (g < 4) parts[16 * n * WARPS] = w;
+        }
+      }
+    };
+    /* Weights of up to three halves, which all warps have taken. */
+    const auto store_weights = [&](int half, int n) {
+      const uint32_t t0 = first + static_cast<uint32_t>(GROUP_STAGE / 2 * half);
+      /* one pass reads what the one before wrote, and the last one writes the first array */
+      const size_t apart = static_cast<size_t>(gridDim.z) * static_cast<size_t>(a.heads) * a.n;
+      const bool to_first = (passes - pass) & 1;
+      float *mean = a.mean + static_cast<size_t>(h) * a.n + t0;
+      const int from = (half & 3) * (GROUP_STAGE / 2) + tid;
+      if (tid < n * GROUP_STAGE / 2 && t0 + threadIdx.x < end)
+        mean[tid + static_cast<ptrdiff_t>(to_first ? 0 : apart)] =
+            weight_of(partial, from & (2 * GROUP_STAGE - 1), WARPS) +
+            (pass > 0 ? mean[tid + static_cast<ptrdiff_t>(to_first ? apart : 0)] : 0);
+    };
+    float x[32], y[32];
+#pragma unroll
+    for (int i = 0; i < 32; ++i) y[i] = -3e38f; /* before the first half: weighs nothing */
+    for (int stage = 0; stage < n_stages; ++stage) {
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      group_wait<0>(y);
+      __syncthreads(); /* this stage is there, and all are done with the one before */
+      multiply(x, 2 * stage);
+      if (stage + 1 < n_stages) copy(stage & 1 ^ 1);
+      if (!STATS && stage > 0) store_weights(stage > 1 ? 2 * stage - 3 : 0, stage > 1 ? 2 : 1);
+      take(y, 2 * stage - 1);
+      multiply(y, 2 * stage + 1);
+      if (!STATS && last_pass && has_rows) {
+        const uint8_t *mine = k_rows + (stage & 1) * A * PART;
+#pragma unroll
+        for (int i = 0; i < GROUP_STAGE; i += ROWS)
+          if (GROUP_STAGE % ROWS == 0 || my_row + i < GROUP_STAGE)
+            add_chunk<DTYPE, true>(
+                square, *reinterpret_cast<const uint4 *>(mine + place(my_row + i, my_chunk)), 1,
+                &ends);
+      }
+      group_wait<1>(x);
+      take(x, 2 * stage);
+    }
+    group_wait<0>(y);
+    take(y, 2 * n_stages - 1);
+    if (!STATS) {
+      __syncthreads();
+      store_weights(n_stages > 1 ? 2 * n_stages - 3 : 0, n_stages > 1 ? 3 : 2);
+    }
+    if (STATS) { /* the lanes t add up what they have */
+      float2 *all = reinterpret_cast<float2 *>(partial);
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const float x = u ? top[0].y : top[0].x;
+        float s = u ? sum[0].y : sum[0].x, most = x;
+        for (int d = 1; d < 4; d <<= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, d));
+        s *= exp2_fast(x - most);
+        for (int d = 1; d < 4; d <<= 1) s += __shfl_xor_sync(FULL, s, d);
+        if (t == 0) all[16 * warp + 8 * u + g] = make_float2(most, s);
+      }
+      __syncthreads();
+      const int column = 16 * WARPS * pass + tid;
+      const size_t part = static_cast<size_t>(h) * static_cast<size_t>(a.splits) + blockIdx.x;
+      if (tid < 16 * WARPS && column < a.columns)
+        a.stats[part * static_cast<size_t>(a.columns) + static_cast<size_t>(column)] = all[tid];
+    }
+  }
+  if (STATS) {
+    if (last_block(&a.done[h], gridDim.x)) find_references(a, h);
+    return;
+  }
+  bool good = true;
+  if (BF16) {
+    const float2 low = ends.lowest(), high = ends.highest();
+    good = in_range(low.x) && in_range(low.y) && in_range(high.x) && in_range(high.y);
+  } else { /* what is no half makes sums that are no numbers */
+    float all = 0;
+    for (int i = 0; i < 8; ++i) all += square[i] * 0;
+    good = all == 0;
+  }
+  if (!good) fail(a.status, RDKV_ERR_NONFINITE);
+  const size_t part = static_cast<size_t>(h) * static_cast<size_t>(a.splits) + blockIdx.x;
+  float *sums = reinterpret_cast<float *>(q_rows); /* [ROWS][64 A] */
+  __syncthreads();
+  if (has_rows)
+    for (int i = 0; i < 8; ++i) sums[my_row * 64 * A + 8 * my_chunk + i] = square[i];
+  __syncthreads();
+  if (tid >= 64 * A) return;
+  float s = 0;
+  for (int r = 0; r < ROWS; ++r) s += sums[r * 64 * A + tid];
+  a.square[part * (64 * A) + static_cast<size_t>(tid)] = s;
+#else
+  (void)a;
+#endif
+}
+
 /* Sum of V weighted by the attention, a split each; any dtype and stride. */
 static __global__ void __launch_bounds__(THREADS) out_kernel(score_args a) {
   __shared__ float sums[THREADS];
@@ -7621,7 +7918,7 @@ static void layout_score(const rdkv_config *cfg, int n_items, uint32_t n, void *
   /* a block for each of the two places that a multiprocessor has for one, or as many times that as
      leaves it 4096 tokens */
   const uint64_t each = static_cast<uint64_t>(n) * heads / (2 * 132) + 1;
-  const uint64_t split = each / (each / 4096 + 1) / STAGE * STAGE + STAGE;
+  const uint64_t split = each / (each / 4096 + 1) / GROUP_STAGE * GROUP_STAGE + GROUP_STAGE;
   a->split = static_cast<uint32_t>(split);
   a->splits = static_cast<int>(blocks_of(n, a->split, 0x7fffffff));
   const uint64_t splits = static_cast<uint64_t>(a->splits),
@@ -7672,6 +7969,41 @@ static score_kernel tensor_kernel_of(const score_args &a, bool bf16, bool stats,
                            cudaFuncAttributeMaxDynamicSharedMemorySize,
                            static_cast<int>(*shared)) != cudaSuccess) {
     cudaGetLastError(); /* more than this device has: the plain kernel then */
+    k = nullptr;
+  }
+  return k;
+}
+
+/* The kernel of warp groups; NULL where the program has none or it does not serve. */
+static score_kernel group_kernel_of(const score_args &a, bool bf16, bool stats, size_t *shared) {
+  score_kernel k = nullptr;
+  (void)bf16;
+  if (a.columns <= 64) return k; /* a group would be idle */
+#define RDKV_CUDA__CASE(dim)                                                                      \
+  case dim:                                                                                       \
+    k = bf16 ? (stats ? group_kernel<dim / 64, true, true> : group_kernel<dim / 64, true, false>) \
+             : (stats ? group_kernel<dim / 64, false, true>                                       \
+                      : group_kernel<dim / 64, false, false>);                                    \
+    break;
+  switch (a.k_dim) {
+#if defined(RDKV_CUDA_V_DIM) && RDKV_CUDA_V_DIM > 0
+#if RDKV_CUDA_V_DIM % 64 == 0
+    RDKV_CUDA__CASE(RDKV_CUDA_V_DIM)
+#endif
+#else
+    RDKV_CUDA__CASE(64)
+    RDKV_CUDA__CASE(128)
+    RDKV_CUDA__CASE(256)
+#endif
+  }
+#undef RDKV_CUDA__CASE
+  cudaFuncAttributes is;
+  const void *f = reinterpret_cast<const void *>(k);
+  *shared = group_shared(a.k_dim);
+  if (k && (cudaFuncGetAttributes(&is, f) != cudaSuccess || is.maxThreadsPerBlock < THREADS ||
+            cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(*shared)) != cudaSuccess)) {
+    cudaGetLastError();
     k = nullptr;
   }
   return k;
@@ -7963,8 +8295,14 @@ static cudaError_t score_by(const rdkv_config *cfg, const rdkv_kv *kv, uint32_t 
   const bool bf16 = kv[0].k.dtype == RDKV_BF16;
   size_t stats_shared = 0, shared = 0;
   a.fused = a.joint && wide && a.v_dim == a.k_dim;
-  const score_kernel stats = tensor ? tensor_kernel_of(a, bf16, true, &stats_shared) : nullptr;
-  const score_kernel weigh = tensor ? tensor_kernel_of(a, bf16, false, &shared) : nullptr;
+  /* warp groups where they serve; but V read together with K costs less than a pass of its own */
+  score_kernel stats = nullptr, weigh = nullptr;
+  if (tensor) {
+    stats = group_kernel_of(a, bf16, true, &stats_shared);
+    if (!stats) stats = tensor_kernel_of(a, bf16, true, &stats_shared);
+    if (!a.fused) weigh = group_kernel_of(a, bf16, false, &shared);
+    if (!weigh) weigh = tensor_kernel_of(a, bf16, false, &shared);
+  }
   a.status = status, a.seen = seen, a.lse_stride = lse_stride, a.given = lse != nullptr;
   a.plain = !weigh || (!lse && !stats);
   for (int first = 0, of = 0; first < n_items; first += of) {
