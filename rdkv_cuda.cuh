@@ -3408,11 +3408,13 @@ __device__ __forceinline__ int step_of(const rdkv_tensor &t) {
 /* True in all threads of the block that is the last one to get here. */
 __device__ __forceinline__ bool last_block(uint32_t *done, uint32_t blocks) {
   __shared__ uint32_t before[1];
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) before[0] = atomicAdd(done, 1u);
+  if (threadIdx.x == 0) { /* fences speak for all whom the barriers order */
+    __threadfence();
+    before[0] = atomicAdd(done, 1u);
+    __threadfence();
+  }
   __syncthreads();
-  __threadfence();
   return before[0] == blocks - 1;
 }
 
