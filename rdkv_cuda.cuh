@@ -3239,11 +3239,12 @@ struct range_args {
   const uint32_t *cut; /* [heads] lowest bin of D(0) that is kept, or BY_WIDTH */
   float *parts; /* [heads][parts][kinds][channels]: sums of 1 or 8 spans, then a block's lowest and
                    highest */
-  uint32_t *kept; /* [heads][groups], zeroed */
-  uint32_t *done; /* [heads][groups] blocks that have written their parts, zeroed */
-  int *lo, *hi;   /* [heads][MAX_DIM] ordered */
-  float *sum;     /* [heads][MAX_DIM] */
-  float norm;     /* softmax_scale squared */
+  uint32_t *kept;               /* [heads][groups], zeroed; or whether sums are wanted */
+  const uint32_t *order, *runs; /* as order_args' order and kept */
+  uint32_t *done;               /* [heads][groups] blocks that have written their parts, zeroed */
+  int *lo, *hi;                 /* [heads][MAX_DIM] ordered */
+  float *sum;                   /* [heads][MAX_DIM] */
+  float norm;                   /* softmax_scale squared */
   uint32_t *status;
   uint32_t n, spans, groups; /* groups of 64 channels */
   uint32_t each;             /* log2 of the spans of a part: 0 or 3 */
@@ -3494,7 +3495,36 @@ __host__ __device__ inline uint32_t parts_of(const range_args &a) {
   return (a.spans + (1u << a.each) - 1) >> a.each;
 }
 
-/* DTYPE is K's. A block takes every so manieth part of a head's 64 channels. */
+/* Range of a head's channels d and d + 1 over the kept tokens in the order of the list: a warp
+   takes every so manieth eight of them. */
+template <int DTYPE>
+__device__ __forceinline__ void ends_of_list(const range_args &a, const rdkv_tensor &k, int head,
+                                             int d, uint32_t warp, uint32_t warps,
+                                             extremes<DTYPE> *ends) {
+  const uint32_t n = a.runs[head * 5], *order = a.order + static_cast<size_t>(head) * a.n;
+  const pair_rows<DTYPE> rows(k, 0, head, d, a.k_dim);
+  const ptrdiff_t step = step_of(k);
+  raw_pair<DTYPE> x[8], ahead[8];
+  /* the last token again and again does no harm */
+  const auto load = [&](uint32_t i) {
+    const uint32_t t = order[least(i + (threadIdx.x & 7), n - 1)];
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      ahead[j].load(rows.base + __shfl_sync(FULL, t, j) * step, rows.stride,
+                    rows.whole && rows.n > 0, rows.n);
+  };
+  if (8 * warp < n) load(8 * warp);
+  for (uint32_t i = 8 * warp; i < n; i += 8 * warps) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) x[j] = ahead[j];
+    if (i + 8 * warps < n) load(i + 8 * warps);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) ends->take(x[j]);
+  }
+}
+
+/* DTYPE is K's. A block takes every so manieth part of a head's 64 channels, for sums are added up
+   in order; without them the tokens as they are listed. */
 template <int DTYPE>
 __global__ void __launch_bounds__(RANGE_THREADS, 4) range_kernel(range_args a) {
   enum { KINDS = 3 };
@@ -3521,10 +3551,14 @@ __global__ void __launch_bounds__(RANGE_THREADS, 4) range_kernel(range_args a) {
   const int k_step = step_of(it.k);
   const float *const d0 = it.v_distortion + 5 * static_cast<size_t>(head) * a.n;
   const uint8_t *const widths = it.v_bits + static_cast<size_t>(head) * a.n;
+  const bool sums = a.kept[h * a.groups + group] != 0;
+  if (!sums)
+    ends_of_list(a, it.k, head, d, block * STRETCHES + static_cast<uint32_t>(warp),
+                 blocks * STRETCHES, &ends);
   next.load(a, d0, widths, BY_WIDTH,
             (block << a.each) * SPAN + static_cast<uint32_t>(warp) * STRETCH, false);
   float all = 0;
-  for (uint32_t span = block << a.each, after; span < a.spans; span = after, buffer ^= 1) {
+  for (uint32_t span = block << a.each, after; span < a.spans && sums; span = after, buffer ^= 1) {
     const uint32_t t0 = span * SPAN + static_cast<uint32_t>(warp) * STRETCH;
     const bool whole =
         ((span + 1) & ((1u << a.each) - 1)) == 0 || span + 1 == a.spans; /* the part is */
@@ -3563,7 +3597,7 @@ __global__ void __launch_bounds__(RANGE_THREADS, 4) range_kernel(range_args a) {
   store_ends(a, ends, part, parts + block * step + row, row);
   if (!last_block(&a.done[h * a.groups + group], blocks)) return;
   const float2 low_high = load_ends(part, parts + row, row, step, blocks);
-  const float total = add_parts<64>(parts + column, parts_of(a), a.each, step, scratch);
+  const float total = sums ? add_parts<64>(parts + column, parts_of(a), a.each, step, scratch) : 0;
   const int c = static_cast<int>(64 * group + column);
   if (threadIdx.x >= 64 || c >= a.k_dim) return;
   const size_t at = static_cast<size_t>(h) * MAX_DIM + static_cast<size_t>(c);
@@ -3737,9 +3771,8 @@ struct pack_args {
   uint64_t capacity;
   uint64_t *bytes;
   uint32_t n_heads;                          /* in all layers */
-  uint32_t each;                             /* tiles of a warp */
   uint32_t blocks;                           /* that write tiles, of all layers */
-  uint32_t *range_kept, *range_done, groups; /* of range_args, to be zeroed */
+  uint32_t *range_sums, *range_done, groups; /* of range_args: sums are for dropped channels */
   item item_from, *item_to;                  /* the layer's place in range_args' table */
   int joint, positions;
   rdkv_header header;
@@ -3860,7 +3893,6 @@ static __global__ void __launch_bounds__(LIST_THREADS)
   if (tid == 0) *p.bytes = 0;
   if (tid == 0 && in_all == 0) p.state->done = 0;
   if (tid == 0 && head == 0) *p.item_to = p.item_from;
-  if (tid < p.groups) p.range_kept[in_all * p.groups + tid] = 0;
   if (tid < p.groups) p.range_done[in_all * p.groups + tid] = 0;
   if (tid < 4) channels[tid] = 0;
   __syncthreads();
@@ -3870,6 +3902,7 @@ static __global__ void __launch_bounds__(LIST_THREADS)
     atomicAdd(&channels[level < 0 ? 0 : level > 3 ? 3 : level], 1u);
   }
   __syncthreads();
+  if (tid < p.groups) p.range_sums[in_all * p.groups + tid] = p.joint && channels[0] > 0;
   if (tid > 0) return;
 #pragma unroll
   for (int l = 1; l < 5; ++l) h->count[l] = first[l] - first[l - 1];
@@ -3887,7 +3920,7 @@ static __global__ void __launch_bounds__(LIST_THREADS)
    Elsewhere, and where it is no number, they are added in order. */
 static __device__ void predict(const pack_args &a, int head, head_plan *h) {
   __shared__ double predict_warp[THREADS / 32];
-  __shared__ float predict_k[MAX_DIM];
+  __shared__ double predict_k[MAX_DIM];
   __shared__ bool predict_serial[1];
   const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(a.channel.k_dim);
   double v = 0, k = 0;
@@ -3897,12 +3930,9 @@ static __device__ void predict(const pack_args &a, int head, head_plan *h) {
   if (tid % 32 == 0) predict_warp[tid / 32] = v;
   if (tid < kd) {
     const int level = level_of(a.k_bits[static_cast<size_t>(head) * kd + tid]);
+    const size_t l = static_cast<size_t>(level < 0 ? 0 : level > 3 ? 3 : level);
     predict_k[tid] =
-        a.k_distortion[(static_cast<size_t>(head) * 4 + static_cast<size_t>(level < 0   ? 0
-                                                                            : level > 3 ? 3
-                                                                                        : level)) *
-                           kd +
-                       tid];
+        static_cast<double>(a.k_distortion[(static_cast<size_t>(head) * 4 + l) * kd + tid]);
   }
   __syncthreads();
   if (tid == 0) {
@@ -3910,16 +3940,20 @@ static __device__ void predict(const pack_args &a, int head, head_plan *h) {
     const double slack = (static_cast<double>(a.list.n) + 8) * 4.44089209850062616e-16; /* 2^-51 */
     predict_serial[0] =
         !(v >= 0 && __double2float_rn(v * (1 - slack)) == __double2float_rn(v * (1 + slack)));
-    for (uint32_t i = 0; i < kd && h->count[0] < a.list.n; ++i)
-      k = __dadd_rn(k, static_cast<double>(predict_k[i]));
+  }
+  if (tid == 32) { /* another warp */
+#pragma unroll 16
+    for (uint32_t i = 0; i < kd; ++i) k = __dadd_rn(k, predict_k[i]);
+    h->k = h->count[0] < a.list.n ? k : 0;
   }
   __syncthreads();
   if (predict_serial[0]) v = add_in_order(a.list, head);
-  if (tid == 0) h->v = v, h->k = k;
+  if (tid == 0) h->v = v;
 }
 
 /* Offsets of every part, then the channel table of a head of one layer, a block each. */
-static __global__ void __launch_bounds__(THREADS) table_kernel(pack_args a) {
+static __global__ void __launch_bounds__(THREADS)
+    table_kernel(const __grid_constant__ pack_args a) {
   __shared__ u64 scratch[33];
   __shared__ u64 offset[3];
   __shared__ uint8_t level[MAX_DIM];
@@ -4267,8 +4301,10 @@ static __device__ __noinline__ void write_header(const pack_args &a) {
   }
   __syncthreads();
   const u64 *words = reinterpret_cast<const u64 *>(a.block);
+  const u64 n_words = a.state->head_bytes / 8;
   u64 sum = 0, all;
-  for (u64 i = threadIdx.x; i < a.state->head_bytes / 8; i += blockDim.x)
+#pragma unroll 8
+  for (u64 i = threadIdx.x; i < n_words; i += blockDim.x)
     sum += mix((i == 3 ? 0 : words[i]) + (i + 1) * 0x9e3779b97f4a7c15ull);
   block_scan(sum, scratch, &all);
   if (threadIdx.x == 0) h->head_sum = all, *a.bytes = a.state->total;
@@ -4279,7 +4315,7 @@ static __global__ void __launch_bounds__(THREADS)
   write_header(a);
 }
 
-/* ---- tiles of 16-bit K and V in aligned rows: a warp has a tile at a time, and a thread 8
+/* ---- tiles of 16-bit K and V in aligned rows: a warp has K or V of a tile, and a thread 8
    elements of 4 tokens at once, 16 bytes a token. K's codes go through shared memory, where
    channels come into table order; V's become words in registers. */
 
@@ -4358,7 +4394,7 @@ __host__ __device__ inline uint32_t piece_at(int k_dim, uint32_t slot) {
 
 static size_t rows_shared(int k_dim) {
   return static_cast<size_t>(k_dim) * sizeof(channel_code) +
-         TILE_WARPS * 8 * sizeof(uint32_t) * piece_pitch(k_dim);
+         TILE_WARPS / 2 * 8 * sizeof(uint32_t) * piece_pitch(k_dim);
 }
 
 struct tile_place {
@@ -4679,16 +4715,18 @@ __device__ __forceinline__ u64 pack_v(const rdkv_tensor &v, uint32_t blocks, int
 template <int LANES, bool JOINT, bool BF16>
 __global__ void __launch_bounds__(32 * TILE_WARPS, 4)
     rows_kernel(const __grid_constant__ pack_args a) {
-  extern __shared__ uint4 rows_memory[]; /* codes of the channels, then a warp's pieces each */
+  extern __shared__ uint4 rows_memory[]; /* codes of the channels, then pieces of warps with K */
   __shared__ u64 scratch[TILE_WARPS];
   const int head = static_cast<int>(blockIdx.y);
   const uint32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const uint32_t kd = static_cast<uint32_t>(a.channel.k_dim), pitch = piece_pitch(a.channel.k_dim);
   if (*a.list.status != RDKV_OK) return; /* of an earlier kernel: for all blocks */
   const head_plan *h = a.heads + head;
-  const uint32_t n_tiles = h->first_tile[4];
-  uint32_t tile = blockIdx.x * a.each * TILE_WARPS + warp;
-  if (tile - warp >= n_tiles) {
+  /* a warp has K or V of a tile; the blocks of a head share them out */
+  const uint32_t n_units = 2 * h->first_tile[4];
+  const uint32_t each = (n_units + gridDim.x * TILE_WARPS - 1) / (gridDim.x * TILE_WARPS);
+  const uint32_t first_unit = blockIdx.x * each * TILE_WARPS;
+  if (first_unit >= n_units) {
     if (last_block(&a.state->done, a.blocks)) write_header(a);
     return;
   }
@@ -4701,8 +4739,8 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, 4)
     rows_memory[c % 8 * (kd / 8) + c / 8] = q;
   }
   uint32_t *piece = reinterpret_cast<uint32_t *>(rows_memory + kd);
-  for (uint32_t i = threadIdx.x; i < TILE_WARPS * 8 * pitch; i += blockDim.x) piece[i] = 0;
-  piece += warp * 8 * pitch;
+  for (uint32_t i = threadIdx.x; i < TILE_WARPS / 2 * 8 * pitch; i += blockDim.x) piece[i] = 0;
+  piece += warp / 2 * 8 * pitch;
   __syncthreads();
   const uint32_t *kept = a.list.kept + head * 5;
   const uint32_t *order = a.list.order + static_cast<size_t>(head) * a.list.n;
@@ -4710,7 +4748,9 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, 4)
   const uint32_t k_tile = h->k_tile;
   u64 sum = 0;
   bool bad = false;
-  for (uint32_t n = 0; n < a.each && tile < n_tiles; ++n, tile += TILE_WARPS) {
+  for (uint32_t n = 0, unit = first_unit + warp; n < each && unit < n_units;
+       ++n, unit += TILE_WARPS) {
+    const uint32_t tile = unit / 2;
     int run = 0;
     uint64_t offset = h->tile;
     while (tile >= h->first_tile[run + 1]) {
@@ -4724,6 +4764,11 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, 4)
     place.out = a.block + offset, place.at = offset / 8;
     place.in_tile = least(h->count[run + 1] - in_run * TILE, TILE);
     place.token = order[first + least(lane, place.in_tile - 1)];
+    if (unit & 1) {
+      sum += pack_v<LANES, JOINT, BF16>(a.channel.v, static_cast<uint32_t>(a.channel.v_dim) / 16,
+                                        run + 1, head, place, k_tile, &bad);
+      continue;
+    }
     if (a.positions) {
       const uint32_t t = lane < place.in_tile ? place.token : ~0u;
       const uint32_t other = __shfl_xor_sync(FULL, t, 1);
@@ -4733,8 +4778,6 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, 4)
     }
     sum += pack_k<JOINT, BF16>(a.channel.k, kd / 8, head, end1, end2, end3, place, rows_memory,
                                piece, pitch);
-    sum += pack_v<LANES, JOINT, BF16>(a.channel.v, static_cast<uint32_t>(a.channel.v_dim) / 16,
-                                      run + 1, head, place, k_tile, &bad);
   }
   if (bad) fail(a.list.status, RDKV_ERR_NONFINITE);
   sum = warp_sum(sum);
@@ -6414,6 +6457,9 @@ __device__ __noinline__ uint32_t choose_k(const solver &s, uint32_t i, bool writ
   __shared__ u64 k_key[MAX_DIM];
   __shared__ uint32_t k_level[MAX_DIM], k_rank[MAX_DIM], k_count[4];
   const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(s.a.k_dim);
+  float d[4] = {0, 0, 0, 0};
+  if (tid < kd)
+    for (uint32_t l = 0; l < 4; ++l) d[l] = s.k_distortion(i)[l * kd + tid];
   const uint32_t n_tokens = s.choose == BY_BINS   ? count_from(s.bins_before(i), s.above)
                             : s.choose == BY_FINE ? s.bins_before(i)[s.above]
                             : s.choose == BY_ALL  ? s.a.n
@@ -6430,9 +6476,7 @@ __device__ __noinline__ uint32_t choose_k(const solver &s, uint32_t i, bool writ
   if (tid < MAX_DIM) k_level[tid] = 0;
   __syncthreads();
   if (tid < kd) {
-    float d[4];
     uint32_t slope[4];
-    for (uint32_t l = 0; l < 4; ++l) d[l] = s.k_distortion(i)[l * kd + tid];
     hull(d, cost, 3, 0, slope);
     for (int l = 0; l < 3; ++l) {
       k_slope[l][tid] = slope[l];
@@ -8198,7 +8242,7 @@ static void layout_pack(const rdkv_config *cfg, int n_layers, uint32_t n, void *
   s->m.take(&s->r.hi, heads * MAX_DIM);
   s->m.take(&s->r.sum, heads * MAX_DIM);
   layout_range(cfg, &s->m, kv, heads, n, 3, &s->r);
-  s->r.items = s->items;
+  s->r.items = s->items, s->r.order = s->a.list.order, s->r.runs = s->a.list.kept;
   s->a.channel.lo = s->r.lo, s->a.channel.hi = s->r.hi, s->a.channel.sum = s->r.sum;
 }
 
@@ -8225,6 +8269,7 @@ static range_args range_layer(const range_args &all, int layer) {
   range_args r = all;
   const size_t first = static_cast<size_t>(layer) * static_cast<size_t>(r.heads);
   r.items += layer, r.kept += first * r.groups, r.done += first * r.groups;
+  r.runs += first * 5;
   r.lo += first * MAX_DIM, r.hi += first * MAX_DIM, r.sum += first * MAX_DIM;
   return r;
 }
@@ -8491,15 +8536,14 @@ static cudaError_t pack(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv_la
   h.budget_bytes = cfg->budget_bytes;
   cudaError_t e = cudaSuccess;
   s.r.status = status;
-  a.range_kept = s.r.kept, a.range_done = s.r.done, a.groups = s.r.groups, a.item_to = s.items;
+  a.range_sums = s.r.kept, a.range_done = s.r.done, a.groups = s.r.groups, a.item_to = s.items;
   for (int i = 0; i < n_layers; ++i) {
     list_tokens(pack_layer(cfg, a, kv, layers, n_layers, i), heads, stream);
     launch_range(range_layer(s.r, i), kv[i].k.dtype, false, 1, stream);
   }
-  /* tiles: enough blocks to fill 132 multiprocessors, then up to 4 tiles a warp */
-  const uint32_t tiles = n / TILE + 4, each = tiles * heads / (132 * 4 * TILE_WARPS * 2);
-  a.each = each < 1 ? 1 : each > 4 ? 4 : each;
-  const dim3 tile_grid(blocks_of(tiles, a.each * TILE_WARPS, 0x7fffffff), heads);
+  /* K and V of a tile for each warp, in at most four waves of blocks of 132 multiprocessors */
+  const uint32_t tiles = n / TILE + 4;
+  const dim3 tile_grid(blocks_of(2 * tiles, TILE_WARPS, most(4 * 4 * 132 / heads, 1)), heads);
   a.blocks = static_cast<uint32_t>(n_layers) * tile_grid.x * heads;
   bool all_rows = true; /* then the body's checksum is added up on the way */
   for (int i = 0; i < n_layers; ++i)
