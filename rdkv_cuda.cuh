@@ -244,8 +244,11 @@ cudaError_t rdkv_cuda_stream_layer(const rdkv_config *cfg, rdkv_stream *state, i
        rdkv_cuda_advance(tail_tokens, cfg.batch, stream);
        rdkv_cuda_sequence_compress(&rdkv, &cfg, &batch, &blocks, plan, memory, bytes, stream);
 
-   A prefill may write rows of K, V and queries itself and set tail_tokens: a chunk of a prompt is a
-   block. Rollback and fork are stream-ordered too. All calls of one batch belong on one stream. */
+   The last call need not be in every step: once in 16, say, it finds several sequences with a
+   complete block and serves them side by side (blocks.lanes), in little more time than one; tails
+   then need room for 15 tokens more. A prefill may write rows of K, V and queries itself and set
+   tail_tokens: a chunk of a prompt is a block. Rollback and fork are stream-ordered too. All calls
+   of one batch belong on one stream. */
 
 /* What a sequence needs beside its rdkv_cuda_sequence, whose capacity and list it shares: an array
    [batch] in device memory. Fields are the sequence's own on the device; a host that wants to read
@@ -275,7 +278,7 @@ typedef struct rdkv_cuda_batch {
 typedef struct rdkv_cuda_blocks {
   uint32_t block;  /* tokens of a block, 1..1024; 0 = 128 */
   uint32_t recent; /* as many tokens at least stay dense; 0 = block, the least. A tail needs room
-                      for block + max(block, recent) */
+                      for block + max(block, recent), and the tokens between two calls */
   uint32_t fan;   /* 2..16: whenever the last `fan` segments in the arena are of equally many tokens
                      they become one, as rdkv_sequence_merge does it, with the sum of their budgets:
                      attention takes its time over every segment, small as it may be. 0: never */
@@ -7647,6 +7650,99 @@ static __global__ void __launch_bounds__(SOLVE, 1)
     a.lambda[l] = used;
 }
 
+/* ---- widths at a given threshold : heads do not depend on each other, and a block has one */
+
+enum { AT_TOKENS = 1024 }; /* of a head at most */
+
+/* rdkv__solve_at of a head of few tokens, a thread each, and for each channel. */
+static __global__ void __launch_bounds__(AT_TOKENS)
+    at_kernel(const __grid_constant__ solve_args a) {
+  __shared__ u64 k_key[MAX_DIM];
+  if (*a.status != RDKV_OK) return;
+  const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(a.k_dim), n = a.n;
+  const uint32_t layer = blockIdx.x / a.n_kv_heads, row = blockIdx.x % a.n_kv_heads;
+  const layer_view &view = a.n_layers <= VIEWS ? a.few.view[layer] : a.layers[layer];
+  const bool has_token = tid < n, has_channel = tid < kd;
+  const double given = a.device_lambda ? *a.device_lambda : a.given_lambda;
+  const float threshold =
+      given > 3.4028234663852886e38 ? __uint_as_float(PINNED) : __double2float_rn(given);
+  const uint32_t edge = __float_as_uint(threshold);
+  const int pin = a.pin && has_token ? a.pin[static_cast<size_t>(blockIdx.x) * n + tid] : 0;
+  float x[5] = {0, 0, 0, 0, 0}, k[4] = {0, 0, 0, 0};
+  bool odd = false;
+#pragma unroll
+  for (size_t l = 0; l < 5; ++l)
+    if (has_token) x[l] = view.v_distortion[(static_cast<size_t>(row) * 5 + l) * n + tid];
+#pragma unroll
+  for (uint32_t l = 0; l < 4; ++l)
+    if (has_channel) k[l] = view.k_distortion[(row * 4 + l) * kd + tid];
+#pragma unroll
+  for (int l = 0; l < 5; ++l) odd |= __float_as_uint(x[l]) >= 0x7f800000u;
+#pragma unroll
+  for (int l = 0; l < 4; ++l) odd |= __float_as_uint(k[l]) >= 0x7f800000u;
+  if (odd) fail(a.status, RDKV_ERR_NONFINITE);
+  uint32_t k_tile = first_k_tile(a.k_dim), k_level = 0, slope[4] = {0, 0, 0, 0};
+  /* K for the tokens at the threshold, which depend on the bytes that K takes: two rounds */
+  for (int round = 0; round < 2; ++round) {
+    if (has_token) slopes_of(x, costs_of(k_tile, a.v_dim, a.positions), pin, slope);
+    const uint32_t tokens =
+        static_cast<uint32_t>(__syncthreads_count(__uint_as_float(slope[0]) > threshold / 2 &&
+                                                  bin_of(__uint_as_float(slope[0])) >= edge >> 20));
+    const float tiles = static_cast<float>((most(tokens, 1) + TILE - 1) / TILE);
+    const float cost[3] = {tiles * 8, tiles * 8, tiles * 16};
+    uint32_t k_slope[3], reach[5] = {kd, 0, 0, 0, 0};
+    hull(k, cost, 3, 0, k_slope);
+    k_level = 0;
+#pragma unroll
+    for (uint32_t l = 0; l < 3; ++l) { /* the best of those at the level below, whole blocks */
+      const int able = __syncthreads_count(has_channel && __uint_as_float(k_slope[l]) > threshold);
+      const uint32_t want = least((static_cast<uint32_t>(able) + 8) / 16 * 16, reach[l]);
+      const u64 key = static_cast<u64>(k_slope[l]) << 32 | ~tid;
+      uint32_t rank = 0;
+      if (want > 0 && want < reach[l]) {
+        if (has_channel) k_key[tid] = k_level == l ? key : 0;
+        __syncthreads();
+#pragma unroll 16
+        for (uint32_t o = 0; o < kd && has_channel; ++o) rank += k_key[o] > key;
+      }
+      if (k_level == l && rank < want) k_level = l + 1;
+      reach[l + 1] = want;
+    }
+    const uint32_t before = k_tile;
+    k_tile = 0;
+    for (int l = 1; l < 4; ++l) k_tile += (reach[l] - reach[l + 1] + 15) / 16 * (64u << l);
+    if (k_tile == before) break; /* the next round would end like this one */
+  }
+  if (has_channel)
+    view.k_bits[row * kd + tid] = static_cast<uint8_t>(width_of(static_cast<int>(k_level)));
+  /* level after level the best of those at the level below rise: as many as the whole tiles of
+     those whose slope reaches the threshold's fine bin, of which a tile may lack a quarter */
+  if (has_token) slopes_of(x, costs_of(k_tile, a.v_dim, a.positions), pin, slope);
+  uint32_t below = n;
+  int level = has_token ? 0 : -1;
+#pragma unroll
+  for (int l = 0; l < 4; ++l) {
+    const uint32_t reach =
+        TILE / 4 +
+        static_cast<uint32_t>(__syncthreads_count(slope[l] > 0 && slope[l] >> 15 >= edge >> 15));
+    uint32_t want = reach >= n ? n : reach / TILE * TILE;
+    if (a.pin) want = most(want, a.heads[blockIdx.x].pinned[l + 1]);
+    const u64 key = static_cast<u64>(slope[l]) << 10 | (AT_TOKENS - 1 - tid);
+    u64 limit = 0; /* the least key that rises: bit by bit, until it leaves as many as it should */
+    for (u64 bit = want > 0 && want < below ? 1ull << 41 : 0; bit; bit >>= 1) {
+      const uint32_t above =
+          static_cast<uint32_t>(__syncthreads_count(level == l && key >= (limit | bit)));
+      if (above >= want) limit |= bit;
+      if (above == want) break;
+    }
+    if (level == l && want > 0 && key >= limit) level = l + 1;
+    below = want;
+  }
+  if (has_token)
+    view.v_bits[static_cast<size_t>(row) * n + tid] = static_cast<uint8_t>(width_of(level));
+  if (tid == 0 && row == 0) a.lambda[layer] = given;
+}
+
 /* ---- histograms, and layer after layer of a prompt */
 
 struct histogram_args {
@@ -8158,9 +8254,13 @@ static cudaError_t allocate(const rdkv_config *cfg, const rdkv_layer *layers, in
   layout_solve(cfg, n_layers, n, workspace, &s);
   if (bytes < s.m.bytes) return cudaErrorInvalidValue;
   solve_args &a = s.a;
+  const bool alone = cfg->scope == RDKV_SCOPE_LAMBDA && cfg->profile == RDKV_JOINT &&
+                     cfg->max_error == 0 && n <= AT_TOKENS; /* each head by itself */
   uint8_t *const zero = cfg->n_pins > 0 ? a.pin : reinterpret_cast<uint8_t *>(a.state);
-  cudaError_t e = cudaMemsetAsync(
-      zero, 0, static_cast<size_t>(reinterpret_cast<uint8_t *>(a.hist[1]) - zero), stream);
+  uint8_t *const used =
+      reinterpret_cast<uint8_t *>(alone ? static_cast<void *>(a.state) : a.hist[1]);
+  cudaError_t e = cudaSuccess;
+  if (used > zero) e = cudaMemsetAsync(zero, 0, static_cast<size_t>(used - zero), stream);
   if (e) return e;
   for (int first = 0; first < n_layers; first += VIEWS) {
     solve_views views;
@@ -8198,6 +8298,12 @@ static cudaError_t allocate(const rdkv_config *cfg, const rdkv_layer *layers, in
       to.share = p.share > 0 && p.share < 1 ? p.share : 1;
     }
     pin_kernel<<<a.n_heads, THREADS, 0, stream>>>(a, pins, i, token_begin);
+  }
+  if (alone) {
+    const uint32_t threads =
+        static_cast<uint32_t>(round_up(most(n, static_cast<uint32_t>(a.k_dim)), 32));
+    at_kernel<<<a.n_heads, threads, 0, stream>>>(a);
+    return cudaGetLastError();
   }
   /* at most a block on every multiprocessor: all are resident, as their barriers want; and no more
      than there is work for, as barriers take longer the more meet there */
@@ -9370,9 +9476,10 @@ static cudaError_t launch_turn(turn_memory *t, bool merge, cudaStream_t stream) 
   if (merge) mask_kernel<<<static_cast<uint32_t>(kv_heads), THREADS, 0, stream>>>(a);
   if (a.joint) mean_out_kernel<<<static_cast<uint32_t>(kv_heads), THREADS, 0, stream>>>(a);
   e = rdkv_cuda_measure(&t->heads, &kv, l, 1, status, t->work, t->work_bytes, stream);
-  /* allocation shares out bytes over the true layers */
+  /* allocation shares out bytes over the true layers; at a lambda there is nothing to share out */
+  const bool at_lambda = a.joint && t->cfg.scope == RDKV_SCOPE_LAMBDA;
   rdkv_layer layers[MAX_LAYERS];
-  for (int i = 0; i < t->cfg.n_layers; ++i) {
+  for (int i = 0; i < t->cfg.n_layers && !at_lambda; ++i) {
     const size_t first = static_cast<size_t>(i) * static_cast<size_t>(a.n_kv_heads);
     const size_t kd = static_cast<size_t>(a.k_dim), vd = static_cast<size_t>(a.v_dim);
     layers[i] = *l;
@@ -9382,7 +9489,8 @@ static cudaError_t launch_turn(turn_memory *t, bool merge, cudaStream_t stream) 
     layers[i].v_bits += first * n, layers[i].k_bits += first * kd;
   }
   if (!e)
-    e = rdkv_cuda_compress::allocate(&t->cfg, layers, t->cfg.n_layers,
+    e = rdkv_cuda_compress::allocate(at_lambda ? &t->heads : &t->cfg, at_lambda ? l : layers,
+                                     at_lambda ? 1 : t->cfg.n_layers,
                                      merge ? &a.state->budget : nullptr, nullptr, &a.state->begin,
                                      a.lambda, status, t->work, t->work_bytes, stream);
   if (!e)
@@ -9684,7 +9792,9 @@ extern "C" cudaError_t rdkv_cuda_sequence_compress(const rdkv_config *rdkv,
   t->a.n_lanes = 1;
   pick_kernel<<<1, THREADS, 0, stream>>>(t->a);
   cudaError_t e = launch_turn(t, false, stream);
-  if (!e && merge) {
+  /* what is merged may complete another `fan` */
+  const uint64_t most = static_cast<uint64_t>(cfg->max_segments);
+  for (uint64_t n = blocks->fan; merge && n <= most && !e; n *= blocks->fan) {
     mergeable_kernel<<<1, THREADS, 0, stream>>>(m->a);
     e = launch_turn(m, true, stream);
   }

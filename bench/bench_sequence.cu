@@ -2,11 +2,13 @@
    last, with blocks compressed inside the graph, and without.
    nvcc -O3 -std=c++17 -arch=native bench/bench_sequence.cu -o bench_sequence && ./bench_sequence
    [--batch n] [--layers n] [--tokens n] [--block n] [--recent n] [--keep x] [--bytes] [--fan n]
-   [--rows n] [--lanes n] [--warps n] [--dense]
+   [--rows n] [--lanes n] [--warps n] [--every n] [--dense] [--together]
    Shape: Llama 3.1 8B (32 query heads, 8 kv heads, dims 128), a prompt of 128K tokens packed at a
    budget of 1024 (random codes, the widths of bench_cuda.cu). A graph holds 32 steps, each of
-   attention, append and kept queries of all layers, then the test for complete blocks and what
-   follows from it; its replays are timed. */
+   attention, append and kept queries of all layers; every n-th step then tests for complete blocks
+   and makes segments of them. Every step and its attention are timed on the device. Sequences
+   complete their blocks one after the other, a block's steps shared out evenly, or all at once
+   (--together). */
 #define RDKV_IMPLEMENTATION
 #define RDKV_CUDA_IMPLEMENTATION
 #define RDKV_CUDA_V_DIM 128 /* compiles faster */
@@ -42,6 +44,13 @@ static __global__ void fill_kernel(__half *data, size_t n, uint32_t seed, float 
   }
 }
 
+/* Notes the time, in ns: two stamps a step, when its attention and when all of it is done. */
+static __global__ void stamp_kernel(unsigned long long *stamps, uint32_t *n) {
+  unsigned long long now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  stamps[(*n)++] = now;
+}
+
 static size_t total_memory = 0;
 template <typename T>
 static T *room(size_t n) {
@@ -62,11 +71,21 @@ static rdkv_header last_header(const rdkv_cuda_sequence *sequences) {
   return h;
 }
 
+static double mean(const std::vector<double> &x) {
+  double sum = 0;
+  for (const double y : x) sum += y;
+  return sum / static_cast<double>(x.size());
+}
+static double median(std::vector<double> x) {
+  std::nth_element(x.begin(), x.begin() + static_cast<ptrdiff_t>(x.size() / 2), x.end());
+  return x[x.size() / 2];
+}
+
 int main(int argc, char **argv) {
   int batch = 64, layers = 8, tokens = 4096, block = 128, recent = 0, dense = 0, fan = 4;
-  int rows = 0, warps = 0, lanes = 4;
+  int rows = 0, warps = 0, lanes = 8, every = 16;
   double keep = 0.03;
-  bool by_bytes = false;
+  bool by_bytes = false, together = false;
   for (int i = 1; i < argc; ++i) {
     const char *value = i + 1 < argc ? argv[i + 1] : "0";
     if (!strcmp(argv[i], "--dense")) {
@@ -75,6 +94,10 @@ int main(int argc, char **argv) {
     }
     if (!strcmp(argv[i], "--bytes")) {
       by_bytes = true;
+      continue;
+    }
+    if (!strcmp(argv[i], "--together")) {
+      together = true;
       continue;
     }
     if (!strcmp(argv[i], "--batch")) batch = atoi(value);
@@ -87,11 +110,13 @@ int main(int argc, char **argv) {
     if (!strcmp(argv[i], "--rows")) rows = atoi(value);
     if (!strcmp(argv[i], "--lanes")) lanes = atoi(value);
     if (!strcmp(argv[i], "--warps")) warps = atoi(value);
+    if (!strcmp(argv[i], "--every")) every = atoi(value);
     ++i;
   }
   const size_t n = static_cast<size_t>(batch);
-  const uint32_t capacity = dense ? static_cast<uint32_t>(tokens)
-                                  : static_cast<uint32_t>(block + std::max(block, recent));
+  const uint32_t capacity =
+      dense ? static_cast<uint32_t>(tokens)
+            : static_cast<uint32_t>(block + std::max(block, recent) + every - 1);
   rdkv_cuda_config cfg;
   memset(&cfg, 0, sizeof cfg);
   cfg.n_layers = layers, cfg.batch = batch, cfg.n_q_heads = Q_HEADS, cfg.n_kv_heads = KV_HEADS;
@@ -121,7 +146,9 @@ int main(int argc, char **argv) {
   uint8_t *first = nullptr;
   for (size_t b = 0; b < n; ++b) {
     memset(&sequences[b], 0, sizeof sequences[b]), memset(&lives[b], 0, sizeof lives[b]);
-    rdkv_cuda_tail(&cfg, room<uint16_t>(tail), capacity, &sequences[b]);
+    uint16_t *rows_of_tail = room<uint16_t>(tail);
+    CHECK(cudaMemset(rows_of_tail, 0, 2 * tail));
+    rdkv_cuda_tail(&cfg, rows_of_tail, capacity, &sequences[b]);
     const void **list = room<const void *>(static_cast<size_t>(cfg.max_segments));
     uint8_t *at = room<uint8_t>(prompt.size());
     if (b == 0)
@@ -132,8 +159,9 @@ int main(int argc, char **argv) {
     sequences[b].segments = list, sequences[b].n_segments = 1;
     lives[b].tail_begin = 1u << 20; /* as random_block says */
     if (dense) continue;
-    rdkv_cuda_queries(&cfg, room<uint8_t>(rdkv_cuda_queries_bytes(&cfg, capacity)), capacity,
-                      &lives[b]);
+    uint8_t *queries = room<uint8_t>(rdkv_cuda_queries_bytes(&cfg, capacity));
+    CHECK(cudaMemset(queries, 0, rdkv_cuda_queries_bytes(&cfg, capacity)));
+    rdkv_cuda_queries(&cfg, queries, capacity, &lives[b]);
     lives[b].arena = room<uint8_t>(arena_bytes), lives[b].arena_bytes = arena_bytes;
   }
   rdkv_cuda_batch live;
@@ -147,6 +175,8 @@ int main(int argc, char **argv) {
   fill_kernel<<<2048, 256>>>(q, q_each * sets, 1, 1);
   fill_kernel<<<2048, 256>>>(k, k_each * sets, 2, 1);
   fill_kernel<<<2048, 256>>>(v, k_each * sets, 3, 1);
+  unsigned long long *stamps = room<unsigned long long>(2 * static_cast<size_t>(tokens) + 2);
+  uint32_t *n_stamps = room<uint32_t>(1);
   void *plan = room<uint8_t>(rdkv_cuda_plan_bytes(&cfg));
   void *workspace = room<uint8_t>(rdkv_cuda_workspace_bytes(&cfg));
   const size_t bytes = dense ? 0 : rdkv_cuda_sequence_workspace(&rdkv, &cfg, &blocks);
@@ -172,8 +202,13 @@ int main(int argc, char **argv) {
   const auto compress = [&]() {
     CHECK(rdkv_cuda_sequence_compress(&rdkv, &cfg, &live, &blocks, plan, memory, bytes, stream));
   };
-  const auto reset = [&]() {
-    CHECK(cudaMemset(live.tail_tokens, 0, n * 4));
+  const auto stamp = [&]() { stamp_kernel<<<1, 1, 0, stream>>>(stamps, n_stamps); };
+  const auto reset = [&](bool staggered) {
+    std::vector<uint32_t> tail_tokens(n, 0); /* of zeros */
+    for (size_t b = 0; b < n && staggered; ++b)
+      tail_tokens[b] = static_cast<uint32_t>(b * static_cast<size_t>(block) / n);
+    CHECK(cudaMemset(n_stamps, 0, 4));
+    CHECK(cudaMemcpy(live.tail_tokens, tail_tokens.data(), n * 4, cudaMemcpyHostToDevice));
     CHECK(cudaMemcpy(live.sequences, sequences.data(), n * sizeof sequences[0],
                      cudaMemcpyHostToDevice));
     CHECK(cudaMemcpy(live.live, lives.data(), n * sizeof lives[0], cudaMemcpyHostToDevice));
@@ -181,21 +216,22 @@ int main(int argc, char **argv) {
     CHECK(rdkv_cuda_plan(&cfg, live.sequences, live.tail_tokens, plan, stream));
   };
   /* the lambda of all blocks: what the first one comes to by its part of the bytes */
-  reset();
+  reset(false);
   if (!dense && !by_bytes) {
     for (uint32_t t = 0; t < capacity; ++t) attend(static_cast<int>(t % STEPS));
     compress();
     CHECK(cudaStreamSynchronize(stream));
     rdkv.scope = RDKV_SCOPE_LAMBDA, rdkv.lambda = last_header(live.sequences).lambda;
-    reset();
   }
+  reset(!together && !dense);
   CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
   for (int s = 0; s < STEPS; ++s) {
-    attend(s);
-    if (!dense)
+    attend(s), stamp();
+    if (!dense && (s + 1) % every == 0)
       compress();
-    else if (s == 0) /* tails grow: balance anew now and then */
+    else if (dense && s == 0) /* tails grow: balance anew now and then */
       CHECK(rdkv_cuda_plan(&cfg, live.sequences, live.tail_tokens, plan, stream));
+    stamp();
   }
   CHECK(cudaStreamEndCapture(stream, &graph));
   CHECK(cudaGraphInstantiate(&exec, graph, 0));
@@ -205,39 +241,46 @@ int main(int argc, char **argv) {
   else
     printf(
         "batch %d, %d layers, %d tokens, blocks of %d, recent %d, keep %.4f by %s, fan %d, %d "
-        "lanes",
-        batch, layers, tokens, block, recent, keep, by_bytes ? "bytes" : "lambda", fan, lanes);
+        "lanes, every %d steps",
+        batch, layers, tokens, block, recent, keep, by_bytes ? "bytes" : "lambda", fan, lanes,
+        every);
   printf(": %.1f GB, prompt %.2f MB a sequence\n", static_cast<double>(total_memory) * 1e-9,
          static_cast<double>(prompt.size()) * 1e-6);
-  /* a window is as long as a block, at least */
-  const int window = std::max(block, tokens / 16) / STEPS;
-  std::vector<cudaEvent_t> events(static_cast<size_t>(window) + 1);
-  for (cudaEvent_t &e : events) CHECK(cudaEventCreate(&e));
-  for (int done = 0; done + window * STEPS <= tokens; done += window * STEPS) {
+  /* a window is as long as two blocks, at least: some of them are merged */
+  const int window = std::max(2 * block, tokens / 16) / STEPS * STEPS;
+  std::vector<double> steps, attention; /* us of each step */
+  double at_first = 0;
+  stamp();
+  for (int done = 0; done + window <= tokens; done += window) {
+    for (int r = 0; r < window / STEPS; ++r) CHECK(cudaGraphLaunch(exec, stream));
     CHECK(cudaStreamSynchronize(stream));
-    CHECK(cudaEventRecord(events[0], stream));
-    for (int r = 0; r < window; ++r) {
-      CHECK(cudaGraphLaunch(exec, stream));
-      CHECK(cudaEventRecord(events[static_cast<size_t>(r) + 1], stream));
+    const size_t n_steps = static_cast<size_t>(window);
+    std::vector<unsigned long long> at(2 * n_steps + 1);
+    CHECK(
+        cudaMemcpy(at.data(), stamps + 2 * done, at.size() * sizeof at[0], cudaMemcpyDeviceToHost));
+    steps.clear(), attention.clear();
+    for (size_t i = 1; i < n_steps; ++i) { /* the very first one waits for the host */
+      attention.push_back(static_cast<double>(at[2 * i + 1] - at[2 * i]) * 1e-3);
+      steps.push_back(static_cast<double>(at[2 * i + 2] - at[2 * i]) * 1e-3);
     }
-    CHECK(cudaStreamSynchronize(stream));
-    double mean = 0, least = 1e30;
-    for (int r = 0; r < window; ++r) {
-      float ms;
-      CHECK(cudaEventElapsedTime(&ms, events[static_cast<size_t>(r)],
-                                 events[static_cast<size_t>(r) + 1]));
-      mean += static_cast<double>(ms) * 1e3 / (STEPS * window);
-      least = std::min(least, static_cast<double>(ms) * 1e3 / STEPS);
-    }
+    if (done == 0)
+      at_first = median(std::vector<double>(attention.begin(), attention.begin() + STEPS / 2));
     CHECK(cudaMemcpy(lives.data(), live.live, n * sizeof lives[0], cudaMemcpyDeviceToHost));
     CHECK(cudaMemcpy(sequences.data(), live.sequences, n * sizeof sequences[0],
                      cudaMemcpyDeviceToHost));
+    uint32_t status = 0;
+    for (const rdkv_cuda_live &l : lives) status = std::max(status, l.status);
     printf(
-        "  tokens %5d to %5d: %9.1f us a step, %7.2f a layer; while no block is made %9.1f; "
-        "%2u segments, %.2f MB of blocks, status %u\n",
-        done, done + window * STEPS, mean, mean / layers, least, sequences[0].n_segments,
-        static_cast<double>(lives[0].arena_used) * 1e-6, lives[0].status);
+        "  tokens %5d to %5d: %8.1f us a step, median %8.1f, longest %8.1f; attention %8.1f, "
+        "%6.2f a layer; %2u segments, %.2f MB of blocks, status %u\n",
+        done, done + window, mean(steps), median(steps),
+        *std::max_element(steps.begin(), steps.end()), mean(attention), mean(attention) / layers,
+        sequences[0].n_segments, static_cast<double>(lives[0].arena_used) * 1e-6, status);
     fflush(stdout);
   }
+  printf(
+      "a step at the end against the first ones' attention (%.1f us): mean %.3f, median %.3f, its "
+      "attention alone %.3f\n",
+      at_first, mean(steps) / at_first, median(steps) / at_first, mean(attention) / at_first);
   return 0;
 }

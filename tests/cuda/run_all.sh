@@ -75,6 +75,7 @@ if has bench; then
   "$bin/prefill_decode" > "$out/prefill_decode.txt" || failed=1
   cat "$out/prefill_decode.txt"
   "$bin/bench_sequence" > "$out/bench_sequence.txt" || failed=1
+  "$bin/bench_sequence" --together >> "$out/bench_sequence.txt" || failed=1
   "$bin/bench_sequence" --dense >> "$out/bench_sequence.txt" || failed=1
   cat "$out/bench_sequence.txt"
 fi

@@ -1,5 +1,6 @@
 /* Tests of the compression side of rdkv_cuda.cuh: on the device against rdkv.h, byte by byte. Exit
-   code 0: all passed. With "small" as argument: fewer and smaller cases, for compute-sanitizer.
+   code 0: all passed. With "small" as argument: fewer and smaller cases, for compute-sanitizer;
+   with another word: the tests whose names contain it.
    nvcc -O2 -std=c++17 -arch=native tests/cuda/test_compress.cu -o test_compress && ./test_compress
  */
 #define RDKV_IMPLEMENTATION
@@ -12,6 +13,9 @@
 #include "../problem.h"
 
 static bool small_run = false;
+static const char *wanted = ""; /* the tests whose names contain it */
+#define TEST(function) \
+  if (strstr(#function, wanted)) RUN(function)
 
 static void cuda_ok(cudaError_t e, int line) {
   if (e == cudaSuccess) return;
@@ -864,20 +868,24 @@ static void test_graph() {
 #endif
 
 int main(int argc, char **argv) {
-  small_run = argc > 1 && strcmp(argv[1], "small") == 0;
-  RUN(test_pack);
-  RUN(test_pack_values);
-  RUN(test_measure);
-  RUN(test_score);
-  RUN(test_items);
-  RUN(test_allocate);
-  RUN(test_allocate_edges);
-  RUN(test_max_error);
-  RUN(test_histogram);
-  RUN(test_stream);
-  RUN(test_refused);
+  for (int i = 1; i < argc; ++i)
+    if (!strcmp(argv[i], "small"))
+      small_run = true;
+    else
+      wanted = argv[i];
+  TEST(test_pack);
+  TEST(test_pack_values);
+  TEST(test_measure);
+  TEST(test_score);
+  TEST(test_items);
+  TEST(test_allocate);
+  TEST(test_allocate_edges);
+  TEST(test_max_error);
+  TEST(test_histogram);
+  TEST(test_stream);
+  TEST(test_refused);
 #ifndef RDKV_TEST_NO_GRAPH
-  RUN(test_graph);
+  TEST(test_graph);
 #endif
   (void)whole_chain;
   return test_done();
