@@ -5135,10 +5135,12 @@ static __global__ void __launch_bounds__(THREADS)
     __syncthreads();
     if (tid == 0) {
       double sum = 0;
+#pragma unroll 16
       for (int i = a.window - 1; i >= 0; --i) sum += static_cast<double>(part[i]);
       const float by = a.joint ? static_cast<float>(a.window / sum) : 1;
       float see = 0;
       a.see[2 * a.window + 1] = 0;
+#pragma unroll 16
       for (int i = a.window - 1; i >= 0; --i) {
         see += part[i] * by;
         a.see[i] = part[i] * by, a.see[a.window + 1 + i] = see;
@@ -8960,18 +8962,16 @@ __device__ __forceinline__ float value16(uint16_t x, int bf16) {
   return bf16 ? __uint_as_float(static_cast<uint32_t>(x) << 16) : __half2float(__ushort_as_half(x));
 }
 
-/* Mean output of the queries' attention to everything: weights as rdkv__recency. One block for a
-   (layer, kv head), a thread for 8 dims of every n_rows-th row. */
+/* Mean output of the queries' attention to everything: weights as rdkv__recency. A block for 16
+   dims, blockIdx.y, of a (layer, kv head), a thread for 8 of them in every 128th row. */
 static __global__ void __launch_bounds__(THREADS) mean_out_kernel(live_args a) {
-  __shared__ float weight[1024];
-  __shared__ double sums[THREADS * 8], part[THREADS / 32];
+  __shared__ double sums[THREADS / 32][16], part[THREADS / 32];
   const int sequence = a.state->picked, tid = static_cast<int>(threadIdx.x);
   const uint32_t first = a.state->first_query;
   if (sequence == NONE) return;
   const int layer = static_cast<int>(blockIdx.x) / a.n_kv_heads, group = a.n_q_heads / a.n_kv_heads;
   const int head = static_cast<int>(blockIdx.x) % a.n_kv_heads;
   const int n = static_cast<int>(a.queries), each = 2 * a.n_kv_heads + 3 * a.n_q_heads;
-  const int pieces = a.v_dim / 8, n_rows = THREADS / pieces, row = tid / pieces;
   double all = 0, acc[8] = {0, 0, 0, 0, 0, 0, 0, 0};
   bool bad = false;
   for (int i = tid; i < n; i += THREADS) all += 1 / sqrt(static_cast<double>(n - i));
@@ -8980,18 +8980,18 @@ static __global__ void __launch_bounds__(THREADS) mean_out_kernel(live_args a) {
   __syncthreads();
   all = 0;
   for (int w = 0; w < THREADS / 32; ++w) all += part[w];
-  for (int i = tid; i < n; i += THREADS)
-    weight[i] = static_cast<float>(n / all / sqrt(static_cast<double>(n - i)));
-  __syncthreads();
-  for (int g = 0; g < group && row < n_rows; ++g) {
-    const rows out =
-        rows_of(a, sequence, layer * each + 2 * a.n_kv_heads + a.n_q_heads + head * group + g);
-    const uint8_t *at = out.base + first * out.stride + 16 * (tid % pieces);
+  const rows out =
+      rows_of(a, sequence, layer * each + 2 * a.n_kv_heads + a.n_q_heads + head * group);
+  const size_t pitch = a.batch.sequences[sequence].capacity * out.stride;
+  for (int i = tid / 2; i < n; i += THREADS / 2) {
+    const double w =
+        static_cast<double>(static_cast<float>(n / all / sqrt(static_cast<double>(n - i))));
+    const uint8_t *at = out.base + (first + static_cast<size_t>(i)) * out.stride + 32 * blockIdx.y +
+                        16 * (threadIdx.x % 2);
 #pragma unroll 4
-    for (int i = row; i < n; i += n_rows) {
-      const uint4 y = *reinterpret_cast<const uint4 *>(at + static_cast<size_t>(i) * out.stride);
+    for (int g = 0; g < group; ++g) {
+      const uint4 y = *reinterpret_cast<const uint4 *>(at + static_cast<size_t>(g) * pitch);
       const uint32_t z[4] = {y.x, y.y, y.z, y.w};
-      const double w = static_cast<double>(weight[i]);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float x = value16(static_cast<uint16_t>(z[j / 2] >> (16 * (j & 1))), a.bf16);
@@ -9002,14 +9002,16 @@ static __global__ void __launch_bounds__(THREADS) mean_out_kernel(live_args a) {
   }
   if (bad) rdkv_cuda_compress::fail(&a.state->status, RDKV_ERR_NONFINITE);
 #pragma unroll
-  for (int j = 0; j < 8; ++j) sums[8 * tid + j] = acc[j];
-  __syncthreads();
-  for (int d = tid; d < a.v_dim; d += THREADS) {
-    double s = 0;
-    for (int r = 0; r < n_rows; ++r) s += sums[r * a.v_dim + d];
-    a.mean_out[static_cast<int>(blockIdx.x) * a.v_dim + d] =
-        static_cast<float>(s / (static_cast<double>(group) * n));
+  for (int j = 0; j < 8; ++j) {
+    for (int m = 16; m > 1; m >>= 1) acc[j] += __shfl_xor_sync(rdkv_cuda_compress::FULL, acc[j], m);
+    if (tid % 32 < 2) sums[tid / 32][8 * (tid % 32) + j] = acc[j];
   }
+  __syncthreads();
+  if (tid >= 16) return;
+  double s = 0;
+  for (int w = 0; w < THREADS / 32; ++w) s += sums[w][tid];
+  a.mean_out[static_cast<int>(blockIdx.x) * a.v_dim + 16 * static_cast<int>(blockIdx.y) + tid] =
+      static_cast<float>(s / (static_cast<double>(group) * n));
 }
 
 /* The new segment gets its place in the arena and the list, and its true shape, position and length
@@ -9144,78 +9146,75 @@ __device__ __forceinline__ int value_code(const uint32_t *words, int level, int 
   return code_at(words, level, 4 * (d & 7) + (t >> 1 & 3), t >> 4, t >> 3 & 1, d >> 3, t & 1);
 }
 
-/* What the segments hold, as fp16 rows: heads are blockIdx.y, tiles shared out over blockIdx.x. */
+/* What the segments hold, as fp16 rows: segments are blockIdx.z, heads blockIdx.y, tiles shared out
+   over blockIdx.x. */
 static __global__ void __launch_bounds__(THREADS) unpack_kernel(live_args a) {
   __shared__ uint16_t k[32][256], v[32][256];
   const turn turn_now = *a.state;
   if (!turn_now.merge) return;
   const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
   const rdkv_cuda_sequence &s = a.batch.sequences[turn_now.picked];
-  for (uint32_t i = 0; i < turn_now.merge; ++i) {
-    const void *block = s.segments[s.n_segments - turn_now.merge + i];
-    const int layer = head / a.n_kv_heads, kv_head = head % a.n_kv_heads;
-    rdkv_cuda_head h;
-    rdkv_cuda_head_of(block, a.first_layer + layer, kv_head, &h);
-    const rdkv_record &record =
-        reinterpret_cast<const rdkv_record *>(static_cast<const rdkv_header *>(block) + 1)[head];
-    const int first[4] = {0, h.n_blocks[0], h.n_blocks[0] + h.n_blocks[1],
-                          h.n_blocks[0] + h.n_blocks[1] + h.n_blocks[2]};
-    const int slots = 16 * first[3], all = slots + h.n_dropped;
-    const uint16_t *scale = reinterpret_cast<const uint16_t *>(h.table), *mid = scale + slots;
-    const uint8_t *channel = reinterpret_cast<const uint8_t *>(mid + all);
-    for (uint32_t tile = blockIdx.x; tile < rdkv_cuda_tiles(h); tile += gridDim.x) {
-      int run;
-      uint32_t tokens, row = a.counts[head * (MAX_FAN + 1) + static_cast<int>(i)], tiles = 0;
-      uint64_t offset;
-      rdkv_cuda_tile_at(h, a.v_dim, tile, &run, &tokens, &offset);
-      for (int r = 0; r < run; ++r) row += h.n_tokens[r], tiles += (h.n_tokens[r] + 31) / 32;
-      row += 32 * (tile - tiles);
-      const uint32_t *words = reinterpret_cast<const uint32_t *>(h.tiles + offset);
-      const int n = static_cast<int>(tokens);
-      __syncthreads();
-      for (int x = tid; x < 32 * all; x += THREADS) {
-        const int t = x & 31, slot = x >> 5;
-        float value = rdkv_cuda_compress::half_value(mid[slot]);
-        if (slot < slots) {
-          const int b = slot >> 4, level = b < first[1] ? 1 : b < first[2] ? 2 : 3;
-          if (slot - 16 * first[level - 1] >= record.n_channels[level - 1]) continue; /* a pad */
-          const uint32_t *at = words + 32 * min(b, first[1]) +
-                               64 * min(max(b - first[1], 0), first[2] - first[1]) +
-                               128 * max(b - first[2], 0);
-          value +=
-              rdkv_cuda_compress::half_value(scale[slot]) *
-              static_cast<float>(key_code(at, level, t, slot & 15) - (1 << ((1 << level) - 1)));
-        }
-        k[t][channel[slot]] = rdkv_cuda_compress::to_half(value);
+  const uint32_t i = blockIdx.z;
+  const void *block = s.segments[s.n_segments - turn_now.merge + i];
+  const int layer = head / a.n_kv_heads, kv_head = head % a.n_kv_heads;
+  rdkv_cuda_head h;
+  rdkv_cuda_head_of(block, a.first_layer + layer, kv_head, &h);
+  const rdkv_record &record =
+      reinterpret_cast<const rdkv_record *>(static_cast<const rdkv_header *>(block) + 1)[head];
+  const int first[4] = {0, h.n_blocks[0], h.n_blocks[0] + h.n_blocks[1],
+                        h.n_blocks[0] + h.n_blocks[1] + h.n_blocks[2]};
+  const int slots = 16 * first[3], all = slots + h.n_dropped;
+  const uint16_t *scale = reinterpret_cast<const uint16_t *>(h.table), *mid = scale + slots;
+  const uint8_t *channel = reinterpret_cast<const uint8_t *>(mid + all);
+  for (uint32_t tile = blockIdx.x; tile < rdkv_cuda_tiles(h); tile += gridDim.x) {
+    int run;
+    uint32_t tokens, row = a.counts[head * (MAX_FAN + 1) + static_cast<int>(i)], tiles = 0;
+    uint64_t offset;
+    rdkv_cuda_tile_at(h, a.v_dim, tile, &run, &tokens, &offset);
+    for (int r = 0; r < run; ++r) row += h.n_tokens[r], tiles += (h.n_tokens[r] + 31) / 32;
+    row += 32 * (tile - tiles);
+    const uint32_t *words = reinterpret_cast<const uint32_t *>(h.tiles + offset);
+    const int n = static_cast<int>(tokens);
+    __syncthreads();
+    for (int x = tid; x < 32 * all; x += THREADS) {
+      const int t = x & 31, slot = x >> 5;
+      float value = rdkv_cuda_compress::half_value(mid[slot]);
+      if (slot < slots) {
+        const int b = slot >> 4, level = b < first[1] ? 1 : b < first[2] ? 2 : 3;
+        if (slot - 16 * first[level - 1] >= record.n_channels[level - 1]) continue; /* a pad */
+        const uint32_t *at = words + 32 * min(b, first[1]) +
+                             64 * min(max(b - first[1], 0), first[2] - first[1]) +
+                             128 * max(b - first[2], 0);
+        value += rdkv_cuda_compress::half_value(scale[slot]) *
+                 static_cast<float>(key_code(at, level, t, slot & 15) - (1 << ((1 << level) - 1)));
       }
-      words += 32 * first[1] + 64 * (first[2] - first[1]) + 128 * (first[3] - first[2]);
-      const uint16_t *params = reinterpret_cast<const uint16_t *>(words);
-      words += 32;
-      for (int x = tid; x < 32 * a.v_dim; x += THREADS) {
-        const int t = x & 31, d = x >> 5, level = run + 1;
-        if (level == 4) {
-          const int lane = 4 * (d & 7) + (t >> 1 & 3), word = (d >> 3 & 1) + 2 * (t >> 3 & 1);
-          const int b = (t >> 4) * (a.v_dim / 16) + d / 16;
-          v[t][d] =
-              reinterpret_cast<const uint16_t *>(words)[2 * ((b * 32 + lane) * 4 + word) + (t & 1)];
-        } else {
-          const int at = 2 * (4 * (t & 7) + (t >> 3));
-          const int code = value_code(words + (d / 16) * (16 << level), level, t, d & 15);
-          v[t][d] =
-              rdkv_cuda_compress::to_half(rdkv_cuda_compress::half_value(params[at + 1]) +
-                                          rdkv_cuda_compress::half_value(params[at]) *
-                                              static_cast<float>(code - (1 << ((1 << level) - 1))));
-        }
-      }
-      __syncthreads();
-      const size_t to = static_cast<size_t>(head) * a.rows + row;
-      for (int x = tid; x < n * a.k_dim; x += THREADS)
-        a.k[to * static_cast<size_t>(a.k_dim) + static_cast<size_t>(x)] =
-            k[x / a.k_dim][x % a.k_dim];
-      for (int x = tid; x < n * a.v_dim; x += THREADS)
-        a.v[to * static_cast<size_t>(a.v_dim) + static_cast<size_t>(x)] =
-            v[x / a.v_dim][x % a.v_dim];
+      k[t][channel[slot]] = rdkv_cuda_compress::to_half(value);
     }
+    words += 32 * first[1] + 64 * (first[2] - first[1]) + 128 * (first[3] - first[2]);
+    const uint16_t *params = reinterpret_cast<const uint16_t *>(words);
+    words += 32;
+    for (int x = tid; x < 32 * a.v_dim; x += THREADS) {
+      const int t = x & 31, d = x >> 5, level = run + 1;
+      if (level == 4) {
+        const int lane = 4 * (d & 7) + (t >> 1 & 3), word = (d >> 3 & 1) + 2 * (t >> 3 & 1);
+        const int b = (t >> 4) * (a.v_dim / 16) + d / 16;
+        v[t][d] =
+            reinterpret_cast<const uint16_t *>(words)[2 * ((b * 32 + lane) * 4 + word) + (t & 1)];
+      } else {
+        const int at = 2 * (4 * (t & 7) + (t >> 3));
+        const int code = value_code(words + (d / 16) * (16 << level), level, t, d & 15);
+        v[t][d] =
+            rdkv_cuda_compress::to_half(rdkv_cuda_compress::half_value(params[at + 1]) +
+                                        rdkv_cuda_compress::half_value(params[at]) *
+                                            static_cast<float>(code - (1 << ((1 << level) - 1))));
+      }
+    }
+    __syncthreads();
+    const size_t to = static_cast<size_t>(head) * a.rows + row;
+    for (int x = tid; x < n * a.k_dim; x += THREADS)
+      a.k[to * static_cast<size_t>(a.k_dim) + static_cast<size_t>(x)] = k[x / a.k_dim][x % a.k_dim];
+    for (int x = tid; x < n * a.v_dim; x += THREADS)
+      a.v[to * static_cast<size_t>(a.v_dim) + static_cast<size_t>(x)] = v[x / a.v_dim][x % a.v_dim];
   }
 }
 
@@ -9223,16 +9222,15 @@ static __global__ void __launch_bounds__(THREADS) unpack_kernel(live_args a) {
 static __global__ void pad_kernel(live_args a) {
   const turn t = *a.state;
   if (!t.merge) return;
-  const size_t head = blockIdx.y, kd = static_cast<size_t>(a.k_dim),
-               vd = static_cast<size_t>(a.v_dim);
+  const size_t head = blockIdx.y;
   const uint32_t n = a.counts[head * (MAX_FAN + 1) + t.merge];
-  uint16_t *k = a.k + head * a.rows * kd, *v = a.v + head * a.rows * vd;
-  for (size_t i = n * kd + blockIdx.x * THREADS + threadIdx.x; i < a.rows * kd;
-       i += gridDim.x * THREADS)
-    k[i] = n ? k[i % kd] : static_cast<uint16_t>(0);
-  for (size_t i = n * vd + blockIdx.x * THREADS + threadIdx.x; i < a.rows * vd;
-       i += gridDim.x * THREADS)
-    v[i] = n ? v[i % vd] : static_cast<uint16_t>(0);
+  const auto pad = [&](uint16_t *base, uint32_t pieces) {
+    uint4 *to = reinterpret_cast<uint4 *>(base) + head * a.rows * pieces;
+    for (uint32_t i = n * pieces + blockIdx.x * THREADS + threadIdx.x; i < a.rows * pieces;
+         i += gridDim.x * THREADS)
+      to[i] = n ? to[i % pieces] : make_uint4(0, 0, 0, 0);
+  };
+  pad(a.k, static_cast<uint32_t>(a.k_dim) / 8), pad(a.v, static_cast<uint32_t>(a.v_dim) / 8);
 }
 
 /* Such rows weigh nothing: no width saves anything, so that they are left out. */
@@ -9454,8 +9452,8 @@ static cudaError_t launch_turn(turn_memory *t, bool merge, cudaStream_t stream) 
   const dim3 grid((widest + THREADS - 1) / THREADS, static_cast<uint32_t>(arrays_of(a)));
   gather_kernel<<<grid, THREADS, 0, stream>>>(a);
   if (merge) {
-    const dim3 heads(4, static_cast<uint32_t>(kv_heads));
-    unpack_kernel<<<heads, THREADS, 0, stream>>>(a);
+    const dim3 heads(4, static_cast<uint32_t>(kv_heads)), pieces(4, heads.y, a.fan);
+    unpack_kernel<<<pieces, THREADS, 0, stream>>>(a);
     pad_kernel<<<heads, THREADS, 0, stream>>>(a);
   }
   rdkv_kv kv;
@@ -9474,7 +9472,8 @@ static cudaError_t launch_turn(turn_memory *t, bool merge, cudaStream_t stream) 
                                                l, 1, status, t->work, t->work_bytes, stream);
   if (e) return e;
   if (merge) mask_kernel<<<static_cast<uint32_t>(kv_heads), THREADS, 0, stream>>>(a);
-  if (a.joint) mean_out_kernel<<<static_cast<uint32_t>(kv_heads), THREADS, 0, stream>>>(a);
+  const dim3 dims(static_cast<uint32_t>(kv_heads), static_cast<uint32_t>(a.v_dim) / 16);
+  if (a.joint) mean_out_kernel<<<dims, THREADS, 0, stream>>>(a);
   e = rdkv_cuda_measure(&t->heads, &kv, l, 1, status, t->work, t->work_bytes, stream);
   /* allocation shares out bytes over the true layers; at a lambda there is nothing to share out */
   const bool at_lambda = a.joint && t->cfg.scope == RDKV_SCOPE_LAMBDA;
