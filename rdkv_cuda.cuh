@@ -3221,10 +3221,6 @@ struct item_list {
   item at[ITEMS];
 };
 
-static __global__ void items_kernel(item *to, item_list from, int n) {
-  if (static_cast<int>(threadIdx.x) < n) to[threadIdx.x] = from.at[threadIdx.x];
-}
-
 /* ---- K over the kept tokens: range and sums. A warp takes 64 channels, two a lane, of stretches
    of 64 tokens, a block spans of 8, and where there are many 8 spans, in the order of sums that
    rdkv__carry defines. */
