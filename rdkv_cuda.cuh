@@ -2364,11 +2364,19 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
   uint32_t *const own_words = reinterpret_cast<uint32_t *>(part + part_words - 32);
   uint32_t *const starts = p.counters + x.sequence * p.n_kv_heads * p.passes + x.kv_head;
   const uint32_t one_more = (x.part ? 1u : 1u - x.n_parts) << 16;
+  const auto clear = [](float *set) { /* the last warps have the fewest tiles */
+#pragma unroll 1
+    for (uint32_t i = blockDim.x - 1 - threadIdx.x; i < (part_words - 32) / 4; i += blockDim.x)
+      reinterpret_cast<uint4 *>(set)[i] =
+          make_uint4(RDKV_CUDA__ABSENT, RDKV_CUDA__ABSENT, RDKV_CUDA__ABSENT, RDKV_CUDA__ABSENT);
+  };
   if (!(rdkv_cuda__uniform(x.flags & first_what >> 16) & RDKV_CUDA__ACTIVE)) {
-    if (threadIdx.x == 0) { /* the sets change for all */
-      asm volatile("griddepcontrol.wait;" ::: "memory");
-      *own_words = rdkv_cuda__look(own_words) ^ 1u;
-    }
+    /* the sets change for all, and the one to come must be clear */
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    const uint32_t set = rdkv_cuda__look(own_words) & 1;
+    clear(part + (set ? 0 : static_cast<size_t>(p.n_blocks) * part_words));
+    __syncthreads(); /* all have read the set */
+    if (threadIdx.x == 0) *own_words = set ^ 1u;
     return;
   }
   const uint32_t key_rest = PAIRED ? 128u : p.key_fragments / 2;
@@ -2515,13 +2523,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
     __syncthreads(); /* all have done with the query */
   }
 
-  { /* clear the other set: the last warps have the fewest tiles */
-    float *const other = part + (sh->set ? 0 : static_cast<size_t>(p.n_blocks) * part_words);
-#pragma unroll 1
-    for (uint32_t i = blockDim.x - 1 - threadIdx.x; i < (part_words - 32) / 4; i += blockDim.x)
-      reinterpret_cast<uint4 *>(other)[i] =
-          make_uint4(RDKV_CUDA__ABSENT, RDKV_CUDA__ABSENT, RDKV_CUDA__ABSENT, RDKV_CUDA__ABSENT);
-  }
+  clear(part + (sh->set ? 0 : static_cast<size_t>(p.n_blocks) * part_words));
   /* all warps' sums to one scale, that of the block's largest logit */
   const uint32_t n = sh->piece[1].n_parts;
   const float unit = (a.plain ? 1.0f : RDKV_CUDA__CODE_UNIT) / RDKV_CUDA_LIFT;
