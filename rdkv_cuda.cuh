@@ -1418,9 +1418,8 @@ typedef struct rdkv_cuda__shared {
   float2 factor[8], tail_factor[8]; /* the latter where both queries are made at once */
   uint64_t barrier;                 /* of the copies of what queries are made of */
   int32_t max[8];                   /* of all warps, as rdkv_cuda__ordered */
-  uint32_t
-      last; /* this block has to add up for the head; how many others have left it their share */
-  uint32_t left, set; /* has left its share; the set of parts */
+  uint32_t last; /* combines for the head; or, how many blocks have left their share to this one */
+  uint32_t left, set; /* has left its own; the set of parts */
   uint32_t reserved[19];
   rdkv_cuda__piece piece[2]; /* this one and the next */
 } rdkv_cuda__shared;         /* 512 bytes */
@@ -2100,8 +2099,17 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
 
 /* ---- >>cuda-latency : one layer, where there is little to do ---------------------------------
 
-   A few tiles a warp take less time than everything around them: so all is asked for as soon as the
-   piece is there, a block has one head, and blocks come together a warp at a time. */
+   A few tiles a warp take less time than everything around them. So a block has one head; what it
+   asks for first (its piece, each warp's first tile, the head's table) lies where it need not look
+   it up; and the blocks of a head add up without fence or count: each leaves its sums in words that
+   say themselves whether they are there, and waits for every n-th 32 values of all the others.
+
+   It waits only for blocks that have started, for those come to their end whatever happens: with
+   fewer multiprocessors free than a head has blocks, or with several such launches at once, waiting
+   for the others might be for ever. Blocks count themselves in as they start, in the upper half of
+   a word of the head: n - 1 add 1 and the first one takes n - 1 away, so 0 means all, now and at
+   every launch's end. A block that finds another number leaves its share to the block that starts
+   last, which reads in the lower half that somebody has; one word tells both, so they agree. */
 
 /* A warp's tiles: every n_warps-th of a piece, whatever their widths. Lane j looks after slot j. */
 typedef struct rdkv_cuda__slots {
@@ -2128,10 +2136,12 @@ __device__ __forceinline__ void rdkv_cuda__fill_slots(const rdkv_cuda__ring &r,
   rdkv_cuda_tile_at(head, v_dim, tile, &run, &tokens, &offset);
   const uint32_t bytes =
       rdkv_cuda_key_bytes(head) + 128u + (static_cast<uint32_t>(v_dim * 8) << run);
-  if (FIRST) { /* the warp's largest tile; widths ascend, where lanes are too few for all */
+  /* of the warp's largest tile; widths ascend, where lanes are too few for all. More slots than
+     HASTE take longer all in all, though there may be room. */
+  if (FIRST) {
     s.stride = __reduce_max_sync(RDKV_CUDA__FULL, there ? bytes : 0);
     s.n = static_cast<uint32_t>(__popc(__ballot_sync(
-        RDKV_CUDA__FULL, lane < RDKV_CUDA__SLOTS && (lane + 1) * s.stride <= r.size)));
+        RDKV_CUDA__FULL, lane < RDKV_CUDA__HASTE && (lane + 1) * s.stride <= r.size)));
   }
   const bool mine = mask >> lane & 1 && lane < s.n && there;
   asm volatile(
@@ -2385,22 +2395,23 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
   const uint32_t parts = max(1u, min(4u, n_warps / columns));
   const uint32_t k_dim = static_cast<uint32_t>(p.k_dim), mine = 2 * (lane & 3) & (columns - 1);
   const uint32_t jobs = columns * parts; /* of making the query, column first */
-  const auto q_of = [&](uint32_t job)
-      -> const uint8_t * { /* NULL: a column without a query */
-                           const uint32_t c = job & (columns - 1);
-                           return c < x.columns
-                                      ? static_cast<const uint8_t *>(p.io.q) +
-                                            static_cast<size_t>(x.first_query + c) * p.row_bytes
-                                      : nullptr;
+  /* NULL: a column without a query */
+  const auto q_of = [&](uint32_t job) -> const uint8_t * {
+    const uint32_t c = job & (columns - 1);
+    return c < x.columns ? static_cast<const uint8_t *>(p.io.q) +
+                               static_cast<size_t>(x.first_query + c) * p.row_bytes
+                         : nullptr;
   };
   uint4 q = make_uint4(0, 0, 0, 0);
   uint32_t tail_tokens = 0, started = 0, own_word = 0;
-  const auto ask = [&] { /* for what the launch in front may have written */
-                         q = rdkv_cuda__row_at(q_of(warp), p.row_bytes, 16 * lane);
-                         tail_tokens = __ldcg(p.io.tail_tokens + x.sequence);
-                         if (threadIdx.x == 0)
-                           started = atomicAdd(starts, one_more),
-                           own_word = rdkv_cuda__look(own_words);
+  /* for what the launch in front may have written */
+  const auto ask = [&] {
+    q = rdkv_cuda__row_at(q_of(warp), p.row_bytes, 16 * lane);
+    tail_tokens = __ldcg(p.io.tail_tokens + x.sequence);
+    if (threadIdx.x == 0) {
+      started = atomicAdd(starts, one_more);
+      own_word = rdkv_cuda__look(own_words);
+    }
   };
   /* tiles first, if the query has to be waited for; else last: they would stand in its way */
   if (!p.overlap) ask();
@@ -2747,7 +2758,9 @@ static cudaError_t rdkv_cuda__resolve_latency(rdkv_cuda_config *c, int sms, int 
   }
   if (t.blocks_per_sm == 0) t.blocks_per_sm = blocks;
   if (t.n_blocks == 0) t.n_blocks = t.blocks_per_sm * sms;
-  if (blocks && static_cast<uint32_t>(t.n_blocks) >= 2 * rdkv_cuda__layout_of(&t).heads) *c = t;
+  if (blocks && t.n_blocks < 65536 && /* counted in half a word */
+      static_cast<uint32_t>(t.n_blocks) >= 2 * rdkv_cuda__layout_of(&t).heads)
+    *c = t;
   return cudaSuccess;
 }
 
@@ -2841,6 +2854,7 @@ extern "C" size_t rdkv_cuda_plan_bytes(const rdkv_cuda_config *cfg) {
 extern "C" size_t rdkv_cuda_workspace_bytes(const rdkv_cuda_config *cfg) {
   const size_t columns = cfg->n_q_heads / cfg->n_kv_heads <= 4 ? 4 : 8;
   const size_t values = columns * static_cast<size_t>(cfg->v_dim);
+  if (cfg->latency > 0) return 128; /* its parts lie in the plan, which clears them */
   return 2 * static_cast<size_t>(cfg->n_blocks) * (values + 2 * columns) * sizeof(float);
 }
 
