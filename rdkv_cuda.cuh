@@ -2374,7 +2374,8 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
   uint32_t *const own_words = reinterpret_cast<uint32_t *>(part + part_words - 32);
   uint32_t *const starts = p.counters + x.sequence * p.n_kv_heads * p.passes + x.kv_head;
   const uint32_t one_more = (x.part ? 1u : 1u - x.n_parts) << 16;
-  const auto clear = [](float *set) { /* the last warps have the fewest tiles */
+  /* the last warps have the fewest tiles */
+  const auto clear = [](float *set) {
 #pragma unroll 1
     for (uint32_t i = blockDim.x - 1 - threadIdx.x; i < (part_words - 32) / 4; i += blockDim.x)
       reinterpret_cast<uint4 *>(set)[i] =
