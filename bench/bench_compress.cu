@@ -1,8 +1,10 @@
 /* Time of each step of compression on the GPU, a layer at a time: 8 kv heads, groups of 4, head_dim
-   128, fp16. Medians of repeated launches; up to 8K tokens K and V stay in the L2, above they do
-   not fit. Below each row the bytes that a step must move and its part of the rate of a kernel that
-   only reads K and V. --keep LIST: parts of the bytes to keep; --csv: one line a row; a number:
-   that many tokens alone.
+   128, fp16. Medians of replays of a graph of 16 layers; up to 8K tokens K and V stay in the L2,
+   above they do not fit. total: a chain of all steps. Attention of the window is either peaked,
+   token weights log-normal with sigma 2.5 as bench_cuda's, or flat, which keeps more tokens at
+   fewer bits. Below each row the bytes that a step must move and its part of the rate of a kernel
+   that only reads K and V. --keep LIST: parts of the bytes to keep; --csv: one line a row; a
+   number: that many tokens alone.
    nvcc -O3 -std=c++17 -arch=native bench/bench_compress.cu -o bench_compress && ./bench_compress */
 #define RDKV_IMPLEMENTATION
 #define RDKV_CUDA_IMPLEMENTATION
@@ -22,20 +24,42 @@ static void check(cudaError_t e, int line) {
 }
 #define CHECK(call) check(call, __LINE__)
 
-/* Near-normal values from a hash; some rows stand out, so that attention is neither flat nor one
-   token alone. */
-static __global__ void fill(__half *x, size_t n, int dim, float size, uint32_t seed) {
+static __device__ float hash_normal(uint64_t z) { /* nearly, of deviation 1 */
+  float s = 0;
+  for (int k = 0; k < 4; ++k) {
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull, z ^= z >> 27;
+    s += static_cast<float>(z >> 40) * 5.9604645e-8f - 0.5f;
+  }
+  return s * 1.7320508f;
+}
+
+/* Near-normal values of deviation `size`. common: that much more, times the sign of one direction
+   of all rows (queries), or times that and a number of 32 tokens' own (K of 1024 elements a
+   token). */
+static __global__ void fill(__half *x, size_t n, float size, uint32_t seed, float common = 0,
+                            bool tokens = false) {
   for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < n;
        i += static_cast<size_t>(gridDim.x) * blockDim.x) {
-    uint64_t z = (i + 1) * 0x9e3779b97f4a7c15ull + seed;
-    float s = 0;
-    for (int k = 0; k < 4; ++k) {
-      z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull, z ^= z >> 27;
-      s += static_cast<float>(z >> 40) * 5.9604645e-8f - 0.5f;
+    float value = size * hash_normal((i + 1) * 0x9e3779b97f4a7c15ull + seed);
+    if (common > 0) {
+      const float sign = (i % 128 * 0x9e3779b97f4a7c15ull >> 40 & 1) ? common : -common;
+      const uint64_t stretch = (i >> 15 << 3 | (i >> 7 & 7)) + 1; /* 32 tokens of a head */
+      value += tokens ? sign * hash_normal(stretch * 0x94d049bb133111ebull) : sign;
     }
-    const uint64_t row = i / static_cast<size_t>(dim) * 0x94d049bb133111ebull >> 32;
-    x[i] = __float2half_rn(s * 1.7320508f * size * (row % 32 ? 0.8f : 1.6f));
+    x[i] = __float2half_rn(value);
   }
+}
+
+/* Logits of the window: peaked, nearly 2.5 times a normal number that 32 tokens share; flat, normal
+   for each row and token by itself. Both with this log-sum-exp, nearly. */
+static void fill_layer(__half *k, __half *v, __half *q, size_t n, size_t q_size, bool peaked,
+                       uint32_t seed) {
+  fill<<<1024, 256>>>(k, n, 1, seed, peaked ? 0.5f : 0, true);
+  fill<<<1024, 256>>>(v, n, 1, seed + 1);
+  fill<<<64, 256>>>(q, q_size, peaked ? 0.3f : 2, seed + 2, peaked ? 0.442f : 0);
+}
+static float near_lse(uint32_t n, bool peaked) {
+  return logf(static_cast<float>(n)) + (peaked ? 3.2f : 2);
 }
 
 template <typename T>
@@ -72,23 +96,33 @@ static size_t full_cache(size_t layer_bytes) {
   return used;
 }
 
-/* Of a call: four are launched at once, as in a prefill, whose launches wait on the device. */
+/* Of a call, of 16 in a graph. */
 template <typename F>
 static double median_us(F run) {
-  enum { CALLS = 4 };
+  enum { CALLS = 16 };
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
   cudaEvent_t a, b;
   std::vector<float> t;
+  CHECK(cudaDeviceSynchronize());
+  CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   CHECK(cudaEventCreate(&a)), CHECK(cudaEventCreate(&b));
-  for (int i = 0; i < 9; ++i) {
+  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  for (int i = 0; i < CALLS; ++i) run(stream);
+  CHECK(cudaStreamEndCapture(stream, &graph));
+  CHECK(cudaGraphInstantiate(&exec, graph, 0));
+  for (int i = 0; i < 11; ++i) {
     float ms;
-    CHECK(cudaEventRecord(a));
-    for (int k = 0; k < CALLS; ++k) run();
-    CHECK(cudaEventRecord(b));
+    CHECK(cudaEventRecord(a, stream));
+    CHECK(cudaGraphLaunch(exec, stream));
+    CHECK(cudaEventRecord(b, stream));
     CHECK(cudaEventSynchronize(b)), CHECK(cudaEventElapsedTime(&ms, a, b));
     if (i >= 2) t.push_back(ms * 1000 / CALLS);
   }
   std::sort(t.begin(), t.end());
-  CHECK(cudaEventDestroy(a)), CHECK(cudaEventDestroy(b));
+  CHECK(cudaGraphExecDestroy(exec)), CHECK(cudaGraphDestroy(graph));
+  CHECK(cudaEventDestroy(a)), CHECK(cudaEventDestroy(b)), CHECK(cudaStreamDestroy(stream));
   return t[t.size() / 2];
 }
 
@@ -130,11 +164,10 @@ static void many_layers(int n_layers, uint32_t n) {
   char *mem = device<char>(items * layer_bytes), *work = device<char>(work_bytes);
   uint32_t *status = device<uint32_t>(1);
   float *lse = device<float>(32 * 32);
-  const std::vector<float> guess(32 * 32, logf(static_cast<float>(n)) + 2.5f);
+  const std::vector<float> guess(32 * 32, near_lse(n, true));
   CHECK(cudaMemcpy(lse, guess.data(), guess.size() * 4, cudaMemcpyHostToDevice));
   CHECK(cudaMemset(status, 0, 4));
-  fill<<<1024, 256>>>(k, items * rows, 128, 1, 1), fill<<<1024, 256>>>(v, items * rows, 128, 1, 2);
-  fill<<<64, 256>>>(q, items * q_rows, 128, 2, 3);
+  fill_layer(k, v, q, items * rows, items * q_rows, true, 1);
   std::vector<rdkv_kv> kv(items);
   std::vector<rdkv_layer> layers(items);
   const std::vector<const float *> lse_of(items, lse);
@@ -149,14 +182,14 @@ static void many_layers(int n_layers, uint32_t n) {
   }
   double us[3];
   for (int given = 0; given < 2; ++given)
-    us[given] = median_us([&] {
+    us[given] = median_us([&](cudaStream_t s) {
       CHECK(rdkv_cuda_score(&c, kv.data(), given ? lse_of.data() : nullptr, 32, layers.data(),
-                            n_layers, status, work, work_bytes, 0));
+                            n_layers, status, work, work_bytes, s));
     });
-  us[2] = median_us([&] {
-    CHECK(rdkv_cuda_measure(&c, kv.data(), layers.data(), n_layers, status, work, work_bytes, 0));
+  us[2] = median_us([&](cudaStream_t s) {
+    CHECK(rdkv_cuda_measure(&c, kv.data(), layers.data(), n_layers, status, work, work_bytes, s));
   });
-  printf("joint   %7u %6d         %9.1f %9.1f %9.1f   %d layers in one call\n", n, 32,
+  printf("joint   peaked  %7u %6d         %9.1f %9.1f %9.1f   %d layers in one call\n", n, 32,
          us[0] / n_layers, us[1] / n_layers, us[2] / n_layers, n_layers);
   void *all[] = {k, v, q, mem, work, status, lse};
   for (void *p : all) CHECK(cudaFree(p));
@@ -166,7 +199,7 @@ static void many_layers(int n_layers, uint32_t n) {
 int main(int argc, char **argv) {
   bool csv = false, all_rows = true;
   uint32_t only = 0;
-  std::vector<double> keeps = {0.0248, 0.1};
+  std::vector<double> keeps = {0.0248, 1024. / 131072, 0.1}; /* the second: 1,024 tokens at 128K */
   for (int i = 1; i < argc; ++i) {
     if (strcmp(argv[i], "--csv") == 0) {
       csv = true;
@@ -178,17 +211,19 @@ int main(int argc, char **argv) {
     }
   }
   const uint32_t lengths[] = {8192, 32768, 131072};
-  printf(csv ? "profile,tokens,window,keep,score,score_lse,measure,allocate,pack,total,total_lse,"
-               "bytes,read_us,score_mb,score_lse_mb,measure_mb,allocate_mb,pack_mb\n"
-             : "%-7s %7s %6s %7s %9s %9s %9s %9s %9s %9s %9s   us a layer\n",
-         "profile", "tokens", "window", "keep", "score", "with lse", "measure", "allocate", "pack",
-         "total", "with lse");
+  printf(csv ? "profile,weights,tokens,window,keep,score,score_lse,measure,allocate,pack,total,"
+               "total_lse,"
+               "bytes,kept,read_us,score_mb,score_lse_mb,measure_mb,allocate_mb,pack_mb\n"
+             : "%-7s %-7s %7s %6s %7s %9s %9s %9s %9s %9s %9s %9s   us a layer\n",
+         "profile", "weights", "tokens", "window", "keep", "score", "with lse", "measure",
+         "allocate", "pack", "total", "with lse");
   size_t peak = 0, dense = 0; /* of 32 layers one after the other; one layer's K and V */
-  for (int which = 0; which < 2 * static_cast<int>(keeps.size()); ++which)
+  for (int which = 0; which < 2 * static_cast<int>(keeps.size()) + 2; ++which)
     for (uint32_t n : lengths)
       for (int window = 32; window <= 64; window *= 2) {
         const int profile = which % 2;
-        const double keep = keeps[static_cast<size_t>(which / 2)];
+        const bool peaked = which / 2 < static_cast<int>(keeps.size()); /* flat: the first alone */
+        const double keep = keeps[peaked ? static_cast<size_t>(which / 2) : 0];
         if (only && only != n) continue;
         const size_t before = free_memory();
         rdkv_config c = rdkv_config();
@@ -198,8 +233,7 @@ int main(int argc, char **argv) {
         const size_t row = 8 * 128, rows = static_cast<size_t>(window);
         __half *k = device<__half>(2 * n * row), *v = k + n * row;
         __half *q = device<__half>(rows * 32 * 128);
-        fill<<<1024, 256>>>(k, n * row, 128, 1, 1), fill<<<1024, 256>>>(v, n * row, 128, 1, 2);
-        fill<<<64, 256>>>(q, rows * 32 * 128, 128, 2, 3);
+        fill_layer(k, v, q, n * row, rows * 32 * 128, peaked, 1);
         rdkv_kv kv;
         kv.k = rdkv_dense(k, RDKV_F16, 8, 128), kv.v = rdkv_dense(v, RDKV_F16, 8, 128);
         kv.q = rdkv_dense(q, RDKV_F16, 32, 128);
@@ -219,31 +253,35 @@ int main(int argc, char **argv) {
         uint64_t *bytes = device<uint64_t>(1);
         uint32_t *status = device<uint32_t>(1);
         CHECK(cudaMemset(status, 0, 4));
-        /* logits are near normal with a deviation of about 2: this is close to their log-sum-exp */
-        std::vector<float> guess(32 * rows, logf(static_cast<float>(n)) + 2.5f);
+        const std::vector<float> guess(32 * rows, near_lse(n, peaked));
         float *lse = device<float>(guess.size());
         CHECK(cudaMemcpy(lse, guess.data(), guess.size() * 4, cudaMemcpyHostToDevice));
         const float *lse_of = lse;
-        double us[5];
-        const ptrdiff_t w = window;
-        us[1] = median_us([&] {
-          CHECK(rdkv_cuda_score(&c, &kv, &lse_of, w, &l, 1, status, work, work_bytes, 0));
-        });
-        us[0] = median_us([&] {
-          CHECK(rdkv_cuda_score(&c, &kv, nullptr, 0, &l, 1, status, work, work_bytes, 0));
-        });
-        us[2] = median_us([&] {
-          CHECK(cudaMemsetAsync(l.v_bits, 0, static_cast<size_t>(n) * 8));
-          CHECK(rdkv_cuda_measure(&c, &kv, &l, 1, status, work, work_bytes, 0));
-        });
-        us[3] = median_us(
-            [&] { CHECK(rdkv_cuda_allocate(&c, &l, 1, lambda, status, work, work_bytes, 0)); });
-        us[4] = median_us([&] {
+        const auto score = [&](bool given, cudaStream_t s) {
+          CHECK(rdkv_cuda_score(&c, &kv, given ? &lse_of : nullptr, window, &l, 1, status, work,
+                                work_bytes, s));
+        };
+        const auto measure = [&](cudaStream_t s) {
+          CHECK(rdkv_cuda_measure(&c, &kv, &l, 1, status, work, work_bytes, s));
+        };
+        const auto allocate = [&](cudaStream_t s) {
+          CHECK(rdkv_cuda_allocate(&c, &l, 1, lambda, status, work, work_bytes, s));
+        };
+        const auto pack = [&](cudaStream_t s) {
           CHECK(rdkv_cuda_pack(&c, &kv, &l, 1, lambda, 0, 0, block, capacity, bytes, status, work,
-                               work_bytes, 0));
-        });
-        const double read_us = median_us([&] {
-          read_all<<<1056, 256>>>(reinterpret_cast<const uint4 *>(k), n * row / 4, status);
+                               work_bytes, s));
+        };
+        double us[5], total[2];
+        for (int given = 1; given >= 0; --given) {
+          us[given] = median_us([&](cudaStream_t s) { score(given, s); });
+          total[given] =
+              median_us([&](cudaStream_t s) { score(given, s), measure(s), allocate(s), pack(s); });
+        }
+        score(false, 0);
+        us[2] = profile ? 0 : median_us(measure); /* nothing to do */
+        us[3] = median_us(allocate), us[4] = median_us(pack);
+        const double read_us = median_us([&](cudaStream_t s) {
+          read_all<<<1056, 256, 0, s>>>(reinterpret_cast<const uint4 *>(k), n * row / 4, status);
         });
         uint32_t failed;
         uint64_t packed;
@@ -255,21 +293,20 @@ int main(int argc, char **argv) {
           fprintf(stderr, "status %u\n", failed);
           return 2;
         }
-        const double rest = us[2] + us[3] + us[4];
         const double kept =
             static_cast<double>(bits.size() - std::count(bits.begin(), bits.end(), 0));
         const step_bytes must(!profile, n, 8, kept, static_cast<double>(packed));
         const double read_rate = n * row * 4 / read_us / 1e6; /* MB a us */
-        printf(csv ? "%s,%u,%d,%g,%.1f,%.1f,%.1f,%.1f,%.1f,%.1f,%.1f"
-                   : "%-7s %7u %6d %5.2f %% %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f\n",
-               profile ? "paper" : "joint", n, window, csv ? keep : 100 * keep, us[0], us[1], us[2],
-               us[3], us[4], us[0] + rest, us[1] + rest);
+        printf(csv ? "%s,%s,%u,%d,%g,%.1f,%.1f,%.1f,%.1f,%.1f,%.1f,%.1f"
+                   : "%-7s %-7s %7u %6d %5.2f %% %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f\n",
+               profile ? "paper" : "joint", peaked ? "peaked" : "flat", n, window,
+               csv ? keep : 100 * keep, us[0], us[1], us[2], us[3], us[4], total[0], total[1]);
         if (csv) {
-          printf(",%llu,%.1f", static_cast<unsigned long long>(packed), read_us);
+          printf(",%llu,%.0f,%.1f", static_cast<unsigned long long>(packed), kept / 8, read_us);
           for (double mb : must.mb) printf(",%.2f", mb);
           puts("");
         } else {
-          printf("        MB; of %.2f TB/s     ", read_rate);
+          printf("        MB; of %.2f TB/s             ", read_rate);
           for (int i = 0; i < 5; ++i)
             if (must.mb[i] > 0)
               printf(" %5.*f %2.0f%%", must.mb[i] < 100, must.mb[i],
@@ -278,16 +315,17 @@ int main(int argc, char **argv) {
               printf("          ");
           puts("");
           if (window == 32)
-            printf("        workspace %.1f MB, arrays %.1f MB, block %.2f MB of %.1f\n",
-                   work_bytes / 1e6, layer_bytes / 1e6, packed / 1e6, n * row * 4 / 1e6);
+            printf(
+                "        workspace %.1f MB, arrays %.1f MB, block %.2f MB of %.1f, %.0f tokens "
+                "kept a head\n",
+                work_bytes / 1e6, layer_bytes / 1e6, packed / 1e6, n * row * 4 / 1e6, kept / 8);
         }
         free(host);
         if (all_rows && !csv && which == 0 && n == 131072 && window == 32) {
           const size_t room = (capacity + 127) / 128 * 128;
           char *blocks = device<char>(31 * room); /* the last layer's is `block` */
           for (size_t i = 0; i < 32; ++i) {
-            fill<<<1024, 256>>>(k, n * row, 128, 1, 2 * i),
-                fill<<<1024, 256>>>(v, n * row, 128, 1, 2 * i + 1);
+            fill_layer(k, v, q, n * row, rows * 32 * 128, peaked, 3 * static_cast<uint32_t>(i));
             CHECK(rdkv_cuda_score(&c, &kv, nullptr, 0, &l, 1, status, work, work_bytes, 0));
             CHECK(rdkv_cuda_measure(&c, &kv, &l, 1, status, work, work_bytes, 0));
             CHECK(rdkv_cuda_allocate(&c, &l, 1, lambda, status, work, work_bytes, 0));
