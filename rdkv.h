@@ -2009,15 +2009,16 @@ static float rdkv__fine_edge(float base, int bin) {
 
 /* Tiles that reach level l + 1 if the threshold lies at the lower edge of a bin below HIGH: those
    of the tokens whose slope reaches it, the last of which may be short where it holds the last
-   token; and where few tokens far above it are worth a tile, which others then fill: half a tile of
-   twice the threshold, a quarter of 4 times, one token of 32 times. */
+   token. Tokens that are left over have one more, which others fill, where they are worth it: HIGH
+   bins begin at about twice the threshold, so each counts as 1, 2, 4 .. 32. */
 static uint32_t rdkv__tiles(const rdkv__solver *s, const rdkv__head *h, int l, int bin) {
   const uint32_t *bins = &h->bins[l * RDKV__FINE], *high = bins + RDKV__FINE - RDKV__HIGH;
-  uint32_t n = bins[bin] + s->round_up, i;
-  n = (n >= h->n_tokens ? h->n_tokens + RDKV__TILE - 1 : n) / RDKV__TILE;
-  for (i = 0; i < RDKV__HIGH && high[i] > h->pinned[l + 1]; i++)
-    n = rdkv__max_u32(n, (high[i] + RDKV__TILE - (RDKV__TILE / 2 >> i)) / RDKV__TILE);
-  return n;
+  uint32_t n = bins[bin] + s->round_up, tiles = n / RDKV__TILE, worth, paid, i;
+  if (n >= h->n_tokens) return (h->n_tokens + RDKV__TILE - 1) / RDKV__TILE;
+  paid = rdkv__max_u32(tiles * RDKV__TILE, h->pinned[l + 1]);
+  worth = n > paid ? n - paid : 0;
+  for (i = 0; i < RDKV__HIGH && high[i] > paid; i++) worth += (high[i] - paid) << i;
+  return tiles + (worth >= RDKV__TILE);
 }
 
 /* Tokens that reach level l + 1. */

@@ -6647,25 +6647,23 @@ __device__ __noinline__ float spectrum_edge(const solver &s, uint64_t bytes, flo
   return __uint_as_float(found < 0x7f7 ? (found + 1) << 20 : PINNED);
 }
 
-/* rdkv__tiles where `reach` tokens have the threshold and `worth` tiles are worth it; with a budget
-   pins are filled up to tiles. */
-__device__ __forceinline__ uint32_t tiles_at(const solver &s, uint32_t reach, uint32_t worth,
-                                             uint32_t pinned) {
-  const uint32_t n = reach + s.round_up;
-  return most(most((n >= s.a.n ? s.a.n + TILE - 1 : n) / TILE, worth),
-              s.round_up ? 0 : (pinned + TILE - 1) / TILE);
+/* rdkv__tiles of n tokens that reach the threshold, round_up among them. high [HIGH] tokens from
+   each octave above the fine bins up, or NULL: none. */
+__device__ __forceinline__ uint32_t whole_tiles(uint32_t n, uint32_t all, const uint32_t *high,
+                                                uint32_t pinned) {
+  if (n >= all) return (all + TILE - 1) / TILE;
+  const uint32_t tiles = n / TILE, paid = most(tiles * TILE, pinned);
+  uint32_t worth = n > paid ? n - paid : 0;
+#pragma unroll
+  for (uint32_t i = 0; i < HIGH && high; ++i) worth += high[i] > paid ? (high[i] - paid) << i : 0;
+  return tiles + (worth >= TILE);
 }
 
-/* Tiles for the sake of n tokens from so many octaves above the fine bins up, of which some are
-   pinned. */
-__host__ __device__ inline uint32_t worth_of(uint32_t n, uint32_t octave, uint32_t pinned) {
-  return n > pinned ? (n + TILE - (TILE / 2 >> octave)) / TILE : 0;
-}
-__device__ __forceinline__ uint32_t tiles_worth(const uint32_t *bins, uint32_t pinned) {
-  uint32_t n = 0;
-#pragma unroll
-  for (uint32_t i = 0; i < HIGH; ++i) n = most(n, worth_of(bins[FINE - HIGH + i], i, pinned));
-  return n;
+/* The same; with a budget pins are filled up to tiles. */
+__device__ __forceinline__ uint32_t tiles_at(const solver &s, uint32_t reach, const uint32_t *high,
+                                             uint32_t pinned) {
+  return most(whole_tiles(reach + s.round_up, s.a.n, high, pinned),
+              s.round_up ? 0 : (pinned + TILE - 1) / TILE);
 }
 
 /* Tokens that reach level l + 1. */
@@ -6691,7 +6689,7 @@ __device__ __forceinline__ uint32_t table_bytes(const solve_head *h) {
    threshold lies at the lower edge of each to hist. By the head's last block. */
 __device__ __noinline__ void add_up(const solver &s, uint32_t i) {
   __shared__ u64 fine_scratch[33];
-  __shared__ uint32_t fine_worth[4][HIGH];
+  __shared__ uint32_t fine_high[4][HIGH];
   const solve_head *h = s.head(i);
   const uint32_t tid = threadIdx.x;
   uint32_t n[4];
@@ -6704,16 +6702,12 @@ __device__ __noinline__ void add_up(const solver &s, uint32_t i) {
     at[0] = n[l] = static_cast<uint32_t>(sum);
     at[FINE] = n[l + 1] = static_cast<uint32_t>(sum >> 32);
   }
-  if (tid < HIGH)
-    for (uint32_t l = 0; l < 4; ++l)
-      fine_worth[l][tid] = worth_of(n[l], HIGH - 1 - tid, h->pinned[l + 1]);
+  for (uint32_t l = 0; l < 4; ++l)
+    if (tid < HIGH) fine_high[l][HIGH - 1 - tid] = n[l];
   __syncthreads();
-  for (uint32_t l = 0; l < 4; ++l) {
-    uint32_t worth = 0;
-#pragma unroll
-    for (uint32_t j = 0; j < HIGH; ++j) worth = most(worth, fine_worth[l][j]);
-    bytes += static_cast<u64>(tiles_at(s, n[l], worth, h->pinned[l + 1])) * tile_cost(s, h, l);
-  }
+  for (uint32_t l = 0; l < 4; ++l)
+    bytes +=
+        static_cast<u64>(tiles_at(s, n[l], fine_high[l], h->pinned[l + 1])) * tile_cost(s, h, l);
   atomicAdd(&s.hist()[FINE - 1 - tid], bytes);
 }
 
@@ -6794,7 +6788,7 @@ __device__ __forceinline__ void find_windows(const solver &s, uint32_t i, const 
     const uint32_t *bins = s.bins(i) + l * FINE, here = bins[bin], n = bins[tid];
     const uint32_t above = tid + 1 < FINE ? bins[tid + 1] : 0;
     const uint32_t pinned = s.head(i)->pinned[l + 1];
-    const uint32_t tiles = tiles_at(s, here, tiles_worth(bins, pinned), pinned);
+    const uint32_t tiles = tiles_at(s, here, bins + FINE - HIGH, pinned);
     const uint32_t enough = last_offer(s, bins, bin, tiles) * TILE + 3 * TILE;
     if (tid >= bin && tid + 1 < FINE && here - above >= MARGIN && here - n < MARGIN)
       window_high[l] = fine_edge(at.base, tid + 1);
@@ -6939,9 +6933,9 @@ __device__ __noinline__ void offer(const solver &s, uint32_t i, const cut &at, c
     uint32_t have = at.bin < FINE ? bins[at.bin] : 0, n_offers = 0, n_above = h->n_sure[l];
     const uint32_t pinned = h->pinned[l + 1];
     const uint32_t tiles =
-        tiles_at(s, have, at.bin < FINE ? tiles_worth(bins, pinned) : 0, pinned);
+        tiles_at(s, have, at.bin < FINE ? bins + FINE - HIGH : nullptr, pinned);
     if (at.bin > 0 && at.bin < FINE && s.round_up == 0) {
-      const uint32_t end = least(last_offer(s, bins, at.bin, tiles), tiles_at(s, bins[0], 0, 0));
+      const uint32_t end = least(last_offer(s, bins, at.bin, tiles), whole_tiles(bins[0], s.a.n, nullptr, 0));
       n_offers = end > tiles ? end - tiles : 0;
     }
     if (!lists && n_offers > 0) { /* all the tokens in question, in the room of four lists */
@@ -7801,22 +7795,23 @@ static __global__ void __launch_bounds__(AT_TOKENS)
   }
   if (has_channel)
     view.k_bits[row * kd + tid] = static_cast<uint8_t>(width_of(static_cast<int>(k_level)));
-  /* level after level the best of those at the level below rise: as many as the whole tiles of
-     those whose slope reaches the threshold's fine bin, of which a tile may lack a quarter */
+  /* level after level the best of those at the level below rise, as many as rdkv__tiles says for
+     the threshold's fine bin; a tile may lack a quarter */
   if (has_token) slopes_of(x, costs_of(k_tile, a.v_dim, a.positions), pin, slope);
   uint32_t below = n;
   int level = has_token ? 0 : -1;
 #pragma unroll
   for (int l = 0; l < 4; ++l) {
-    const uint32_t reach =
-        TILE / 4 +
+    uint32_t reach =
         static_cast<uint32_t>(__syncthreads_count(slope[l] > 0 && slope[l] >> 15 >= edge >> 15));
     const uint32_t pinned = a.pin ? a.heads[blockIdx.x].pinned[l + 1] : 0;
-    uint32_t want = reach >= n ? n : reach / TILE * TILE;
-    for (uint32_t i = 0, high = ~0u; i < HIGH && base > 0 && high > pinned; ++i) {
-      high = static_cast<uint32_t>(__syncthreads_count(slope[l] >> 15 >= base + FINE - HIGH + 256 * i));
-      want = most(want, least(worth_of(high, i, pinned) * TILE, n));
-    }
+    uint32_t high[HIGH] = {0};
+#pragma unroll
+    for (uint32_t i = 0; i < HIGH; ++i)
+      if (base > 0 && (i ? high[i - 1] : reach) > pinned)
+        high[i] = static_cast<uint32_t>(
+            __syncthreads_count(slope[l] >> 15 >= base + FINE - HIGH + 256 * i));
+    uint32_t want = least(whole_tiles(reach + TILE / 4, n, high, pinned) * TILE, n);
     want = most(want, pinned);
     const u64 key =
         static_cast<u64>(slope[l] >> 15 >= base ? slope[l] : 0) << 10 | (AT_TOKENS - 1 - tid);
