@@ -2021,10 +2021,11 @@ static uint32_t rdkv__tiles(const rdkv__solver *s, const rdkv__head *h, int l, i
   return tiles + (worth >= RDKV__TILE);
 }
 
-/* Tokens that reach level l + 1. */
-static uint32_t rdkv__reach(const rdkv__head *h, int l) {
-  uint32_t n = rdkv__min_u32(h->tiles[l] * RDKV__TILE, h->n_tokens);
-  return rdkv__max_u32(n, h->pinned[l + 1]);
+/* Tokens that reach level l + 1, of those that reach level l: pins of level l alone may have left
+   no room for what level l + 1 is worth to them. */
+static uint32_t rdkv__reach(const rdkv__head *h, int l, uint32_t below) {
+  uint32_t n = rdkv__max_u32(h->tiles[l] * RDKV__TILE, h->pinned[l + 1]);
+  return rdkv__min_u32(n, below);
 }
 
 /* Bytes of a head whose tiles[] reach each level, which it counts in tokens. */
@@ -2033,7 +2034,7 @@ static uint64_t rdkv__tiles_bytes(const rdkv__solver *s, rdkv__head *h) {
   uint32_t before = h->n_tokens, reach;
   int l;
   for (l = 0; l < 4; l++) {
-    reach = rdkv__reach(h, l);
+    reach = rdkv__reach(h, l, before);
     h->count[l] = before - reach, before = reach;
   }
   h->count[4] = before;
@@ -2104,17 +2105,18 @@ static uint32_t rdkv__gather(const rdkv__solver *s, const rdkv__head *h, int l, 
    tiles[] has room for. Where those down to the floor do not fill the last tile the first ones of
    the others do: they gain next to nothing, and need not be put in order. */
 static void rdkv__assign(const rdkv__solver *s, rdkv__head *h, float floor) {
-  uint32_t i, t, n, want;
+  uint32_t i, t, n, want, below = h->n_tokens;
   int l;
   memset(h->v_bits, 0, h->n_tokens);
   for (l = 0; l < 4; l++) {
     uint8_t from = (uint8_t)rdkv__v_width[l], to = (uint8_t)rdkv__v_width[l + 1];
-    want = rdkv__reach(h, l);
+    want = rdkv__reach(h, l, below);
     n = rdkv__gather(s, h, l, floor, INFINITY, 1);
     if (n > want) rdkv__sort(s, n);
     for (i = 0; i < want && i < n; i++) h->v_bits[s->index[i]] = to;
     for (t = 0; i < want; t++)
       if (h->v_bits[t] == from) h->v_bits[t] = to, i++;
+    below = want;
   }
 }
 

@@ -6149,9 +6149,9 @@ struct layer_view {
 
 struct solve_head {
   uint32_t count[5], channels[4], k_tile;
-  uint32_t pinned[5];            /* tokens that must reach a level */
-  uint32_t tiles[4];             /* that reach level 1.. */
-  uint32_t n_list[4], n_sure[4]; /* tokens of each level */
+  uint32_t pinned[5];                  /* tokens that must reach a level */
+  uint32_t tiles[4];                   /* that reach level 1.. */
+  uint32_t n_list[4], n_sure[4];       /* tokens of each level */
   uint32_t list_from[4], sure_from[4]; /* slopes from which up they are */
   uint32_t n_offers[4], taken[4];
   uint32_t no_lists; /* 1: they were too long */
@@ -6666,9 +6666,9 @@ __device__ __forceinline__ uint32_t tiles_at(const solver &s, uint32_t reach, co
               s.round_up ? 0 : (pinned + TILE - 1) / TILE);
 }
 
-/* Tokens that reach level l + 1. */
-__device__ __forceinline__ uint32_t reach_of(const solver &s, const solve_head *h, uint32_t l) {
-  return most(least(h->tiles[l] * TILE, s.a.n), h->pinned[l + 1]);
+/* rdkv__reach. */
+__device__ __forceinline__ uint32_t reach_of(const solve_head *h, uint32_t l, uint32_t below) {
+  return least(most(h->tiles[l] * TILE, h->pinned[l + 1]), below);
 }
 
 /* What a tile that reaches level l + 1 takes more than at level l. */
@@ -6779,8 +6779,7 @@ __device__ __forceinline__ void find_windows(const solver &s, uint32_t i, const 
   __shared__ uint32_t window_low[4], window_high[4];
   const uint32_t tid = threadIdx.x, bin = at.bin;
   __syncthreads();
-  if (tid < 4)
-    window_low[tid] = at.floor(), window_high[tid] = ~0u;
+  if (tid < 4) window_low[tid] = at.floor(), window_high[tid] = ~0u;
   __syncthreads();
 #pragma unroll
   for (uint32_t l = 0; bin < FINE && l < 4; ++l) {
@@ -6932,10 +6931,10 @@ __device__ __noinline__ void offer(const solver &s, uint32_t i, const cut &at, c
     const uint32_t *bins = s.bins(i) + l * FINE;
     uint32_t have = at.bin < FINE ? bins[at.bin] : 0, n_offers = 0, n_above = h->n_sure[l];
     const uint32_t pinned = h->pinned[l + 1];
-    const uint32_t tiles =
-        tiles_at(s, have, at.bin < FINE ? bins + FINE - HIGH : nullptr, pinned);
+    const uint32_t tiles = tiles_at(s, have, at.bin < FINE ? bins + FINE - HIGH : nullptr, pinned);
     if (at.bin > 0 && at.bin < FINE && s.round_up == 0) {
-      const uint32_t end = least(last_offer(s, bins, at.bin, tiles), whole_tiles(bins[0], s.a.n, nullptr, 0));
+      const uint32_t end =
+          least(last_offer(s, bins, at.bin, tiles), whole_tiles(bins[0], s.a.n, nullptr, 0));
       n_offers = end > tiles ? end - tiles : 0;
     }
     if (!lists && n_offers > 0) { /* all the tokens in question, in the room of four lists */
@@ -7102,7 +7101,7 @@ __device__ __noinline__ void raise_all(const solver &s, uint32_t i, uint32_t flo
   __syncthreads();
   for (uint32_t t = threadIdx.x; t < s.a.n; t += SOLVE) v_bits[t] = 0;
   for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t want = reach_of(s, h, l);
+    const uint32_t want = reach_of(h, l, at_level);
     const uint8_t here = static_cast<uint8_t>(width_of(static_cast<int>(l)));
     uint32_t k = want;
     u64 limit = 0; /* the least key that rises, digit by digit */
@@ -7166,13 +7165,15 @@ __device__ __noinline__ bool raise_listed(const solver &s, uint32_t i, uint32_t 
   __shared__ uint32_t listed_last[1];
   const solve_head *h = s.head(i);
   uint8_t *v_bits = s.v_bits(i);
+  uint32_t at_level = s.a.n;
   for (uint32_t l = 0; l < 4; ++l) {
     const u64 *keys = s.list(i) + l * static_cast<size_t>(s.a.capacity);
     const uint32_t n = h->n_list[l], each = (n + SOLVE - 1) / SOLVE;
     const uint32_t j0 = least(threadIdx.x * each, n), j1 = least(j0 + each, n);
     const uint8_t here = static_cast<uint8_t>(width_of(static_cast<int>(l))),
                   next = static_cast<uint8_t>(width_of(static_cast<int>(l) + 1));
-    const uint32_t want = reach_of(s, h, l), sure = h->n_sure[l];
+    const uint32_t want = reach_of(h, l, at_level), sure = h->n_sure[l];
+    at_level = want;
     u64 mine = 0, all;
 #pragma unroll 4
     for (uint32_t j = j0; j < j1; ++j) mine += v_bits[~static_cast<uint32_t>(keys[j])] == here;
@@ -7207,7 +7208,7 @@ __device__ __noinline__ void assign(const solver &s, uint32_t i, const cut &at) 
   if (threadIdx.x > 0) return;
   uint32_t last = s.a.n;
   for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t reach = reach_of(s, h, l);
+    const uint32_t reach = reach_of(h, l, last);
     h->count[l] = last - reach, last = reach;
     h->n_list[l] = h->n_sure[l] = 0;
   }
@@ -7746,7 +7747,8 @@ static __global__ void __launch_bounds__(AT_TOKENS)
   const float threshold =
       given > 3.4028234663852886e38 ? __uint_as_float(PINNED) : __double2float_rn(given);
   const uint32_t edge = __float_as_uint(threshold),
-                 base = (edge >> 15) - least(edge >> 15, FINE / 2); /* as rdkv__fine_bins wants it */
+                 base =
+                     (edge >> 15) - least(edge >> 15, FINE / 2); /* as rdkv__fine_bins wants it */
   const int pin = a.pin && has_token ? a.pin[static_cast<size_t>(blockIdx.x) * n + tid] : 0;
   float x[5] = {0, 0, 0, 0, 0}, k[4] = {0, 0, 0, 0};
   bool odd = false;
@@ -7812,7 +7814,7 @@ static __global__ void __launch_bounds__(AT_TOKENS)
         high[i] = static_cast<uint32_t>(
             __syncthreads_count(slope[l] >> 15 >= base + FINE - HIGH + 256 * i));
     uint32_t want = least(whole_tiles(reach + TILE / 4, n, high, pinned) * TILE, n);
-    want = most(want, pinned);
+    want = least(most(want, pinned), below);
     const u64 key =
         static_cast<u64>(slope[l] >> 15 >= base ? slope[l] : 0) << 10 | (AT_TOKENS - 1 - tid);
     u64 limit = 0; /* the least key that rises: bit by bit, until it leaves as many as it should */
