@@ -1875,7 +1875,8 @@ static uint64_t rdkv__max_block(const rdkv_config *cfg, uint32_t n_tokens, int n
 }
 
 #define RDKV__MORE 4   /* tiles beyond the bin of the threshold that a level may be given */
-#define RDKV__FINE 512 /* bins of a head's histogram: 2 octaves of 256 */
+#define RDKV__FINE 512 /* bins of a head's histogram: nearly 2 octaves of 256 */
+#define RDKV__HIGH 5   /* the last ones have an octave each */
 #define RDKV__PINNED 0x7f7fffffu /* slope of what must be kept: FLT_MAX */
 
 /* One head while its widths are chosen. */
@@ -2001,19 +2002,30 @@ static void rdkv__choose_k(const rdkv__solver *s, rdkv__head *h, float threshold
   for (l = 1; l < 4; l++) h->k_tile += (h->channels[l] + 15) / 16 * (64u << l);
 }
 
+/* Lower edge of a bin below the last HIGH ones. */
 static float rdkv__fine_edge(float base, int bin) {
   return rdkv__float(((rdkv__bits(base) >> 15) + (uint32_t)bin) << 15);
 }
 
-/* Tiles of n tokens, the last of which may be short where it holds the last token. */
-static uint32_t rdkv__tiles(uint32_t n, uint32_t all) {
-  return n >= all ? (all + RDKV__TILE - 1) / RDKV__TILE : n / RDKV__TILE;
+/* Tiles that reach level l + 1 if the threshold lies at the lower edge of a bin below HIGH: those
+   of the tokens whose slope reaches it, the last of which may be short where it holds the last
+   token. Tokens that are left over have one more, which others fill, where they are worth it: HIGH
+   bins begin at about twice the threshold, so each counts as 1, 2, 4 .. 32. */
+static uint32_t rdkv__tiles(const rdkv__solver *s, const rdkv__head *h, int l, int bin) {
+  const uint32_t *bins = &h->bins[l * RDKV__FINE], *high = bins + RDKV__FINE - RDKV__HIGH;
+  uint32_t n = bins[bin] + s->round_up, tiles = n / RDKV__TILE, worth, paid, i;
+  if (n >= h->n_tokens) return (h->n_tokens + RDKV__TILE - 1) / RDKV__TILE;
+  paid = rdkv__max_u32(tiles * RDKV__TILE, h->pinned[l + 1]);
+  worth = n > paid ? n - paid : 0;
+  for (i = 0; i < RDKV__HIGH && high[i] > paid; i++) worth += (high[i] - paid) << i;
+  return tiles + (worth >= RDKV__TILE);
 }
 
-/* Tokens that reach level l + 1. */
-static uint32_t rdkv__reach(const rdkv__head *h, int l) {
-  uint32_t n = rdkv__min_u32(h->tiles[l] * RDKV__TILE, h->n_tokens);
-  return rdkv__max_u32(n, h->pinned[l + 1]);
+/* Tokens that reach level l + 1, of those that reach level l: pins of level l alone may have left
+   no room for what level l + 1 is worth to them. */
+static uint32_t rdkv__reach(const rdkv__head *h, int l, uint32_t below) {
+  uint32_t n = rdkv__max_u32(h->tiles[l] * RDKV__TILE, h->pinned[l + 1]);
+  return rdkv__min_u32(n, below);
 }
 
 /* Bytes of a head whose tiles[] reach each level, which it counts in tokens. */
@@ -2022,25 +2034,23 @@ static uint64_t rdkv__tiles_bytes(const rdkv__solver *s, rdkv__head *h) {
   uint32_t before = h->n_tokens, reach;
   int l;
   for (l = 0; l < 4; l++) {
-    reach = rdkv__reach(h, l);
+    reach = rdkv__reach(h, l, before);
     h->count[l] = before - reach, before = reach;
   }
   h->count[4] = before;
   return rdkv__head_bytes(s->cfg->v_dim, s->cfg->positions, h->count, h->channels, &parts);
 }
 
-/* Bytes if the threshold lies at the lower edge of a fine bin: each level has the whole tiles of
-   the tokens whose slope reaches it. With a budget what is pinned is filled up to whole tiles, so
-   that any tile more costs the same. FINE: pins alone. */
+/* Bytes if the threshold lies at the lower edge of a fine bin. With a budget what is pinned is
+   filled up to whole tiles, so that any tile more costs the same. FINE: pins alone. */
 static uint64_t rdkv__bytes_at(const rdkv__solver *s, int bin) {
   uint64_t i, bytes = 0;
   for (i = 0; i < s->n_heads; i++) {
     rdkv__head *h = &s->heads[i];
     int l;
     for (l = 0; l < 4; l++) {
-      uint32_t reach = bin < RDKV__FINE ? h->bins[l * RDKV__FINE + bin] + s->round_up : 0;
       uint32_t pinned = (h->pinned[l + 1] + RDKV__TILE - 1) / RDKV__TILE;
-      h->tiles[l] = bin < RDKV__FINE ? rdkv__tiles(reach, h->n_tokens) : 0;
+      h->tiles[l] = bin < RDKV__FINE ? rdkv__tiles(s, h, l, bin) : 0;
       if (s->round_up == 0) h->tiles[l] = rdkv__max_u32(h->tiles[l], pinned);
     }
     bytes += rdkv__tiles_bytes(s, h);
@@ -2092,17 +2102,21 @@ static uint32_t rdkv__gather(const rdkv__solver *s, const rdkv__head *h, int l, 
 }
 
 /* Gives a head its widths: level after level the best of those at the level below rise, as many as
-   tiles[] has room for. floor: a slope that few of them lie below. */
+   tiles[] has room for. Where those down to the floor do not fill the last tile the first ones of
+   the others do: they gain next to nothing, and need not be put in order. */
 static void rdkv__assign(const rdkv__solver *s, rdkv__head *h, float floor) {
-  uint32_t i, n, want;
+  uint32_t i, t, n, want, below = h->n_tokens;
   int l;
   memset(h->v_bits, 0, h->n_tokens);
   for (l = 0; l < 4; l++) {
-    want = rdkv__reach(h, l);
+    uint8_t from = (uint8_t)rdkv__v_width[l], to = (uint8_t)rdkv__v_width[l + 1];
+    want = rdkv__reach(h, l, below);
     n = rdkv__gather(s, h, l, floor, INFINITY, 1);
-    if (n < want) n = rdkv__gather(s, h, l, 0, INFINITY, 1);
     if (n > want) rdkv__sort(s, n);
-    for (i = 0; i < want; i++) h->v_bits[s->index[i]] = (uint8_t)rdkv__v_width[l + 1];
+    for (i = 0; i < want && i < n; i++) h->v_bits[s->index[i]] = to;
+    for (t = 0; i < want; t++)
+      if (h->v_bits[t] == from) h->v_bits[t] = to, i++;
+    below = want;
   }
 }
 
@@ -2190,7 +2204,16 @@ static float rdkv__spectrum_edge(const uint64_t *hist, uint64_t bytes) {
   return bin < 0x7f7 ? rdkv__bin_edge(bin + 1) : FLT_MAX;
 }
 
-/* Tokens of every head by slope in 1/256 octaves from base up, cumulated from the top. */
+/* Bin of a slope not below base, in 1/256 octaves as both are given; what is above 0 is not far
+   above it. */
+static int rdkv__fine_bin(uint32_t base, uint32_t slope) {
+  const uint32_t fine = RDKV__FINE - RDKV__HIGH;
+  slope -= base;
+  if (slope < fine || base == 0) return (int)rdkv__min_u32(slope, fine - 1);
+  return (int)rdkv__min_u32(fine + (slope - fine) / 256, RDKV__FINE - 1);
+}
+
+/* Tokens of every head by slope from base up, cumulated from the top. */
 static void rdkv__fine_bins(const rdkv__solver *s, float base) {
   uint32_t bottom = rdkv__bits(base) >> 15, t, b, j, chunk;
   float slope[4][RDKV__CHUNK];
@@ -2208,7 +2231,7 @@ static void rdkv__fine_bins(const rdkv__solver *s, float base) {
         for (l = 0; l < 4; l++) {
           b = rdkv__bits(slope[l][j]) >> 15;
           if (slope[l][j] <= 0 || b < bottom) break;
-          h->bins[l * RDKV__FINE + (int)rdkv__min_u32(b - bottom, RDKV__FINE - 1)]++;
+          h->bins[l * RDKV__FINE + rdkv__fine_bin(bottom, b)]++;
         }
       }
     }
@@ -2231,7 +2254,7 @@ static void rdkv__choose_all_k(const rdkv__solver *s, float threshold, int from_
 static void rdkv__solve(const rdkv__solver *s, uint64_t budget, double *threshold_used) {
   uint64_t hist[RDKV_HISTOGRAM_BINS], i, sum;
   float threshold = 0, base = 0, lowest = 0;
-  int round, bin = 0, tries, raised = 0, lo = 0, hi = RDKV__FINE - 1;
+  int round, bin = 0, tries, raised = 0, lo = 0, hi = RDKV__FINE - RDKV__HIGH - 1;
   for (i = 0; i < s->n_heads; i++) /* start: K at 4 bits */
     s->heads[i].k_tile = (uint32_t)rdkv__pad16(s->cfg->k_dim) / 16 * 256;
   for (round = 0; round < 2; round++) {
@@ -2280,7 +2303,8 @@ static void rdkv__solve(const rdkv__solver *s, uint64_t budget, double *threshol
   sum = rdkv__bytes_at(s, lo);
   for (i = 0; i < s->n_heads; i++) rdkv__offer(s, &s->heads[i], base, lo);
   rdkv__spend(s, budget - sum);
-  for (i = 0; i < s->n_heads; i++) rdkv__assign(s, &s->heads[i], threshold / 2);
+  for (i = 0; i < s->n_heads; i++)
+    rdkv__assign(s, &s->heads[i], lo < RDKV__FINE ? rdkv__fine_edge(base, 0) : FLT_MAX);
 }
 
 /* Predicted distortion of a head's widths. K of a head without tokens does not matter. */
@@ -2327,6 +2351,7 @@ static uint64_t rdkv__least_bytes(const rdkv__solver *s, const rdkv__head *heads
 /* Widths at a given threshold, whole tiles. */
 static void rdkv__solve_at(rdkv__solver *s, float threshold) {
   uint64_t hist[RDKV_HISTOGRAM_BINS], i;
+  float base;
   int round, bin;
   for (i = 0; i < s->n_heads; i++)
     s->heads[i].k_tile = (uint32_t)rdkv__pad16(s->cfg->k_dim) / 16 * 256;
@@ -2340,10 +2365,12 @@ static void rdkv__solve_at(rdkv__solver *s, float threshold) {
       rdkv__choose_k(s, &s->heads[i], threshold, n);
     }
   }
-  rdkv__fine_bins(s, threshold);
+  bin = (int)rdkv__min_u32(rdkv__bits(threshold) >> 15, RDKV__FINE / 2);
+  base = rdkv__float(rdkv__bits(threshold) - ((uint32_t)bin << 15));
+  rdkv__fine_bins(s, base);
   s->round_up = RDKV__TILE / 4; /* a tile may lack a quarter: no budget is exceeded */
-  rdkv__bytes_at(s, 0);
-  for (i = 0; i < s->n_heads; i++) rdkv__assign(s, &s->heads[i], threshold / 2);
+  rdkv__bytes_at(s, bin);
+  for (i = 0; i < s->n_heads; i++) rdkv__assign(s, &s->heads[i], rdkv__fine_edge(base, 0));
 }
 
 /* Where the budget is only a few tiles a step of K is large against it and the threshold a poor

@@ -6132,6 +6132,7 @@ static __global__ void __launch_bounds__(THREADS) pool_kernel(score_args a) {
 enum {
   SOLVE = 512,   /* threads of a block, as many as there are fine bins */
   FINE = 512,    /* as RDKV__FINE */
+  HIGH = 5,      /* as RDKV__HIGH */
   MORE = 4,      /* as RDKV__MORE */
   MARGIN = 128,  /* tokens above the threshold: more than all levels' last tiles may lack */
   BATCH = 4,     /* tokens that a thread asks for at once */
@@ -6148,10 +6149,10 @@ struct layer_view {
 
 struct solve_head {
   uint32_t count[5], channels[4], k_tile;
-  uint32_t pinned[5];            /* tokens that must reach a level */
-  uint32_t tiles[4];             /* that reach level 1.. */
-  uint32_t n_list[4], n_sure[4]; /* tokens of each level */
-  uint32_t sure_from[4];         /* slopes from which up they are */
+  uint32_t pinned[5];                  /* tokens that must reach a level */
+  uint32_t tiles[4];                   /* that reach level 1.. */
+  uint32_t n_list[4], n_sure[4];       /* tokens of each level */
+  uint32_t list_from[4], sure_from[4]; /* slopes from which up they are */
   uint32_t n_offers[4], taken[4];
   uint32_t no_lists; /* 1: they were too long */
   uint32_t done;     /* units that have been counted or listed */
@@ -6646,16 +6647,28 @@ __device__ __noinline__ float spectrum_edge(const solver &s, uint64_t bytes, flo
   return __uint_as_float(found < 0x7f7 ? (found + 1) << 20 : PINNED);
 }
 
-/* Tiles that reach a level where `reach` tokens do; with a budget pins are filled up to tiles. */
-__device__ __forceinline__ uint32_t tiles_at(const solver &s, uint32_t reach, uint32_t pinned) {
-  const uint32_t n = reach + s.round_up;
-  return most((n >= s.a.n ? s.a.n + TILE - 1 : n) / TILE,
+/* rdkv__tiles of n tokens that reach the threshold, round_up among them. high [HIGH] tokens from
+   each octave above the fine bins up, or NULL: none. */
+__device__ __forceinline__ uint32_t whole_tiles(uint32_t n, uint32_t all, const uint32_t *high,
+                                                uint32_t pinned) {
+  if (n >= all) return (all + TILE - 1) / TILE;
+  const uint32_t tiles = n / TILE, paid = most(tiles * TILE, pinned);
+  uint32_t worth = n > paid ? n - paid : 0;
+#pragma unroll
+  for (uint32_t i = 0; i < HIGH && high; ++i) worth += high[i] > paid ? (high[i] - paid) << i : 0;
+  return tiles + (worth >= TILE);
+}
+
+/* The same; with a budget pins are filled up to tiles. */
+__device__ __forceinline__ uint32_t tiles_at(const solver &s, uint32_t reach, const uint32_t *high,
+                                             uint32_t pinned) {
+  return most(whole_tiles(reach + s.round_up, s.a.n, high, pinned),
               s.round_up ? 0 : (pinned + TILE - 1) / TILE);
 }
 
-/* Tokens that reach level l + 1. */
-__device__ __forceinline__ uint32_t reach_of(const solver &s, const solve_head *h, uint32_t l) {
-  return most(least(h->tiles[l] * TILE, s.a.n), h->pinned[l + 1]);
+/* rdkv__reach. */
+__device__ __forceinline__ uint32_t reach_of(const solve_head *h, uint32_t l, uint32_t below) {
+  return least(most(h->tiles[l] * TILE, h->pinned[l + 1]), below);
 }
 
 /* What a tile that reaches level l + 1 takes more than at level l. */
@@ -6676,23 +6689,35 @@ __device__ __forceinline__ uint32_t table_bytes(const solve_head *h) {
    threshold lies at the lower edge of each to hist. By the head's last block. */
 __device__ __noinline__ void add_up(const solver &s, uint32_t i) {
   __shared__ u64 fine_scratch[33];
+  __shared__ uint32_t fine_high[4][HIGH];
   const solve_head *h = s.head(i);
+  const uint32_t tid = threadIdx.x;
+  uint32_t n[4];
   u64 bytes = table_bytes(h);
   for (uint32_t l = 0; l < 4; l += 2) { /* two levels in one sum */
-    uint32_t *at = s.bins(i) + l * FINE + (FINE - 1 - threadIdx.x);
+    uint32_t *at = s.bins(i) + l * FINE + (FINE - 1 - tid);
     const u64 mine = at[0] | static_cast<u64>(at[FINE]) << 32;
     u64 all;
     const u64 sum = mine + block_scan(mine, fine_scratch, &all);
-    const uint32_t n[2] = {static_cast<uint32_t>(sum), static_cast<uint32_t>(sum >> 32)};
-    at[0] = n[0], at[FINE] = n[1];
-    for (uint32_t k = 0; k < 2; ++k)
-      bytes += static_cast<u64>(tiles_at(s, n[k], h->pinned[l + k + 1])) * tile_cost(s, h, l + k);
+    at[0] = n[l] = static_cast<uint32_t>(sum);
+    at[FINE] = n[l + 1] = static_cast<uint32_t>(sum >> 32);
   }
-  atomicAdd(&s.hist()[FINE - 1 - threadIdx.x], bytes);
+  for (uint32_t l = 0; l < 4; ++l)
+    if (tid < HIGH) fine_high[l][HIGH - 1 - tid] = n[l];
+  __syncthreads();
+  for (uint32_t l = 0; l < 4; ++l)
+    bytes +=
+        static_cast<u64>(tiles_at(s, n[l], fine_high[l], h->pinned[l + 1])) * tile_cost(s, h, l);
+  atomicAdd(&s.hist()[FINE - 1 - tid], bytes);
 }
 
-/* Tokens of every head and level by slope in 1/256 octaves from base up, as add_up() leaves them.
- */
+/* rdkv__fine_bin. */
+__device__ __forceinline__ uint32_t fine_bin(uint32_t base, uint32_t slope) {
+  const uint32_t x = slope - base, fine = FINE - HIGH;
+  return least(x < fine ? x : fine + (x - fine) / 256, base ? FINE - 1 : fine - 1);
+}
+
+/* Tokens of every head and level by slope from base up, as add_up() leaves them. */
 __device__ __noinline__ void fine_bins(solver &s, float base) {
   enum { COPIES = SOLVE_WORDS / (4 * FINE) };
   const uint32_t bottom = __float_as_uint(base) >> 15;
@@ -6705,8 +6730,7 @@ __device__ __noinline__ void fine_bins(solver &s, float base) {
         for (uint32_t l = 0; l < 4; ++l) {
           const uint32_t b = slope[l] >> 15;
           if (slope[l] == 0 || b < bottom) break;
-          atomicAdd(
-              &count[(l * FINE + least(b - bottom, FINE - 1)) * COPIES + threadIdx.x % COPIES], 1u);
+          atomicAdd(&count[(l * FINE + fine_bin(bottom, b)) * COPIES + threadIdx.x % COPIES], 1u);
         }
       },
       [&](uint32_t i, const v_costs &) {
@@ -6725,13 +6749,16 @@ __device__ __noinline__ void fine_bins(solver &s, float base) {
 }
 
 __device__ __forceinline__ uint32_t fine_edge(float base, uint32_t bin) {
-  return ((__float_as_uint(base) >> 15) + bin) << 15;
+  const uint32_t fine = FINE - HIGH;
+  return ((__float_as_uint(base) >> 15) + (bin < fine ? bin : fine + 256 * (bin - fine))) << 15;
 }
 
 /* A threshold for whole tiles: the lower edge of a fine bin; or FINE, pins alone. */
 struct cut {
   float base, threshold;
   uint32_t bin;
+
+  __device__ uint32_t floor() const { return bin < FINE ? most(fine_edge(base, 0), 1) : PINNED; }
 };
 
 /* Slopes of each level between which it must be looked at which tokens are taken. Above `to` all
@@ -6752,16 +6779,16 @@ __device__ __forceinline__ void find_windows(const solver &s, uint32_t i, const 
   __shared__ uint32_t window_low[4], window_high[4];
   const uint32_t tid = threadIdx.x, bin = at.bin;
   __syncthreads();
-  if (tid < 4)
-    window_low[tid] = bin < FINE ? most(fine_edge(at.base, 0), 1) : PINNED, window_high[tid] = ~0u;
+  if (tid < 4) window_low[tid] = at.floor(), window_high[tid] = ~0u;
   __syncthreads();
 #pragma unroll
   for (uint32_t l = 0; bin < FINE && l < 4; ++l) {
     /* the bin of this thread is the one in which so many tokens have come together */
     const uint32_t *bins = s.bins(i) + l * FINE, here = bins[bin], n = bins[tid];
     const uint32_t above = tid + 1 < FINE ? bins[tid + 1] : 0;
-    const uint32_t enough =
-        last_offer(s, bins, bin, tiles_at(s, here, s.head(i)->pinned[l + 1])) * TILE + 3 * TILE;
+    const uint32_t pinned = s.head(i)->pinned[l + 1];
+    const uint32_t tiles = tiles_at(s, here, bins + FINE - HIGH, pinned);
+    const uint32_t enough = last_offer(s, bins, bin, tiles) * TILE + 3 * TILE;
     if (tid >= bin && tid + 1 < FINE && here - above >= MARGIN && here - n < MARGIN)
       window_high[l] = fine_edge(at.base, tid + 1);
     if (tid < bin && n >= enough && above < enough)
@@ -6857,16 +6884,17 @@ __device__ __noinline__ void sort_short(u64 *to, u64 *const list[4], const uint3
   __syncthreads();
 }
 
-/* Key of a token for a level, where not every token has been looked at at once. */
+/* Key of a token for a level, where not every token has been looked at at once; slopes below the
+   floor as 0. */
 __device__ __noinline__ u64 key_of(const solver &s, uint32_t i, const v_costs &c, uint32_t t,
-                                   uint32_t l) {
+                                   uint32_t l, uint32_t floor) {
   const float *d = s.v_distortion(i);
   float x[5];
   uint32_t slope[4];
   for (int j = 0; j < 5; ++j) x[j] = d[static_cast<size_t>(j) * s.a.n + t];
   slopes_of(x, c, s.a.pin ? s.a.pin[static_cast<size_t>(s.first + i) * s.a.n + t] : 0, slope);
   const uint32_t y = l == 0 ? slope[0] : l == 1 ? slope[1] : l == 2 ? slope[2] : slope[3];
-  return static_cast<u64>(y) << 32 | static_cast<uint32_t>(~t);
+  return static_cast<u64>(y >= floor ? y : 0) << 32 | static_cast<uint32_t>(~t);
 }
 
 /* rdkv__offer for one head, by one block; leaves its lists in order. */
@@ -6902,9 +6930,11 @@ __device__ __noinline__ void offer(const solver &s, uint32_t i, const cut &at, c
   for (uint32_t l = 0; l < 4; ++l) {
     const uint32_t *bins = s.bins(i) + l * FINE;
     uint32_t have = at.bin < FINE ? bins[at.bin] : 0, n_offers = 0, n_above = h->n_sure[l];
-    const uint32_t tiles = tiles_at(s, have, h->pinned[l + 1]);
+    const uint32_t pinned = h->pinned[l + 1];
+    const uint32_t tiles = tiles_at(s, have, at.bin < FINE ? bins + FINE - HIGH : nullptr, pinned);
     if (at.bin > 0 && at.bin < FINE && s.round_up == 0) {
-      const uint32_t end = least(last_offer(s, bins, at.bin, tiles), tiles_at(s, bins[0], 0));
+      const uint32_t end =
+          least(last_offer(s, bins, at.bin, tiles), whole_tiles(bins[0], s.a.n, nullptr, 0));
       n_offers = end > tiles ? end - tiles : 0;
     }
     if (!lists && n_offers > 0) { /* all the tokens in question, in the room of four lists */
@@ -6915,7 +6945,7 @@ __device__ __noinline__ void offer(const solver &s, uint32_t i, const cut &at, c
       if (threadIdx.x == 0) offer_listed[0] = 0;
       __syncthreads();
       for (uint32_t t = threadIdx.x; t < s.a.n; t += SOLVE) {
-        const u64 key = key_of(s, i, c, t, l);
+        const u64 key = key_of(s, i, c, t, l, 0);
         if (key < top && key >> 32 >= w.from[l]) list[l][atomicAdd(&offer_listed[0], 1u)] = key;
       }
       __syncthreads();
@@ -6924,7 +6954,8 @@ __device__ __noinline__ void offer(const solver &s, uint32_t i, const cut &at, c
     for (uint32_t j = threadIdx.x; j < n_offers; j += SOLVE)
       s.offers(i, l)[j] = list[l][least((tiles + 1 + j) * TILE, s.a.n) - 1 - n_above];
     if (threadIdx.x == 0)
-      h->tiles[l] = tiles, h->n_offers[l] = n_offers, h->taken[l] = 0, h->sure_from[l] = w.to[l];
+      h->tiles[l] = tiles, h->n_offers[l] = n_offers, h->taken[l] = 0, h->list_from[l] = w.from[l],
+      h->sure_from[l] = w.to[l];
   }
   if (threadIdx.x == 0) h->no_lists = !lists;
   __syncthreads();
@@ -7060,7 +7091,7 @@ __device__ __noinline__ void collect(solver &s, const cut &at, u64 budget) {
 
 /* Level after level the best tokens of those at the level below rise, as many as the tiles hold:
    by looking at all of them. By one block. */
-__device__ __noinline__ void raise_all(const solver &s, uint32_t i) {
+__device__ __noinline__ void raise_all(const solver &s, uint32_t i, uint32_t floor) {
   __shared__ uint32_t raise_digits[256], raise_found[2];
   __shared__ u64 raise_scratch[33];
   const solve_head *h = s.head(i);
@@ -7070,7 +7101,7 @@ __device__ __noinline__ void raise_all(const solver &s, uint32_t i) {
   __syncthreads();
   for (uint32_t t = threadIdx.x; t < s.a.n; t += SOLVE) v_bits[t] = 0;
   for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t want = reach_of(s, h, l);
+    const uint32_t want = reach_of(h, l, at_level);
     const uint8_t here = static_cast<uint8_t>(width_of(static_cast<int>(l)));
     uint32_t k = want;
     u64 limit = 0; /* the least key that rises, digit by digit */
@@ -7080,7 +7111,7 @@ __device__ __noinline__ void raise_all(const solver &s, uint32_t i) {
       __syncthreads();
       for (uint32_t t = threadIdx.x; t < s.a.n && want > 0; t += SOLVE) {
         if (v_bits[t] != here) continue;
-        const u64 key = key_of(s, i, c, t, l);
+        const u64 key = key_of(s, i, c, t, l, floor);
         if (shift == 56 || key >> (shift + 8) == limit >> (shift + 8))
           atomicAdd(&raise_digits[key >> shift & 255], 1u);
       }
@@ -7095,30 +7126,59 @@ __device__ __noinline__ void raise_all(const solver &s, uint32_t i) {
       if (want > 0) limit |= static_cast<u64>(raise_found[0]) << shift, k -= raise_found[1];
     }
     for (uint32_t t = threadIdx.x; t < s.a.n && want > 0; t += SOLVE)
-      if (v_bits[t] == here && key_of(s, i, c, t, l) >= limit)
+      if (v_bits[t] == here && key_of(s, i, c, t, l, floor) >= limit)
         v_bits[t] = static_cast<uint8_t>(width_of(static_cast<int>(l) + 1));
     at_level = want;
   }
 }
 
+/* The first `want` of n tokens with a width get the next one. By one block. */
+__device__ __noinline__ void raise_first(uint8_t *bits, uint32_t n, uint8_t from, uint8_t to,
+                                         uint32_t want) {
+  __shared__ u64 first_scratch[33];
+  const uint32_t skew = reinterpret_cast<uintptr_t>(bits) % 16, words = (skew + n + 15) / 16;
+  const uint32_t each = (words + SOLVE - 1) / SOLVE, four = from * 0x01010101u;
+  const uint32_t w0 = least(threadIdx.x * each, words), w1 = least(w0 + each, words);
+  const auto begin = [&](uint32_t w) { return 16 * w > skew ? 16 * w - skew : 0; };
+  uint32_t mine = 0;
+  for (uint32_t w = w0; w < w1; ++w) {
+    const uint32_t t0 = begin(w), t1 = least(begin(w + 1), n);
+    if (t1 - t0 == 16) {
+      const uint4 x = *reinterpret_cast<const uint4 *>(bits + t0);
+      mine += static_cast<uint32_t>(
+          __popc(__vcmpeq4(x.x, four) & 0x01010101u) + __popc(__vcmpeq4(x.y, four) & 0x01010101u) +
+          __popc(__vcmpeq4(x.z, four) & 0x01010101u) + __popc(__vcmpeq4(x.w, four) & 0x01010101u));
+    } else {
+      for (uint32_t t = t0; t < t1; ++t) mine += bits[t] == from;
+    }
+  }
+  u64 all;
+  uint32_t before = static_cast<uint32_t>(block_scan(mine, first_scratch, &all));
+  for (uint32_t t = begin(w0), t1 = least(begin(w1), n); mine > 0 && t < t1 && before < want; ++t)
+    if (bits[t] == from) bits[t] = to, ++before;
+  __syncthreads();
+}
+
 /* The same by the lists in order; false where they did not suffice. */
-__device__ __noinline__ bool raise_listed(const solver &s, uint32_t i) {
+__device__ __noinline__ bool raise_listed(const solver &s, uint32_t i, uint32_t floor) {
   __shared__ u64 listed_scratch[33];
   __shared__ uint32_t listed_last[1];
   const solve_head *h = s.head(i);
   uint8_t *v_bits = s.v_bits(i);
+  uint32_t at_level = s.a.n;
   for (uint32_t l = 0; l < 4; ++l) {
     const u64 *keys = s.list(i) + l * static_cast<size_t>(s.a.capacity);
     const uint32_t n = h->n_list[l], each = (n + SOLVE - 1) / SOLVE;
     const uint32_t j0 = least(threadIdx.x * each, n), j1 = least(j0 + each, n);
     const uint8_t here = static_cast<uint8_t>(width_of(static_cast<int>(l))),
                   next = static_cast<uint8_t>(width_of(static_cast<int>(l) + 1));
-    const uint32_t want = reach_of(s, h, l), sure = h->n_sure[l];
+    const uint32_t want = reach_of(h, l, at_level), sure = h->n_sure[l];
+    at_level = want;
     u64 mine = 0, all;
 #pragma unroll 4
     for (uint32_t j = j0; j < j1; ++j) mine += v_bits[~static_cast<uint32_t>(keys[j])] == here;
     uint32_t before = static_cast<uint32_t>(block_scan(mine, listed_scratch, &all));
-    if (want < sure || all + sure < want) return false;
+    if (want < sure || (all + sure < want && h->list_from[l] > floor)) return false;
     const uint32_t need = want - sure;
     if (threadIdx.x == 0) listed_last[0] = 0;
     __syncthreads();
@@ -7129,6 +7189,10 @@ __device__ __noinline__ bool raise_listed(const solver &s, uint32_t i) {
       if (++before == need) listed_last[0] = j;
     }
     __syncthreads();
+    if (need > all) {
+      raise_first(v_bits, s.a.n, here, next, need - static_cast<uint32_t>(all));
+      continue;
+    }
     /* all that are listed must lie below those that are sure */
     if (sure > 0 && (need == 0 || keys[listed_last[0]] >> 32 >= h->sure_from[l])) return false;
     __syncthreads();
@@ -7137,14 +7201,14 @@ __device__ __noinline__ bool raise_listed(const solver &s, uint32_t i) {
 }
 
 /* rdkv__assign for one head, by one block. */
-__device__ __noinline__ void assign(const solver &s, uint32_t i) {
+__device__ __noinline__ void assign(const solver &s, uint32_t i, const cut &at) {
   solve_head *h = s.head(i);
-  if (h->no_lists || !raise_listed(s, i)) raise_all(s, i);
+  if (h->no_lists || !raise_listed(s, i, at.floor())) raise_all(s, i, at.floor());
   __syncthreads();
   if (threadIdx.x > 0) return;
   uint32_t last = s.a.n;
   for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t reach = reach_of(s, h, l);
+    const uint32_t reach = reach_of(h, l, last);
     h->count[l] = last - reach, last = reach;
     h->n_list[l] = h->n_sure[l] = 0;
   }
@@ -7263,14 +7327,15 @@ __device__ __noinline__ void solve(solver &s, uint64_t budget, double *used) {
     fine_bins(s, at.base);
     s.choose = KEEP;
     /* the lowest bin that fits */
-    const uint32_t lo = static_cast<uint32_t>(__syncthreads_count(s.hist()[threadIdx.x] > budget));
-    if (lo == FINE) {
+    const uint32_t lo = static_cast<uint32_t>(
+        __syncthreads_count(threadIdx.x < FINE - HIGH && s.hist()[threadIdx.x] > budget));
+    if (lo == FINE - HIGH) {
       if (threshold > 1e37f || tries > 64) { /* pins alone, K dropped */
         s.choose = BY_NONE, s.chosen = max;
         break;
       }
       threshold = threshold * 2 > lowest ? threshold * 2 : lowest;
-      s.choose = BY_FINE, s.chosen = threshold, s.above = FINE - 1;
+      s.choose = BY_FINE, s.chosen = threshold, s.above = FINE - HIGH - 1;
       raised = true;
     } else if (at.base > 0 && tries <= 64 && lo == 0) {
       threshold = at.base > lowest ? at.base : 0; /* below the lowest slope: everything */
@@ -7283,7 +7348,7 @@ __device__ __noinline__ void solve(solver &s, uint64_t budget, double *used) {
   threshold = at.bin < FINE ? __uint_as_float(fine_edge(at.base, at.bin)) : max;
   *used = static_cast<double>(threshold);
   collect(s, at, budget);
-  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x) assign(s, i);
+  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x) assign(s, i, at);
 }
 
 /* The least that heads can take: what is pinned, K dropped. */
@@ -7356,7 +7421,7 @@ __device__ inline void solve_at(solver &s, float threshold) {
   fine_bins(s, at.base);
   s.choose = KEEP;
   collect(s, at, 0);
-  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x) assign(s, i);
+  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x) assign(s, i, at);
 }
 
 /* The smallest budget that meets config.max_error, within 0.1 %. */
@@ -7681,7 +7746,9 @@ static __global__ void __launch_bounds__(AT_TOKENS)
   const double given = a.device_lambda ? *a.device_lambda : a.given_lambda;
   const float threshold =
       given > 3.4028234663852886e38 ? __uint_as_float(PINNED) : __double2float_rn(given);
-  const uint32_t edge = __float_as_uint(threshold);
+  const uint32_t edge = __float_as_uint(threshold),
+                 base =
+                     (edge >> 15) - least(edge >> 15, FINE / 2); /* as rdkv__fine_bins wants it */
   const int pin = a.pin && has_token ? a.pin[static_cast<size_t>(blockIdx.x) * n + tid] : 0;
   float x[5] = {0, 0, 0, 0, 0}, k[4] = {0, 0, 0, 0};
   bool odd = false;
@@ -7730,19 +7797,26 @@ static __global__ void __launch_bounds__(AT_TOKENS)
   }
   if (has_channel)
     view.k_bits[row * kd + tid] = static_cast<uint8_t>(width_of(static_cast<int>(k_level)));
-  /* level after level the best of those at the level below rise: as many as the whole tiles of
-     those whose slope reaches the threshold's fine bin, of which a tile may lack a quarter */
+  /* level after level the best of those at the level below rise, as many as rdkv__tiles says for
+     the threshold's fine bin; a tile may lack a quarter */
   if (has_token) slopes_of(x, costs_of(k_tile, a.v_dim, a.positions), pin, slope);
   uint32_t below = n;
   int level = has_token ? 0 : -1;
 #pragma unroll
   for (int l = 0; l < 4; ++l) {
-    const uint32_t reach =
-        TILE / 4 +
+    uint32_t reach =
         static_cast<uint32_t>(__syncthreads_count(slope[l] > 0 && slope[l] >> 15 >= edge >> 15));
-    uint32_t want = reach >= n ? n : reach / TILE * TILE;
-    if (a.pin) want = most(want, a.heads[blockIdx.x].pinned[l + 1]);
-    const u64 key = static_cast<u64>(slope[l]) << 10 | (AT_TOKENS - 1 - tid);
+    const uint32_t pinned = a.pin ? a.heads[blockIdx.x].pinned[l + 1] : 0;
+    uint32_t high[HIGH] = {0};
+#pragma unroll
+    for (uint32_t i = 0; i < HIGH; ++i)
+      if (base > 0 && (i ? high[i - 1] : reach) > pinned)
+        high[i] = static_cast<uint32_t>(
+            __syncthreads_count(slope[l] >> 15 >= base + FINE - HIGH + 256 * i));
+    uint32_t want = least(whole_tiles(reach + TILE / 4, n, high, pinned) * TILE, n);
+    want = least(most(want, pinned), below);
+    const u64 key =
+        static_cast<u64>(slope[l] >> 15 >= base ? slope[l] : 0) << 10 | (AT_TOKENS - 1 - tid);
     u64 limit = 0; /* the least key that rises: bit by bit, until it leaves as many as it should */
     for (u64 bit = want > 0 && want < below ? 1ull << 41 : 0; bit; bit >>= 1) {
       const uint32_t above =

@@ -5,7 +5,7 @@
 
 #include "test.h"
 
-enum { MAX_LAYERS = 4 };
+enum { MAX_LAYERS = 10 };
 
 /* How the values of a tensor lie in memory; what lies between them is NaN. */
 typedef enum layout {

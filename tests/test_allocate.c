@@ -392,6 +392,90 @@ static void error_target(void) {
     }
 }
 
+/* Each query head looks for one of `few` tokens, so that these have nearly all of a head's weight.
+ */
+static void look_for_few(problem *p, uint32_t few, uint64_t seed) {
+  size_t kd = (size_t)p->cfg.k_dim, hq = (size_t)p->cfg.n_q_heads, hk = (size_t)p->cfg.n_kv_heads;
+  size_t n = p->n_tokens, i, h, d;
+  uint64_t rng = seed;
+  double size = sqrt(128.0 / (double)kd);
+  float *k = p->k[0], *v = p->v[0], *q = p->q[0];
+  for (i = 0; i < n * hk * kd; i++) k[i] = (float)rng_normal(&rng);
+  for (i = 0; i < n * hk * (size_t)p->cfg.v_dim; i++) v[i] = (float)rng_normal(&rng);
+  for (i = 0; i < p->n_queries; i++)
+    for (h = 0; h < hq; h++) {
+      size_t t = (n / few * ((i * hq + h) % few) + 17) % n;
+      const float *row = k + (t * hk + h / (hq / hk)) * kd;
+      for (d = 0; d < kd; d++)
+        q[(i * hq + h) * kd + d] = (float)(size * ((double)row[d] + 0.5 * rng_normal(&rng)));
+    }
+  memcpy(p->raw[0][0], k, n * hk * kd * sizeof *k);
+  memcpy(p->raw[0][1], v, n * hk * (size_t)p->cfg.v_dim * sizeof *v);
+  memcpy(p->raw[0][2], q, p->n_queries * hq * kd * sizeof *q);
+}
+
+/* The most that 32 tokens of one width, one width up, would save for a byte. */
+static double best_tile(const problem *p) {
+  size_t n = p->n_tokens, kd = (size_t)p->cfg.k_dim, h, i, j;
+  uint32_t block = ((uint32_t)p->cfg.v_dim + 15) / 16 * 64;
+  double best = 0.0;
+  int l, w;
+  for (l = 0; l < p->cfg.n_layers; l++)
+    for (h = 0; h < (size_t)p->cfg.n_kv_heads; h++)
+      for (w = 0; w < 4; w++) {
+        const rdkv_layer *x = &p->layer[l];
+        const float *d = x->v_distortion + (h * 5 + (size_t)w) * n;
+        double gain[32] = {0}, sum = 0.0, cost = w ? (double)(block << w) : 2.0 * block + 128;
+        uint32_t channels[4] = {0, 0, 0, 0};
+        for (i = 0; i < kd; i++) channels[width_index(x->k_bits[h * kd + i])]++;
+        for (j = 1; j < 4 && w == 0; j++) cost += (double)((channels[j] + 15) / 16 * (64u << j));
+        for (i = 0; i < n; i++) {
+          double g = (double)d[i] - (double)d[n + i];
+          if (width_index(x->v_bits[h * n + i]) != w || g <= gain[31]) continue;
+          for (j = 31; j > 0 && gain[j - 1] < g; j--) gain[j] = gain[j - 1];
+          gain[j] = g;
+        }
+        for (j = 0; j < 32; j++) sum += gain[j];
+        if (sum / cost > best) best = sum / cost;
+      }
+  return best;
+}
+
+/* Tokens are stored 32 at a time: few of great weight are worth it too, and where one head rests on
+   them its output is right. */
+static void few_tokens(void) {
+  static const uint32_t few[] = {1, 5, 20, 40};
+  double worst = 0.0, worst_tile = 0.0;
+  size_t i;
+  int dim;
+  for (dim = 64; dim <= 128; dim += 64)
+    for (i = 0; i < sizeof few / sizeof *few; i++) {
+      rdkv_config c = config_of(8, 2, dim, 0);
+      problem p;
+      rdkv_segment s;
+      rdkv_cache cache;
+      double error, tile;
+      size_t bytes;
+      void *scratch;
+      p = problem_make(&c, 3000, RDKV_F32, DENSE, 21);
+      look_for_few(&p, few[i], i);
+      problem_compress(&p);
+      s = problem_open(&p);
+      memset(&cache, 0, sizeof cache);
+      cache.segments = &s, cache.n_segments = 1, cache.isa = p.cfg.isa;
+      bytes = rdkv_measure_error_scratch(&p.cfg, p.n_tokens), scratch = mem_new(bytes);
+      CHECK_OK(rdkv_measure_error(&p.cfg, &cache, 0, &p.kv[0], p.n_tokens, p.q[0], (int)p.n_queries,
+                                  &error, scratch, bytes));
+      tile = best_tile(&p) / p.layer[0].lambda;
+      test_where("dim %d, %u tokens: error %g, a tile gains %g", dim, few[i], error, tile);
+      CHECK_LE(error, 0.25), CHECK_LE(tile, 4.0);
+      if (error > worst) worst = error;
+      if (tile > worst_tile) worst_tile = tile;
+      mem_free(scratch), problem_free(&p);
+    }
+  printf("few tokens: error at most %.3f, 32 tokens gain at most %.1f lambda\n", worst, worst_tile);
+}
+
 static void given_lambda(void) {
   rdkv_config c = config_of(4, 2, 64, 0);
   problem p;
@@ -548,6 +632,7 @@ int main(void) {
   RUN(pins);
   RUN(share);
   RUN(error_target);
+  RUN(few_tokens);
   RUN(given_lambda);
   RUN(histograms);
   RUN(edge_shapes);

@@ -104,7 +104,7 @@ int main(void) {
   rdkv_config c = config_of(HQ, 2, DIM, DIM);
   void *memory;
   size_t bytes;
-  c.n_layers = MAX_LAYERS, c.keep = 0.2;
+  c.n_layers = 4, c.keep = 0.2;
   shared = problem_make(&c, 300, RDKV_F16, DENSE, 1);
   problem_compress(&shared);
   segment = problem_open(&shared);

@@ -503,6 +503,8 @@ static void test_allocate() {
         rdkv_config c = config_of(shape[s][0], shape[s][1], shape[s][2], shape[s][3]);
         c.keep = keep[(seed + static_cast<size_t>(variant)) % 5];
         c.n_layers = variant % 3 == 2 ? 3 : 1;
+        if (length[n] == 150 && variant >= 5 && variant <= 8)
+          c.n_layers = 9; /* more than a launch has */
         c.scope = static_cast<rdkv_scope>(variant % 4), c.positions = variant == 5;
         if (variant == 3 || variant == 7)
           c.lambda = variant == 3 ? 1e-6 : 1e-4 * static_cast<double>(s);
@@ -519,18 +521,19 @@ static void test_allocate() {
       }
 }
 
-/* Weights that tie, vanish or stand alone, and budgets at both ends. */
+/* Weights that tie, vanish or stand alone, few that outweigh all others, and budgets at both ends.
+ */
 static void test_allocate_edges() {
   static const uint32_t length[] = {1, 31, 33, 400, 3000};
   for (size_t n = 0; n < sizeof length / sizeof *length; ++n)
-    for (int kind = 0; kind < 7; ++kind)
+    for (int kind = 0; kind < 9; ++kind)
       for (int variant = 0; variant < 6; ++variant) {
         if (small_run && (length[n] != 33 || kind % 3 || variant != (kind + 3) % 6)) continue;
         rdkv_config c = config_of(2, 2, 64, 64);
         c.scope = variant == 2   ? RDKV_SCOPE_HEAD
                   : variant == 3 ? RDKV_SCOPE_LAMBDA
                                  : RDKV_SCOPE_MODEL;
-        c.lambda = variant == 3 ? 1e-7 : 0;
+        c.lambda = variant == 3 ? (kind < 7 ? 1e-7 : 0.02) : 0;
         c.keep = variant == 1 ? 1.0 : variant == 5 ? 0.01 : 0.15;
         if (variant == 4) c.profile = RDKV_PAPER, c.scope = RDKV_SCOPE_MODEL;
         test_where("allocate: %u tokens, kind %d, variant %d", length[n], kind, variant);
@@ -545,9 +548,12 @@ static void test_allocate_edges() {
           if (kind == 2) *w = 0;
           if (kind == 3) *w = static_cast<float>(i % 5) * 0.1f;
           if (kind == 4) *w = 1e-30f * static_cast<float>(1 + i % 7);
+          if (kind >= 7) *w = 1e-3f * static_cast<float>(1 + i % 13);
+          if (kind == 7 && i % 61 == 40) *w = 1e-3f * static_cast<float>(1 << i % 12);
+          if (kind == 8 && i % length[n] % 401 == 30) *w = 1e4f * static_cast<float>(1 + i % 3);
         }
         for (int head = 0; head < 2; ++head) /* distortions to match; kind 6: one slope for all */
-          for (size_t t = 0; t < length[n] && kind < 6; ++t)
+          for (size_t t = 0; t < length[n] && kind != 6; ++t)
             for (int l = 0; l < 5; ++l)
               dv[(static_cast<size_t>(head) * 5 + static_cast<size_t>(l)) * length[n] + t] =
                   p.layer[0].token[static_cast<size_t>(head) * length[n] + t] *
