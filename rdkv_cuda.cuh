@@ -2969,8 +2969,8 @@ enum {
   PACKED = 304,  /* most slots of a channel table: 16 blocks and a partly filled one for each run */
   CHUNK = 2048,  /* tokens that a block looks through */
   THREADS = 256,
-  LIST = 4096, /* tokens that a block orders */
   LIST_THREADS = 512,
+  LIST = 16 * LIST_THREADS, /* tokens that a block lists at a time */
   BINS = RDKV_HISTOGRAM_BINS
 };
 static const uint32_t FULL = 0xffffffffu, MAX_HALF = 0x477fe000u; /* bits of 65504.0f */
@@ -3204,22 +3204,14 @@ __device__ inline u64 block_scan(u64 x, u64 *scratch, u64 *total) {
 struct order_args {
   const uint8_t *v_bits;     /* [heads][n] */
   const float *v_distortion; /* [heads][5][n] to add up, or NULL */
-  double *sums;              /* [heads][chunks] distortion */
-  uint32_t *order;           /* [heads][n] */
-  uint32_t *kept;            /* [heads][5] tokens in all, and where each run starts */
+  double *sums;              /* [heads][parts] distortion */
+  uint32_t *order;           /* [heads][n] by run */
   uint32_t *status;
-  uint32_t n, chunks;
+  uint32_t n, each, parts; /* tokens of a part, parts of a head */
 };
 
 __device__ __forceinline__ uint32_t bin_of(float x) {
   return least(__float_as_uint(x) >> 20, BINS - 1);
-}
-
-/* Run of a token, 0..3; -1 if it is not in the list. */
-__device__ __forceinline__ int run_of(const order_args &a, int head, uint32_t t) {
-  const int level = level_of(a.v_bits[static_cast<size_t>(head) * a.n + t]);
-  if (level < 0) fail(a.status, RDKV_ERR_CONFIG);
-  return level < 1 ? -1 : level - 1;
 }
 
 /* ---- items: layers or sequences that one call takes together */
@@ -3255,12 +3247,11 @@ struct range_args {
   const uint32_t *cut; /* [heads] lowest bin of D(0) that is kept, or BY_WIDTH */
   float *parts; /* [heads][parts][kinds][channels]: sums of 1 or 8 spans, then a block's lowest and
                    highest */
-  uint32_t *kept;               /* [heads][groups], zeroed; or whether sums are wanted */
-  const uint32_t *order, *runs; /* as order_args' order and kept */
-  uint32_t *done;               /* [heads][groups] blocks that have written their parts, zeroed */
-  int *lo, *hi;                 /* [heads][MAX_DIM] ordered */
-  float *sum;                   /* [heads][MAX_DIM] */
-  float norm;                   /* softmax_scale squared */
+  uint32_t *kept; /* [heads][groups], zeroed */
+  uint32_t *done; /* [heads][groups] blocks that have written their parts, zeroed */
+  int *lo, *hi;   /* [heads][MAX_DIM] ordered */
+  float *sum;     /* [heads][MAX_DIM] */
+  float norm;     /* softmax_scale squared */
   uint32_t *status;
   uint32_t n, spans, groups; /* groups of 64 channels */
   uint32_t each;             /* log2 of the spans of a part: 0 or 3 */
@@ -3271,6 +3262,7 @@ struct range_args {
 template <int DTYPE>
 struct raw_pair {
   uint32_t x;
+  __device__ __forceinline__ void set(uint32_t word) { x = word; }
   __device__ __forceinline__ void load(const void *p, ptrdiff_t stride, bool whole, int n) {
     const uint16_t *h = static_cast<const uint16_t *>(p);
     if (whole)
@@ -3286,6 +3278,7 @@ struct raw_pair {
 template <>
 struct raw_pair<RDKV_F32> {
   float x, y;
+  __device__ __forceinline__ void set(uint32_t) {} /* words have no pairs of them */
   __device__ __forceinline__ void load(const void *p, ptrdiff_t stride, bool, int n) {
     const float *f = static_cast<const float *>(p);
     x = n > 0 ? __ldg(f) : 0, y = n > 1 ? __ldg(f + stride) : 0;
@@ -3511,117 +3504,9 @@ __host__ __device__ inline uint32_t parts_of(const range_args &a) {
   return (a.spans + (1u << a.each) - 1) >> a.each;
 }
 
-/* Range of a head's channels d and d + 1 over the kept tokens in the order of the list: a warp
-   takes every so manieth eight of them. */
-template <int DTYPE>
-__device__ __forceinline__ void ends_of_list(const range_args &a, const rdkv_tensor &k, int head,
-                                             int d, uint32_t warp, uint32_t warps,
-                                             extremes<DTYPE> *ends) {
-  const uint32_t n = a.runs[head * 5], *order = a.order + static_cast<size_t>(head) * a.n;
-  const pair_rows<DTYPE> rows(k, 0, head, d, a.k_dim);
-  const ptrdiff_t step = step_of(k);
-  raw_pair<DTYPE> x[8], ahead[8];
-  /* the last token again and again does no harm */
-  const auto load = [&](uint32_t i) {
-    const uint32_t t = order[least(i + (threadIdx.x & 7), n - 1)];
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-      ahead[j].load(rows.base + __shfl_sync(FULL, t, j) * step, rows.stride,
-                    rows.whole && rows.n > 0, rows.n);
-  };
-  if (8 * warp < n) load(8 * warp);
-  for (uint32_t i = 8 * warp; i < n; i += 8 * warps) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) x[j] = ahead[j];
-    if (i + 8 * warps < n) load(i + 8 * warps);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) ends->take(x[j]);
-  }
-}
-
-/* DTYPE is K's. A block takes every so manieth part of a head's 64 channels, for sums are added up
-   in order; without them the tokens as they are listed. */
-template <int DTYPE>
-__global__ void __launch_bounds__(RANGE_THREADS, 4) range_kernel(range_args a) {
-  enum { KINDS = 3 };
-  __shared__ float scratch[8192];
-  __shared__ __align__(16) int lists[STRETCHES][STRETCH + 8];
-  float(*part)[STRETCHES][64] = reinterpret_cast<float(*)[STRETCHES][64]>(scratch);
-  const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
-  const int head = static_cast<int>(blockIdx.y);
-  const uint32_t h = blockIdx.z * static_cast<uint32_t>(a.heads) + blockIdx.y;
-  const uint32_t group = blockIdx.x % a.groups, block = blockIdx.x / a.groups;
-  const uint32_t blocks = gridDim.x / a.groups;
-  const int d = static_cast<int>(64 * group) + 2 * lane;
-  const item &it = a.items[blockIdx.z];
-  const size_t row = 64 * static_cast<size_t>(a.groups), step = KINDS * row;
-  float *parts = a.parts + static_cast<size_t>(h) * a.spans * step + 64 * group;
-  const uint32_t column = threadIdx.x & 63;
-  int *list = lists[warp];
-  extremes<DTYPE> ends;
-  uint32_t buffer = 0;
-  stretch next;
-  ends.clear();
-  pair_rows<DTYPE> rows(it.k, 0, head, d, a.k_dim);
-  const char *const first_row = rows.base;
-  const int k_step = step_of(it.k);
-  const float *const d0 = it.v_distortion + 5 * static_cast<size_t>(head) * a.n;
-  const uint8_t *const widths = it.v_bits + static_cast<size_t>(head) * a.n;
-  const bool sums = a.kept[h * a.groups + group] != 0;
-  if (!sums)
-    ends_of_list(a, it.k, head, d, block * STRETCHES + static_cast<uint32_t>(warp),
-                 blocks * STRETCHES, &ends);
-  next.load(a, d0, widths, BY_WIDTH,
-            (block << a.each) * SPAN + static_cast<uint32_t>(warp) * STRETCH, false);
-  float all = 0;
-  for (uint32_t span = block << a.each, after; span < a.spans && sums; span = after, buffer ^= 1) {
-    const uint32_t t0 = span * SPAN + static_cast<uint32_t>(warp) * STRETCH;
-    const bool whole =
-        ((span + 1) & ((1u << a.each) - 1)) == 0 || span + 1 == a.spans; /* the part is */
-    after = whole ? ((span >> a.each) + blocks) << a.each : span + 1;
-    const stretch now = next;
-    const uint32_t n = now.list(a, BY_WIDTH, t0, k_step, list, nullptr);
-    float2 sum = make_float2(0, 0);
-    if (after < a.spans) next.load(a, d0, widths, BY_WIDTH, t0 + (after - span) * SPAN, false);
-    if (n > 0) {
-      rows.base = first_row + static_cast<ptrdiff_t>(t0) * k_step;
-      raw_pair<DTYPE> x[8], ahead[8];
-      rows.load(list, x);
-      for (uint32_t i = 0; i < n; i += 8) {
-        if (i + 8 < n) rows.load(list + i + 8, ahead);
-#pragma unroll
-        for (uint32_t j = 0; j < 8; ++j) {
-          const float2 y = x[j].values();
-          const bool real = i + j < n; /* the first token is no harm to what it pads but sums */
-          if (real) ends.take(x[j]);
-          sum.x = __fadd_rn(sum.x, real ? y.x : 0), sum.y = __fadd_rn(sum.y, real ? y.y : 0);
-        }
-#pragma unroll
-        for (int j = 0; j < 8; ++j) x[j] = ahead[j];
-      }
-    }
-    *reinterpret_cast<float2 *>(&part[buffer][warp][2 * lane]) = sum;
-    __syncthreads();
-    if (threadIdx.x < 64) {
-      float s = 0;
-#pragma unroll
-      for (int w = 0; w < STRETCHES; ++w) s = __fadd_rn(s, part[buffer][w][column]);
-      all = __fadd_rn(all, s);
-      if (whole) parts[(span >> a.each) * step + column] = all, all = 0;
-    }
-  }
-  store_ends(a, ends, part, parts + block * step + row, row);
-  if (!last_block(&a.done[h * a.groups + group], blocks)) return;
-  const float2 low_high = load_ends(part, parts + row, row, step, blocks);
-  const float total = sums ? add_parts<64>(parts + column, parts_of(a), a.each, step, scratch) : 0;
-  const int c = static_cast<int>(64 * group + column);
-  if (threadIdx.x >= 64 || c >= a.k_dim) return;
-  const size_t at = static_cast<size_t>(h) * MAX_DIM + static_cast<size_t>(c);
-  a.lo[at] = ordered(low_high.x), a.hi[at] = ordered(low_high.y), a.sum[at] = total;
-}
-
 /* D of K at each width, from its range and, with u the distance from the last token and D(0) of V
-   for g, the sums of u, g u, g u^2 and g; launched as range_kernel is. */
+   for g, the sums of u, g u, g u^2 and g. DTYPE is K's. A block takes every so manieth part of a
+   head's 64 channels. */
 template <int DTYPE>
 __global__ void __launch_bounds__(RANGE_THREADS, 4) moments_kernel(range_args a) {
   enum { KINDS = 6 };
@@ -3737,73 +3622,54 @@ __global__ void __launch_bounds__(RANGE_THREADS, 4) moments_kernel(range_args a)
   it.k_distortion[(head * 4 + static_cast<int>(kind)) * a.k_dim + c] = __fmul_rn(q2, D);
 }
 
-/* ---- pack */
+/* ---- pack: a launch lists the kept tokens of each head and finds the range of K over them, a
+   second one writes the block */
 
-/* One head of the block to be. */
-struct head_plan {
-  uint32_t count[5], channels[4];
-  uint32_t first_tile[5]; /* tiles before each run; [4] all */
-  uint32_t run_bytes[4];  /* of a tile of each run */
-  uint32_t k_blocks[4];   /* blocks of 16 channels up to each level */
-  uint32_t k_tile;
-  uint64_t table, position, tile; /* offsets */
-  double v, k;                    /* predicted */
+/* What the first launch finds out about a head of the block to be. */
+struct head_counts {
+  uint32_t count[5], channels[4]; /* tokens and channels of each level */
+  double k;                       /* predicted distortion of K */
 };
 
 struct block_state {
-  uint64_t total, head_bytes;
-  u64 body_sum;
-  uint32_t done; /* blocks that have written their tiles */
-};
-
-/* What going through the rows of K and V takes. */
-struct channel_args {
-  rdkv_tensor k, v;
-  const int *lo, *hi; /* [heads][MAX_DIM] ordered */
-  const float *sum;   /* [heads][MAX_DIM] */
-  int k_dim, v_dim;
-};
-
-/* How a channel becomes codes, and where they go. */
-struct channel_code {
-  float mid, inv; /* or the authors' zero and scale */
-  float back;     /* the authors' 1 / scale; else what lifts a code to 0.. and leaves it in the low
-                     bits of the float */
-  uint32_t slot;  /* in table order, level - 1 in the top two bits; ~0: dropped */
+  u64 head_sum, body_sum; /* checksums, that of the head without its header */
+  uint32_t done;          /* blocks that have written their part */
 };
 
 struct pack_args {
-  order_args list;      /* of one layer */
-  channel_args channel; /* likewise */
-  head_plan *heads;     /* [n_layers][n_kv_heads]; of one layer where a kernel has one layer */
-  const head_plan *all_heads;
-  block_state *state;
-  const uint8_t *k_bits; /* [heads][k_dim] of one layer */
+  order_args list; /* of one layer */
+  rdkv_tensor k, v;
+  const uint8_t *k_bits; /* [heads][k_dim] of the layer */
   const float *k_distortion;
-  channel_code *codes; /* [heads][MAX_DIM] */
+  head_counts *heads; /* [n_layers][heads]; where a kernel has one layer, that layer's */
+  const head_counts *all_heads;
+  float2 *ends;    /* [n_layers][heads][slices][k_dim] lowest and highest K; likewise */
+  float *sums;     /* [heads][spans][k_dim] of K, in heads that drop channels */
+  uint16_t *slots; /* [heads][k_dim] where a channel stands in the table */
+  block_state *state;
   const double *lambda;
   const uint64_t *budget; /* that goes into the header, or NULL */
   uint8_t *block;
   uint64_t capacity;
   uint64_t *bytes;
-  uint32_t n_heads;                          /* in all layers */
-  uint32_t blocks;                           /* that write tiles, of all layers */
-  uint32_t *range_sums, *range_done, groups; /* of range_args: sums are for dropped channels */
-  item item_from, *item_to;                  /* the layer's place in range_args' table */
-  int joint, positions;
+  uint32_t n_heads;       /* in all layers */
+  uint32_t slices, spans; /* of a head */
+  uint32_t tile_blocks;   /* at most, of a head */
+  int k_dim, v_dim, joint, positions;
+  int again; /* ranges are known, from an earlier launch */
   rdkv_header header;
 };
 
-/* Predicted distortion of a head's V added up in order. One block. */
-static __device__ __noinline__ double add_in_order(const order_args &a, int head) {
-  __shared__ float value[CHUNK];
+/* Predicted distortion of a head's V added up in order. value [1024]. One block. */
+static __device__ __noinline__ double add_in_order(const order_args &a, int head, float *value) {
   double v = 0;
-  for (uint32_t t0 = 0; t0 < a.n; t0 += CHUNK) {
-    const uint32_t n = least(CHUNK, a.n - t0);
+  for (uint32_t t0 = 0; t0 < a.n; t0 += 1024) {
+    const uint32_t n = least(1024, a.n - t0);
     __syncthreads();
-    for (uint32_t i = threadIdx.x; i < n; i += THREADS) {
-      const uint32_t run = static_cast<uint32_t>(run_of(a, head, t0 + i) + 1);
-      value[i] = a.v_distortion[(static_cast<size_t>(head) * 5 + run) * a.n + t0 + i];
+    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
+      const int level = level_of(a.v_bits[static_cast<size_t>(head) * a.n + t0 + i]);
+      value[i] = a.v_distortion[(static_cast<size_t>(head) * 5 + static_cast<size_t>(level)) * a.n +
+                                t0 + i];
     }
     __syncthreads();
     if (threadIdx.x == 0)
@@ -3812,263 +3678,608 @@ static __device__ __noinline__ double add_in_order(const order_args &a, int head
   return v;
 }
 
-/* Adds this thread's share of n widths to the count of each run. */
-__device__ __forceinline__ void count_widths(const uint8_t *bits, uint32_t n, uint32_t count[4]) {
-  const auto add = [&](uint32_t x) {
+/* Adds four widths to the count of each run, which is 2, 4, 8 and 16 for one token. */
+__device__ __forceinline__ void count_four(uint32_t x, uint32_t count[4]) {
 #pragma unroll
-    for (int r = 0; r < 4; ++r) count[r] = __dp4a(x & 0x02020202u << r, 0x01010101u, count[r]);
-  };
+  for (int r = 0; r < 4; ++r) count[r] = __dp4a(x & 0x02020202u << r, 0x01010101u, count[r]);
+}
+
+/* Likewise this thread's share of n widths. */
+__device__ __forceinline__ void count_widths(const uint8_t *bits, uint32_t n, uint32_t count[4]) {
   const uint32_t skew = static_cast<uint32_t>(16 - reinterpret_cast<uintptr_t>(bits) % 16) % 16;
   const uint32_t before = least(skew, n), whole = (n - before) / 16, tail = (n - before) % 16;
-  if (threadIdx.x < before) add(bits[threadIdx.x]);
-  if (threadIdx.x < tail) add(bits[n - tail + threadIdx.x]);
+  if (threadIdx.x < before) count_four(bits[threadIdx.x], count);
+  if (threadIdx.x < tail) count_four(bits[n - tail + threadIdx.x], count);
   const uint4 *x = reinterpret_cast<const uint4 *>(bits + before);
-#pragma unroll 4
+#pragma unroll 8
   for (uint32_t i = threadIdx.x; i < whole; i += LIST_THREADS) {
     const uint4 y = x[i];
-    add(y.x), add(y.y), add(y.z), add(y.w);
+    count_four(y.x, count), count_four(y.y, count);
+    count_four(y.z, count), count_four(y.w, count);
   }
 }
 
-/* Lists a chunk's tokens, behind those of the chunks before it, and adds up its distortion; the
-   first chunk's block writes down the head's counts. Every block counts all the head's widths,
-   which is faster than a launch more. */
-static __global__ void __launch_bounds__(LIST_THREADS)
-    order_kernel(const __grid_constant__ pack_args p) {
-  enum { EACH = LIST / LIST_THREADS };
+enum { LIST_WARPS = LIST_THREADS / 32 };
+
+/* Sixteen widths from token t on, as they lie; 0 behind the last token. */
+__device__ __forceinline__ void load_widths(const uint8_t *bits, uint32_t t, uint32_t n,
+                                            uint32_t x[4]) {
+  x[0] = x[1] = x[2] = x[3] = 0;
+  if (t + 16 <= n && reinterpret_cast<uintptr_t>(bits + t) % 16 == 0) {
+    const uint4 y = *reinterpret_cast<const uint4 *>(bits + t);
+    x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+  } else {
+#pragma unroll
+    for (uint32_t i = 0; i < 16; ++i)
+      if (t + i < n) x[i / 4] |= static_cast<uint32_t>(bits[t + i]) << (8 * (i % 4));
+  }
+}
+
+/* *to = x if `is` is 1 and not 0; without a branch. Returns `is`. */
+__device__ __forceinline__ uint32_t store_if(uint32_t is, uint32_t *to, uint32_t x) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.u32 [%1], %2; }" ::"r"(is),
+               "l"(to), "r"(x)
+               : "memory");
+  return is;
+}
+
+/* Channels of a head: how many of each level, where each stands in the table, and the predicted
+   distortion, which rdkv.h adds up one after the other. One block. */
+static __device__ void list_channels(const pack_args &a, int head, uint32_t kept) {
+  __shared__ uint32_t of_warp[MAX_DIM / 32][4];
+  __shared__ double distortion[MAX_DIM];
+  const uint32_t tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  const uint32_t kd = static_cast<uint32_t>(a.k_dim);
+  const size_t first = static_cast<size_t>(head) * kd;
+  head_counts *h = a.heads + head;
+  int level = -1;
+  uint32_t rank = 0;
+  if (tid < kd) {
+    level = level_of(a.k_bits[first + tid]);
+    if (level < 0 || (level == 4 && a.joint)) fail(a.list.status, RDKV_ERR_CONFIG);
+    level = level < 0 ? 0 : level > 3 ? 3 : level;
+    distortion[tid] =
+        a.joint
+            ? static_cast<double>(a.k_distortion[4 * first + static_cast<size_t>(level) * kd + tid])
+            : 0;
+  }
+  if (warp < MAX_DIM / 32) {
+#pragma unroll
+    for (int l = 0; l < 4; ++l) {
+      const uint32_t mask = __ballot_sync(FULL, level == l);
+      if (level == l) rank = static_cast<uint32_t>(__popc(mask & ((1u << lane) - 1)));
+      if (lane == 0) of_warp[warp][l] = static_cast<uint32_t>(__popc(mask));
+    }
+  }
+  __syncthreads();
+  uint32_t slot = 0; /* where the level's channels begin; those that are dropped come last */
+#pragma unroll
+  for (int l = 1; l <= 4; ++l) {
+    uint32_t n = 0;
+#pragma unroll
+    for (uint32_t w = 0; w < MAX_DIM / 32; ++w) {
+      if (level == l % 4 && w < warp) rank += of_warp[w][l % 4];
+      n += of_warp[w][l % 4];
+    }
+    if (tid == 0) h->channels[l % 4] = n;
+    if (level == l % 4) a.slots[first + tid] = static_cast<uint16_t>(slot + rank);
+    slot += (n + 15) / 16 * 16;
+  }
+  if (tid == LIST_THREADS - 1) { /* a warp that has little to do */
+    double k = 0;
+#pragma unroll 16
+    for (uint32_t i = 0; i < kd; ++i) k = __dadd_rn(k, distortion[i]);
+    h->k = kept ? k : 0;
+  }
+}
+
+/* Lists the tokens of part of a head, behind those of the parts before it, and adds up their
+   distortion; the first part's block writes down what the head has. Every block counts all the
+   head's widths, which is faster than a launch more. */
+static __device__ void list_part(const pack_args &p, int head, uint32_t part) {
   __shared__ u64 scratch[33];
   __shared__ u64 sums[4][LIST_THREADS / 32];
   __shared__ double distortion[LIST_THREADS / 32];
-  __shared__ uint32_t channels[4];
   const order_args &a = p.list;
-  const int head = static_cast<int>(blockIdx.y);
-  const uint32_t tid = threadIdx.x, c0 = blockIdx.x * LIST, t0 = c0 + tid * EACH;
-  const uint8_t *v_bits = a.v_bits + static_cast<size_t>(head) * a.n;
-  int run[EACH];
-  if (t0 + EACH <= a.n && reinterpret_cast<uintptr_t>(v_bits) % 8 == 0) {
-    const uint2 x = *reinterpret_cast<const uint2 *>(v_bits + t0);
-#pragma unroll
-    for (int i = 0; i < EACH; ++i)
-      run[i] = level_of(static_cast<int>((i < 4 ? x.x : x.y) >> (8 * (i % 4)) & 255)) - 1;
-  } else {
-#pragma unroll
-    for (uint32_t i = 0; i < EACH; ++i) run[i] = t0 + i < a.n ? level_of(v_bits[t0 + i]) - 1 : -1;
-  }
-  uint32_t count[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}}; /* before the chunk, from there on */
-  count_widths(v_bits, c0, count[0]);
-  count_widths(v_bits + c0, a.n > c0 ? a.n - c0 : 0, count[1]);
-  u64 sum[4], mine = 0, all; /* mine: four counts of 16 bits */
-  double d = 0;
-  float x[EACH];
-  bool odd = false;
-#pragma unroll
-  for (uint32_t i = 0; i < EACH; ++i) {
-    const size_t level = static_cast<size_t>(run[i] < 0 ? 0 : run[i] + 1);
-    odd |= run[i] < -1;
-    if (run[i] >= 0) mine += 1ull << (16 * run[i]);
-    x[i] = a.v_distortion && t0 + i < a.n
-               ? a.v_distortion[(static_cast<size_t>(head) * 5 + level) * a.n + t0 + i]
-               : 0;
-  }
-  if (odd) fail(a.status, RDKV_ERR_CONFIG);
-#pragma unroll
-  for (uint32_t i = 0; i < EACH; ++i) d += static_cast<double>(x[i]);
+  const uint32_t tid = threadIdx.x, begin = part * a.each, end = least(begin + a.each, a.n);
+  const uint8_t *widths = a.v_bits + static_cast<size_t>(head) * a.n;
+  uint32_t count[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}}; /* before the part, from there on */
+  count_widths(widths, begin, count[0]);
+  count_widths(widths + begin, a.n - begin, count[1]);
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    count[0][r] >>= r + 1, count[1][r] >>= r + 1; /* widths were added up */
-    sum[r] = warp_sum(static_cast<u64>(count[0][r] + count[1][r]) << 32 | count[0][r]);
-    if (tid % 32 == 0) sums[r][tid / 32] = sum[r];
+    count[0][r] >>= r + 1, count[1][r] >>= r + 1;
+    const u64 sum = warp_sum(static_cast<u64>(count[0][r] + count[1][r]) << 32 | count[0][r]);
+    if (tid % 32 == 0) sums[r][tid / 32] = sum;
   }
-  for (int m = 16; m; m >>= 1) d += __shfl_xor_sync(FULL, d, m);
-  if (tid % 32 == 0) distortion[tid / 32] = d;
-  const u64 before = block_scan(mine, scratch, &all);
-  uint32_t first[5] = {0, 0, 0, 0, 0}, to[4]; /* where the runs start; where the chunk goes on */
+  __syncthreads();
+  uint32_t first[5] = {0, 0, 0, 0, 0}, to[4]; /* where the runs start; where the part goes on */
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    sum[r] = 0;
-    for (int w = 0; w < LIST_THREADS / 32; ++w) sum[r] += sums[r][w];
-    first[r + 1] = first[r] + static_cast<uint32_t>(sum[r] >> 32);
-    to[r] = first[r] + static_cast<uint32_t>(sum[r]);
+    u64 sum = 0;
+    for (int w = 0; w < LIST_THREADS / 32; ++w) sum += sums[r][w];
+    first[r + 1] = first[r] + static_cast<uint32_t>(sum >> 32);
+    to[r] = first[r] + static_cast<uint32_t>(sum);
   }
   uint32_t *order = a.order + static_cast<size_t>(head) * a.n;
+  const float *values = a.v_distortion + static_cast<size_t>(head) * 5 * a.n;
+  double d = 0;
+  bool odd = first[4] > a.n; /* of widths that are none; there is no room for such a list */
+  for (uint32_t c0 = begin; c0 < end; c0 += LIST) {
+    const uint32_t t0 = c0 + 16 * tid;
+    uint32_t x[4], own[4] = {0, 0, 0, 0};
+    load_widths(widths, t0, end, x);
+    if (a.v_distortion) { /* all are asked for before the first is waited for */
+      uint32_t of[16];
+      float value[16];
 #pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    to[r] += static_cast<uint32_t>(before >> (16 * r) & 0xffff);
+      for (uint32_t i = 0; i < 16; ++i) of[i] = widths[least(c0 + i * LIST_THREADS + tid, end - 1)];
 #pragma unroll
-    for (uint32_t i = 0; i < EACH; ++i)
-      if (run[i] == r) order[to[r]++] = t0 + i;
+      for (uint32_t i = 0; i < 16; ++i) /* 2, 4, 8 and 16 to 1..4 */
+        value[i] =
+            values[static_cast<size_t>(31 - __clz(static_cast<int>(of[i] & 0x1e | 1))) * a.n +
+                   least(c0 + i * LIST_THREADS + tid, end - 1)];
+#pragma unroll
+      for (uint32_t i = 0; i < 16; ++i)
+        d += c0 + i * LIST_THREADS + tid < end ? static_cast<double>(value[i]) : 0;
+    }
+    u64 mine = 0, all; /* four counts of 16 bits */
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      odd |= (x[w] & ~0x1e1e1e1eu) != 0 || (x[w] & (x[w] >> 1 | x[w] >> 2 | x[w] >> 3)) != 0;
+      count_four(x[w], own);
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r) mine |= static_cast<u64>(own[r] >> (r + 1)) << (16 * r);
+    const u64 before = block_scan(mine, scratch, &all);
+    if (first[4] > a.n) break;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      uint32_t at = to[r] + static_cast<uint32_t>(before >> (16 * r) & 0xffff);
+      to[r] += static_cast<uint32_t>(all >> (16 * r) & 0xffff);
+#pragma unroll
+      for (uint32_t i = 0; i < 16; ++i)
+        at += store_if(x[i / 4] >> (1 + r + 8 * (i % 4)) & 1, order + at, t0 + i);
+    }
   }
+  if (odd) fail(a.status, RDKV_ERR_CONFIG);
+  for (int m = 16; m; m >>= 1) d += __shfl_xor_sync(FULL, d, m);
+  if (tid % 32 == 0) distortion[tid / 32] = d;
+  __syncthreads();
   if (tid == 0) {
     for (int w = 1; w < LIST_THREADS / 32; ++w) d += distortion[w];
-    a.sums[static_cast<size_t>(head) * a.chunks + blockIdx.x] = d;
+    a.sums[static_cast<size_t>(head) * a.parts + part] = d;
   }
-  if (blockIdx.x > 0) return;
-  head_plan *h = p.heads + head;
-  const uint32_t kd = static_cast<uint32_t>(p.channel.k_dim);
-  const size_t in_all = static_cast<size_t>(h - p.all_heads);
-  if (tid == 0) *p.bytes = 0;
-  if (tid == 0 && in_all == 0) p.state->done = 0;
-  if (tid == 0 && head == 0) *p.item_to = p.item_from;
-  if (tid < p.groups) p.range_done[in_all * p.groups + tid] = 0;
-  if (tid < 4) channels[tid] = 0;
-  __syncthreads();
-  if (tid < kd) {
-    const int level = level_of(p.k_bits[static_cast<size_t>(head) * kd + tid]);
-    if (level < 0 || (level == 4 && p.joint)) fail(a.status, RDKV_ERR_CONFIG);
-    atomicAdd(&channels[level < 0 ? 0 : level > 3 ? 3 : level], 1u);
-  }
-  __syncthreads();
-  if (tid < p.groups) p.range_sums[in_all * p.groups + tid] = p.joint && channels[0] > 0;
-  if (tid > 0) return;
-#pragma unroll
-  for (int l = 1; l < 5; ++l) h->count[l] = first[l] - first[l - 1];
-  h->count[0] = a.n - first[4];
-  for (int l = 0; l < 4; ++l) h->channels[l] = channels[l];
-  uint32_t *runs = a.kept + head * 5;
-  runs[0] = first[4];
-#pragma unroll
-  for (int r = 0; r < 4; ++r) runs[1 + r] = first[r];
-}
-
-/* Predicted distortion of a head of RDKV_JOINT, by one block. rdkv.h adds doubles one after the
-   other and rounds the sum to float. Here V's are added in another order; either sum is off by less
-   than n * 2^-53 of itself, so where both ends of that range round to one float it is that float.
-   Elsewhere, and where it is no number, they are added in order. */
-static __device__ void predict(const pack_args &a, int head, head_plan *h) {
-  __shared__ double predict_warp[THREADS / 32];
-  __shared__ double predict_k[MAX_DIM];
-  __shared__ bool predict_serial[1];
-  const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(a.channel.k_dim);
-  double v = 0, k = 0;
-  for (uint32_t c = tid; c < a.list.chunks; c += THREADS)
-    v += a.list.sums[static_cast<size_t>(head) * a.list.chunks + c];
-  for (int m = 16; m; m >>= 1) v += __shfl_xor_sync(FULL, v, m);
-  if (tid % 32 == 0) predict_warp[tid / 32] = v;
-  if (tid < kd) {
-    const int level = level_of(a.k_bits[static_cast<size_t>(head) * kd + tid]);
-    const size_t l = static_cast<size_t>(level < 0 ? 0 : level > 3 ? 3 : level);
-    predict_k[tid] =
-        static_cast<double>(a.k_distortion[(static_cast<size_t>(head) * 4 + l) * kd + tid]);
-  }
-  __syncthreads();
+  if (part > 0) return;
+  head_counts *h = p.heads + head;
   if (tid == 0) {
-    for (int w = 1; w < THREADS / 32; ++w) v += predict_warp[w];
-    const double slack = (static_cast<double>(a.list.n) + 8) * 4.44089209850062616e-16; /* 2^-51 */
-    predict_serial[0] =
-        !(v >= 0 && __double2float_rn(v * (1 - slack)) == __double2float_rn(v * (1 + slack)));
+    if (head == 0) *p.bytes = 0;
+    if (h == p.all_heads) p.state->done = 0, p.state->head_sum = p.state->body_sum = 0;
+    h->count[0] = a.n - first[4];
+#pragma unroll
+    for (int l = 1; l < 5; ++l) h->count[l] = first[l] - first[l - 1];
   }
-  if (tid == 32) { /* another warp */
-#pragma unroll 16
-    for (uint32_t i = 0; i < kd; ++i) k = __dadd_rn(k, predict_k[i]);
-    h->k = h->count[0] < a.list.n ? k : 0;
-  }
-  __syncthreads();
-  if (predict_serial[0]) v = add_in_order(a.list, head);
-  if (tid == 0) h->v = v;
+  list_channels(p, head, first[4]);
 }
 
-/* Offsets of every part, then the channel table of a head of one layer, a block each. */
-static __global__ void __launch_bounds__(THREADS)
-    table_kernel(const __grid_constant__ pack_args a) {
-  __shared__ u64 scratch[33];
-  __shared__ u64 offset[3];
-  __shared__ uint8_t level[MAX_DIM];
-  __shared__ int16_t slot[PACKED + MAX_DIM];
-  __shared__ uint16_t table[2 * (PACKED + MAX_DIM)];
-  const bool failed = *a.list.status != RDKV_OK;
-  const int head = static_cast<int>(blockIdx.x), kd = a.channel.k_dim, vd = a.channel.v_dim;
-  const int d = static_cast<int>(threadIdx.x);
-  head_plan *h = a.heads + head;
-  const uint32_t me = static_cast<uint32_t>(h - a.all_heads);
-  u64 at = fixed_bytes(a.n_heads), tables_end = 0;
-  for (int pass = 0; pass < 3; ++pass) { /* tables, then positions, then tiles */
-    for (uint32_t first = 0; first < a.n_heads; first += THREADS) {
-      const uint32_t i = first + threadIdx.x;
-      parts p;
-      u64 bytes = 0, all;
-      if (i < a.n_heads) {
-        head_bytes(vd, a.positions, a.all_heads[i].count, a.all_heads[i].channels, &p);
-        bytes = pass == 0 ? p.table : pass == 1 ? p.positions : p.tiles;
-      }
-      const u64 before = block_scan(bytes, scratch, &all);
-      if (i == me) offset[pass] = at + before;
-      at += all;
+/* K's rows are shared out to teams of 16 lanes, or of all 32 where there are more than 128
+   channels; in a pass a block goes through as many spans as it has teams for their stretches. A
+   slice of a head is every so manieth span. First token of a team of this warp: */
+__device__ __forceinline__ uint32_t teams_of(const pack_args &a) { return a.k_dim <= 128 ? 2 : 1; }
+__device__ __forceinline__ uint32_t stretch_of(const pack_args &a, uint32_t slice, uint32_t pass,
+                                               uint32_t team) {
+  const uint32_t at_once = LIST_WARPS * teams_of(a) / STRETCHES,
+                 i = threadIdx.x / 32 * teams_of(a) + team;
+  return ((pass * at_once + i / STRETCHES) * a.slices + slice) * SPAN + i % STRETCHES * STRETCH;
+}
+
+/* Widths of both teams' tokens, two a lane. */
+__device__ __forceinline__ void load_bits(const pack_args &a, int head, uint32_t slice,
+                                          uint32_t pass, uint32_t (&bits)[2][2]) {
+  const uint8_t *widths = a.list.v_bits + static_cast<size_t>(head) * a.list.n;
+#pragma unroll
+  for (uint32_t team = 0; team < 2; ++team)
+#pragma unroll
+    for (uint32_t half = 0; half < 2; ++half) {
+      const uint32_t t = stretch_of(a, slice, pass, team) + 32 * half + (threadIdx.x & 31);
+      bits[team][half] = team < teams_of(a) && t < a.list.n ? widths[t] : 0;
     }
-    if (pass == 0) tables_end = at;
+}
+
+/* Lowest and highest K of every channel over the kept tokens of a slice, that is of every so
+   manieth span of a head; and where the head drops channels the sums of K over each span, in the
+   order that rdkv__carry defines. */
+template <int DTYPE, bool WHOLE, bool SUMS>
+static __device__ __forceinline__ void find_ends(const pack_args &a, int head, uint32_t slice,
+                                                 uint32_t (&bits)[2][2],
+                                                 float (*memory)[LIST_WARPS][MAX_DIM],
+                                                 int (*lists)[2][STRETCH + 8]) {
+  enum { ROWS = DTYPE == RDKV_F32 ? 4 : 8 }; /* asked for at once */
+  const uint32_t tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  const uint32_t kd = static_cast<uint32_t>(a.k_dim);
+  const uint32_t teams = teams_of(a);
+  const uint32_t team = teams == 2 ? lane >> 4 : 0, part = teams == 2 ? lane & 15 : lane;
+  const uint32_t at_once = LIST_WARPS * teams / STRETCHES;   /* spans */
+  const int channels = a.k_dim - static_cast<int>(8 * part); /* of this lane, at most 8 */
+  const ptrdiff_t stride = a.k.dim_stride ? a.k.dim_stride : 1;
+  const int step = step_of(a.k);
+  const char *base = static_cast<const char *>(row_of(a.k, 0, head)) +
+                     8 * part * stride * (DTYPE == RDKV_F32 ? 4 : 2);
+  extremes<DTYPE> ends[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) ends[c].clear();
+  for (uint32_t pass = 0; pass * at_once * a.slices < a.spans; ++pass) {
+    uint32_t kept = 0; /* tokens of the team's stretch */
+    __syncwarp();
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+      const uint32_t low = __ballot_sync(FULL, bits[i][0] != 0),
+                     high = __ballot_sync(FULL, bits[i][1] != 0);
+      const uint32_t before = (1u << lane) - 1, n_low = static_cast<uint32_t>(__popc(low)),
+                     both = n_low + static_cast<uint32_t>(__popc(high));
+      int *list = lists[warp][i];
+      if (bits[i][0]) list[__popc(low & before)] = static_cast<int>(lane) * step;
+      if (bits[i][1])
+        list[n_low + static_cast<uint32_t>(__popc(high & before))] =
+            static_cast<int>(lane + 32) * step;
+      /* one of them again and again, which does no harm to extremes */
+      if (lane < ROWS) list[both + lane] = (low ? __ffs(low) - 1 : __ffs(high) + 31) * step;
+      if (i == team) kept = both;
+    }
+    const uint32_t t0 = stretch_of(a, slice, pass, team);
+    const char *rows = base + static_cast<ptrdiff_t>(t0) * step;
+    const int *list = lists[warp][team];
+    load_bits(a, head, slice, pass + 1, bits);
+    __syncwarp();
+    float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    for (uint32_t i = 0; i < kept && channels > 0; i += ROWS) {
+      raw_pair<DTYPE> x[ROWS][4];
+      int at[ROWS];
+#pragma unroll
+      for (int j = 0; j < ROWS; j += 4)
+        *reinterpret_cast<int4 *>(at + j) = *reinterpret_cast<const int4 *>(list + i + j);
+#pragma unroll
+      for (uint32_t j = 0; j < ROWS; ++j) {
+        const char *row = rows + at[j];
+        if (WHOLE) {
+          const uint4 y = __ldg(reinterpret_cast<const uint4 *>(row));
+          x[j][0].set(y.x), x[j][1].set(y.y), x[j][2].set(y.z), x[j][3].set(y.w);
+        } else {
+#pragma unroll
+          for (int c = 0; c < 4; ++c)
+            x[j][c].load(row + 2 * c * stride * (DTYPE == RDKV_F32 ? 4 : 2), stride, false,
+                         channels - 2 * c);
+        }
+      }
+#pragma unroll
+      for (uint32_t j = 0; j < ROWS; ++j)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) ends[c].take(x[j][c]);
+      if (SUMS) {
+#pragma unroll
+        for (uint32_t j = 0; j < ROWS; ++j)
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            const float2 y = x[j][c].values();
+            sum[2 * c] = __fadd_rn(sum[2 * c], i + j < kept ? y.x : 0);
+            sum[2 * c + 1] = __fadd_rn(sum[2 * c + 1], i + j < kept ? y.y : 0);
+          }
+      }
+    }
+    if (SUMS) {
+      float *of_stretch = &memory[0][0][0]; /* [teams of the block][channels] */
+      const uint32_t row = 256 / teams;
+      __syncthreads();
+#pragma unroll
+      for (uint32_t c = 0; c < 8; ++c)
+        of_stretch[(warp * teams + team) * row + 8 * part + c] = sum[c];
+      __syncthreads();
+      for (uint32_t i = tid; i < at_once * row; i += LIST_THREADS) {
+        const uint32_t which = (pass * at_once + i / row) * a.slices + slice, c = i % row;
+        float s = 0;
+#pragma unroll
+        for (uint32_t k = 0; k < STRETCHES; ++k)
+          s = __fadd_rn(s, of_stretch[(i / row * STRETCHES + k) * row + c]);
+        if (which < a.spans && c < kd)
+          a.sums[(static_cast<size_t>(head) * a.spans + which) * kd + c] = s;
+      }
+    }
   }
   __syncthreads();
-  if (at > a.capacity) {
-    if (d == 0) fail(a.list.status, RDKV_ERR_MEMORY);
+  bool bad = false;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    float2 low = ends[c].lowest(), high = ends[c].highest();
+    bad |= !(in_range(low.x) && in_range(low.y) && in_range(high.x) && in_range(high.y));
+    if (teams == 2) {
+      low.x = fminf(low.x, __shfl_xor_sync(FULL, low.x, 16));
+      low.y = fminf(low.y, __shfl_xor_sync(FULL, low.y, 16));
+      high.x = fmaxf(high.x, __shfl_xor_sync(FULL, high.x, 16));
+      high.y = fmaxf(high.y, __shfl_xor_sync(FULL, high.y, 16));
+    }
+    if (team > 0) continue;
+    *reinterpret_cast<float2 *>(&memory[0][warp][8 * part + 2 * static_cast<uint32_t>(c)]) = low;
+    *reinterpret_cast<float2 *>(&memory[1][warp][8 * part + 2 * static_cast<uint32_t>(c)]) = high;
+  }
+  if (bad) fail(a.list.status, RDKV_ERR_NONFINITE);
+  __syncthreads();
+  if (tid >= kd) return;
+  float2 end = make_float2(memory[0][0][tid], memory[1][0][tid]);
+#pragma unroll
+  for (int w = 1; w < LIST_WARPS; ++w)
+    end.x = fminf(end.x, memory[0][w][tid]), end.y = fmaxf(end.y, memory[1][w][tid]);
+  a.ends[(static_cast<size_t>(head) * a.slices + slice) * kd + tid] = end;
+}
+
+/* DTYPE is K's; WHOLE: 8 channels are one load. Blocks with slices of K come first, as they take
+   longer. */
+template <int DTYPE, bool WHOLE>
+__global__ void __launch_bounds__(LIST_THREADS, 2)
+    list_kernel(const __grid_constant__ pack_args a) {
+  __shared__ float memory[2][LIST_WARPS][MAX_DIM];
+  __shared__ __align__(16) int lists[LIST_WARPS][2][STRETCH + 8];
+  const int head = static_cast<int>(blockIdx.y);
+  const uint32_t slices = gridDim.x - a.list.parts, tid = threadIdx.x; /* all or none */
+  if (blockIdx.x >= slices) {
+    list_part(a, head, blockIdx.x - slices);
     return;
   }
-  if (failed) return;
-  if (a.joint)
-    predict(a, head, h);
-  else if (d == 0)
-    h->v = h->k = 0;
-  if (d == 0) {
-    parts p;
-    head_bytes(vd, a.positions, h->count, h->channels, &p);
-    h->table = offset[0], h->position = a.positions ? offset[1] : 0, h->tile = offset[2];
-    h->k_tile = p.k_tile, h->k_blocks[0] = h->first_tile[0] = 0;
-    for (int l = 1; l < 4; ++l) h->k_blocks[l] = h->k_blocks[l - 1] + (h->channels[l] + 15) / 16;
-    for (int r = 0; r < 4; ++r) {
-      h->first_tile[r + 1] = h->first_tile[r] + p.n_tiles[r + 1];
-      h->run_bytes[r] = p.k_tile + 128 + static_cast<uint32_t>(pad16(vd) / 16) * (128u << r);
-    }
-    if (me == 0) a.state->total = at, a.state->head_bytes = tables_end, a.state->body_sum = 0;
+  uint32_t bits[2][2];
+  load_bits(a, head, blockIdx.x, 0, bits);
+  const uint8_t *k_bits = a.k_bits + static_cast<size_t>(head) * static_cast<size_t>(a.k_dim);
+  const bool sums =
+      __syncthreads_or(a.joint && tid < static_cast<uint32_t>(a.k_dim) && k_bits[tid] == 0);
+  if (sums)
+    find_ends<DTYPE, WHOLE, true>(a, head, blockIdx.x, bits, memory, lists);
+  else if (!a.again)
+    find_ends<DTYPE, WHOLE, false>(a, head, blockIdx.x, bits, memory, lists);
+}
+
+/* What a block that writes tiles or the table has to know of its head. */
+struct block_plan {
+  uint32_t count[4]; /* tokens of each run */
+  uint32_t run[4];   /* where it starts in the list */
+  uint32_t channels[4];
+  uint32_t first_tile[5]; /* tiles before each run; [4] all */
+  uint32_t run_bytes[4];  /* of a tile of each run */
+  uint32_t k_blocks[4];   /* blocks of 16 channels up to each level */
+  uint32_t k_tile, kept;
+  uint64_t table, position, tile; /* offsets */
+  uint64_t total, head_bytes;     /* of the block to be */
+  uint32_t blocks;                /* that have something to write, of all heads */
+  bool go;                        /* there is something to write */
+};
+
+enum { TILE_WARPS = 4 }; /* of a block: K or V of a tile for each */
+
+/* Blocks that write so many tiles. */
+__host__ __device__ inline uint32_t blocks_with(uint32_t tiles, uint32_t limit) {
+  return least((2 * tiles + TILE_WARPS - 1) / TILE_WARPS, limit);
+}
+
+/* The same from what the first launch has found: of the first 32 heads, each lane one's, asked for
+   before other things are waited for. */
+struct plan_source {
+  uint32_t error;
+  head_counts first;
+  __device__ __forceinline__ plan_source(const pack_args &a) {
+    const uint32_t lane = threadIdx.x & 31;
+    error = *a.list.status;
+    if (lane < a.n_heads) first = a.all_heads[lane];
   }
-  __syncthreads();
-  const uint32_t kept = a.list.kept[head * 5];
-  const int n = 16 * static_cast<int>(h->k_blocks[3]);
-  const int n_all = n + static_cast<int>(h->channels[0]);
-  if (d < kd) {
-    const int l = level_of(a.k_bits[head * kd + d]);
-    level[d] = static_cast<uint8_t>(l > 3 ? 3 : l);
-  }
-  for (int i = d; i < n_all; i += THREADS) slot[i] = -1;
-  for (int i = d; i < 2 * (PACKED + MAX_DIM); i += THREADS) table[i] = 0;
-  __syncthreads();
-  uint16_t *mids = table + n;
-  if (d < kd) {
-    const int l = level[d], bits = width_of(l);
-    int to = l ? 16 * static_cast<int>(h->k_blocks[l - 1]) : n;
-#pragma unroll 8
-    for (int i = 0; i < d; ++i) to += level[i] == l;
-    slot[to] = static_cast<int16_t>(d);
-    const size_t in = static_cast<size_t>(head) * MAX_DIM + static_cast<size_t>(d);
-    channel_code code = {0, 0, 0, ~0u};
-    if (l) code.slot = static_cast<uint32_t>(l - 1) << 30 | static_cast<uint32_t>(to);
-    if (kept > 0) {
-      const float lo = unordered(a.channel.lo[in]), hi = unordered(a.channel.hi[in]);
-      if (l == 0) {
-        mids[to] = a.joint ? to_half(__fdiv_rn(a.channel.sum[in], static_cast<float>(kept))) : 0;
-      } else if (a.joint) {
-        const affine q = fit(lo, hi, bits);
-        table[to] = to_half(q.scale), mids[to] = to_half(q.mid);
-        code.mid = q.mid, code.inv = q.inv;
-        code.back = 12582912.0f + static_cast<float>(1 << (bits - 1));
-      } else {
-        const zero_point z = fit_paper(lo, hi, bits);
-        const affine q = affine_paper(z, bits);
-        table[to] = to_half(q.scale), mids[to] = to_half(q.mid);
-        code.mid = z.zero, code.inv = z.scale, code.back = __fdiv_rn(1, z.scale);
+  /* The first warp makes the plan; then a barrier. */
+  __device__ __forceinline__ void make(const pack_args &a, int head, block_plan *h) const {
+    if (threadIdx.x >= 32) return;
+    const head_counts *own = a.heads + head;
+    const uint32_t me = static_cast<uint32_t>(own - a.all_heads), lane = threadIdx.x;
+    u64 table = 0, position = 0, tile = 0, tables = 0, positions = 0, tiles = 0;
+    uint32_t blocks = 0;
+    for (uint32_t i = lane; i < a.n_heads; i += 32) {
+      const head_counts other = i < 32 ? first : a.all_heads[i];
+      parts p;
+      head_bytes(a.v_dim, a.positions, other.count, other.channels, &p);
+      tables += p.table, positions += p.positions, tiles += p.tiles;
+      if (i < me) table += p.table, position += p.positions, tile += p.tiles;
+      blocks += 1 + blocks_with(p.n_tiles[0], a.tile_blocks);
+      if (i != me) continue;
+      h->k_tile = p.k_tile, h->kept = a.list.n - other.count[0];
+      uint32_t run = 0, k_blocks = 0, n_tiles = 0;
+#pragma unroll
+      for (int l = 0; l < 4; ++l) {
+        h->channels[l] = other.channels[l];
+        if (l > 0) k_blocks += (other.channels[l] + 15) / 16;
+        h->k_blocks[l] = k_blocks;
+        h->count[l] = other.count[l + 1], h->run[l] = run, run += other.count[l + 1];
+        h->first_tile[l] = n_tiles, n_tiles += p.n_tiles[l + 1];
+        h->run_bytes[l] = p.k_tile + 128 + static_cast<uint32_t>(pad16(a.v_dim) / 16) * (128u << l);
       }
+      h->first_tile[4] = n_tiles;
     }
-    a.codes[in] = code;
+    table = warp_sum(table), position = warp_sum(position), tile = warp_sum(tile);
+    tables = warp_sum(tables), positions = warp_sum(positions), tiles = warp_sum(tiles);
+    blocks = __reduce_add_sync(FULL, blocks);
+    if (lane > 0) return;
+    const uint64_t fixed = fixed_bytes(a.n_heads);
+    h->table = fixed + table, h->position = a.positions ? fixed + tables + position : 0;
+    h->tile = fixed + tables + positions + tile;
+    h->head_bytes = fixed + tables, h->total = fixed + tables + positions + tiles;
+    h->blocks = blocks, h->go = error == RDKV_OK && h->total <= a.capacity;
+    if (h->total > a.capacity) fail(a.list.status, RDKV_ERR_MEMORY);
+  }
+};
+
+/* How a channel becomes codes, and where they go. */
+struct channel_code {
+  float mid, inv; /* or the authors' zero and scale */
+  float back;     /* the authors' 1 / scale; else what lifts a code to 0.. and leaves it in the low
+                     bits of the float */
+  uint32_t slot;  /* in table order; ~0: dropped */
+};
+
+/* What is known of a channel. */
+struct channel_ends {
+  int level;
+  uint32_t slot;
+  float lo, hi;
+  __device__ __forceinline__ channel_ends(const pack_args &a, int head, uint32_t c) {
+    const uint32_t kd = static_cast<uint32_t>(a.k_dim);
+    const size_t at = static_cast<size_t>(head) * kd + c;
+    const float2 *ends = a.ends + static_cast<size_t>(head) * a.slices * kd + c;
+    level = static_cast<int>(least(static_cast<uint32_t>(level_of(a.k_bits[at])), 3));
+    slot = a.slots[at];
+    lo = 3.402823466e38f, hi = -3.402823466e38f;
+#pragma unroll 16
+    for (uint32_t s = 0; s < a.slices; ++s, ends += kd) {
+      const float2 x = *ends;
+      lo = fminf(lo, x.x), hi = fmaxf(hi, x.y);
+    }
+  }
+  /* Its code; scale_mid: as the table has them. */
+  __device__ __forceinline__ channel_code code(bool joint, uint32_t *scale_mid) const {
+    channel_code code = {0, 0, 0, ~0u};
+    *scale_mid = 0;
+    if (level == 0) return code;
+    const int bits = width_of(level);
+    affine q;
+    if (joint) {
+      q = fit(lo, hi, bits);
+      code.mid = q.mid, code.inv = q.inv;
+      code.back = 12582912.0f + static_cast<float>(1 << (bits - 1));
+    } else {
+      const zero_point z = fit_paper(lo, hi, bits);
+      q = affine_paper(z, bits);
+      code.mid = z.zero, code.inv = z.scale, code.back = __fdiv_rn(1, z.scale);
+    }
+    code.slot = slot;
+    *scale_mid = to_half(q.scale) | static_cast<uint32_t>(to_half(q.mid)) << 16;
+    return code;
+  }
+};
+
+/* Mean of a dropped channel over the kept tokens: spans by eights, as rdkv__carry has it. */
+static __device__ float mean_of(const pack_args &a, int head, uint32_t kept, uint32_t c) {
+  const float *spans =
+      a.sums + static_cast<size_t>(head) * a.spans * static_cast<uint32_t>(a.k_dim) + c;
+  float sum = 0, eight = 0;
+#pragma unroll 32
+  for (uint32_t s = 0; s < a.spans; ++s) {
+    eight = __fadd_rn(eight, spans[s * static_cast<size_t>(a.k_dim)]);
+    if (s % 8 == 7) sum = __fadd_rn(sum, eight), eight = 0;
+  }
+  return __fdiv_rn(__fadd_rn(sum, eight), static_cast<float>(kept));
+}
+
+/* Predicted distortion of a head's V. rdkv.h adds doubles one after the other and rounds the sum to
+   float. Here they are added in another order; either sum is off by less than n * 2^-53 of itself,
+   so where both ends of that range round to one float it is that float. Elsewhere, and where it is
+   no number, they are added in order. One block; thread 0 has the sum. */
+static __device__ double predict_v(const pack_args &a, int head, void *memory) {
+  __shared__ bool serial[1];
+  double v = 0;
+  if (threadIdx.x < 32) {
+    for (uint32_t c = threadIdx.x; c < a.list.parts; c += 32)
+      v += a.list.sums[static_cast<size_t>(head) * a.list.parts + c];
+    for (int m = 16; m; m >>= 1) v += __shfl_xor_sync(FULL, v, m);
+    const double slack = (static_cast<double>(a.list.n) + 8) * 4.44089209850062616e-16; /* 2^-51 */
+    if (threadIdx.x == 0)
+      serial[0] =
+          !(v >= 0 && __double2float_rn(v * (1 - slack)) == __double2float_rn(v * (1 + slack)));
   }
   __syncthreads();
-  uint8_t *out = a.block + h->table;
-  const int halves = 2 * (n + n_all),
-            bytes = static_cast<int>(round_up(static_cast<uint64_t>(halves + n_all), 128));
-  for (int i = d; i < bytes; i += THREADS) {
-    uint32_t x = 0;
-    if (i < halves)
-      x = table[i / 2] >> (8 * (i & 1));
-    else if (i < halves + n_all)
-      x = slot[i - halves] < 0 ? 0 : static_cast<uint32_t>(slot[i - halves]);
-    out[i] = static_cast<uint8_t>(x);
+  return serial[0] ? add_in_order(a.list, head, static_cast<float *>(memory)) : v;
+}
+
+__device__ __forceinline__ u64 mix(u64 x) { /* splitmix64's finaliser */
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+/* Word `at` of a block, two 32-bit words, adds mix_words(.., salt_of(at)) to the checksum. */
+static const u64 SALT = 0x9e3779b97f4a7c15ull;
+__device__ __forceinline__ u64 salt_of(u64 at) { return (at + 1) * SALT; }
+__device__ __forceinline__ u64 mix_words(uint32_t low, uint32_t high, u64 salt) {
+  return mix((static_cast<u64>(high) << 32 | low) + salt);
+}
+
+enum { TABLE_BYTES = 4096 }; /* of memory for a table: it has at most 5 * PACKED */
+
+/* A head's channel table and its record. memory [TABLE_BYTES]. One block. */
+static __device__ __noinline__ void write_table(const pack_args &a, int head, const block_plan *h,
+                                                void *memory) {
+  u64 *table = static_cast<u64 *>(memory);
+  __shared__ u64 record[sizeof(rdkv_record) / 8];
+  const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(a.k_dim);
+  const uint32_t n = 16 * h->k_blocks[3], n_all = n + h->channels[0];
+  uint16_t *scales = reinterpret_cast<uint16_t *>(table), *mids = scales + n;
+  uint8_t *channels = reinterpret_cast<uint8_t *>(mids + n_all);
+  const double v = a.joint ? predict_v(a, head, memory) : 0;
+  __syncthreads();
+  for (uint32_t i = tid; i < TABLE_BYTES / 8; i += blockDim.x) table[i] = 0;
+  if (tid == 0) {
+    rdkv_record r = rdkv_record();
+    for (int l = 0; l < 4; ++l) r.n_tokens[l] = h->count[l];
+    for (int l = 0; l < 3; ++l) r.n_channels[l] = static_cast<uint16_t>(h->channels[l + 1]);
+    r.n_dropped = static_cast<uint16_t>(h->channels[0]);
+    r.table = h->table, r.position = h->position, r.tile = h->tile;
+    r.v_distortion = __double2float_rn(v), r.k_distortion = __double2float_rn(a.heads[head].k);
+    *reinterpret_cast<rdkv_record *>(record) = r;
   }
+  __syncthreads();
+  for (uint32_t c = tid; c < kd; c += blockDim.x) {
+    const channel_ends x(a, head, c);
+    uint32_t scale_mid;
+    x.code(a.joint, &scale_mid);
+    channels[x.slot] = static_cast<uint8_t>(c);
+    if (h->kept == 0) continue;
+    if (x.level > 0)
+      scales[x.slot] = static_cast<uint16_t>(scale_mid),
+      mids[x.slot] = static_cast<uint16_t>(scale_mid >> 16);
+    else if (a.joint)
+      mids[x.slot] = to_half(mean_of(a, head, h->kept, c));
+  }
+  __syncthreads();
+  const u64 me = static_cast<u64>(a.heads + head - a.all_heads);
+  const u64 words = (5 * n + 3 * h->channels[0] + 127) / 128 * 16;
+  const u64 record_at = (sizeof(rdkv_header) + me * sizeof(rdkv_record)) / 8;
+  u64 *out = reinterpret_cast<u64 *>(a.block), sum = 0;
+  for (u64 i = tid; i < words; i += blockDim.x) {
+    const u64 at = h->table / 8 + i;
+    out[at] = table[i];
+    sum += mix(table[i] + salt_of(at));
+  }
+  if (tid < sizeof(rdkv_record) / 8) {
+    out[record_at + tid] = record[tid];
+    sum += mix(record[tid] + salt_of(record_at + tid));
+  }
+  sum = warp_sum(sum);
+  if (tid % 32 == 0) atomicAdd(&a.state->head_sum, sum);
+}
+
+/* The header, once nothing can fail any more; its checksum counts the body's, and itself as 0. One
+   block. */
+static __device__ __noinline__ void write_header(const pack_args &a, uint64_t total,
+                                                 uint64_t head_bytes) {
+  __shared__ rdkv_header h[1];
+  if (threadIdx.x == 0) {
+    h[0] = a.header;
+    h[0].total_bytes = total, h[0].head_bytes = head_bytes;
+    h[0].lambda = a.lambda ? *a.lambda : 0;
+    if (a.budget) h[0].budget_bytes = *a.budget;
+    h[0].body_sum = __ldcg(&a.state->body_sum);
+  }
+  __syncthreads();
+  if (threadIdx.x >= 32 || *static_cast<volatile uint32_t *>(a.list.status) != RDKV_OK) return;
+  u64 *words = reinterpret_cast<u64 *>(h), *out = reinterpret_cast<u64 *>(a.block), sum = 0;
+  const uint32_t end = static_cast<uint32_t>(sizeof(rdkv_header) / 8);
+  const uint32_t records = end + a.n_heads * static_cast<uint32_t>(sizeof(rdkv_record) / 8);
+  const uint32_t fixed = static_cast<uint32_t>(fixed_bytes(a.n_heads) / 8);
+  for (uint32_t i = threadIdx.x; i < end; i += 32) sum += mix(words[i] + salt_of(i));
+  for (uint32_t i = records + threadIdx.x; i < fixed; i += 32) /* up to the tables */
+    out[i] = 0, sum += mix(salt_of(i));
+  sum = warp_sum(sum) + __ldcg(&a.state->head_sum);
+  if (threadIdx.x == 0) h[0].head_sum = sum, *a.bytes = total;
+  __syncwarp();
+  for (uint32_t i = threadIdx.x; i < end; i += 32) out[i] = words[i];
 }
 
 /* Word `word` (of lane * words + j) of a block of 32 x 16 codes, by the format's formula; at(token
@@ -4099,21 +4310,34 @@ __device__ __forceinline__ uint32_t word_of(const uint8_t *codes, int stride, in
   return w;
 }
 
-/* Tiles of one layer of any layout; a block takes every gridDim.x-th of a head. J is at least the
-   dims by 32. */
+/* Tiles of one layer of any layout, the first block of a head has its table. J is at least the dims
+   by 32. */
 template <int J>
-__global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
-  const int k_type = a.channel.k.dtype, v_type = a.channel.v.dtype;
-  __shared__ uint8_t codes[TILE][PACKED + 4];
+__global__ void __launch_bounds__(THREADS) tile_kernel(const __grid_constant__ pack_args a) {
+  const int k_type = a.k.dtype, v_type = a.v.dtype;
+  __shared__ __align__(16) uint8_t codes[TILE][PACKED + 4];
   __shared__ uint8_t v_codes[TILE][MAX_DIM + 4];
   __shared__ uint16_t params[64];
   __shared__ uint32_t token[TILE];
-  if (*a.list.status != RDKV_OK) return;
+  __shared__ channel_code code_of_channel[MAX_DIM];
+  __shared__ uint8_t level_of_channel[MAX_DIM];
+  __shared__ block_plan h[1];
   const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
-  const int lane = tid & 31, warp = tid >> 5, vd = a.channel.v_dim, vp = pad16(vd);
-  const head_plan *h = a.heads + head;
-  const uint32_t *kept = a.list.kept + head * 5;
-  const rdkv_tensor &k = a.channel.k, &v = a.channel.v;
+  const int lane = tid & 31, warp = tid >> 5, vd = a.v_dim, vp = pad16(vd);
+  plan_source(a).make(a, head, h);
+  if (tid < a.k_dim) {
+    uint32_t scale_mid;
+    const channel_ends x(a, head, static_cast<uint32_t>(tid));
+    code_of_channel[tid] = x.code(a.joint, &scale_mid);
+    level_of_channel[tid] = static_cast<uint8_t>(x.level);
+  }
+  __syncthreads();
+  if (!h->go) return;
+  if (blockIdx.x == 0) {
+    write_table(a, head, h, codes);
+    return;
+  }
+  const rdkv_tensor &k = a.k, &v = a.v;
   const ptrdiff_t ks = k.dim_stride ? k.dim_stride : 1, vs = v.dim_stride ? v.dim_stride : 1;
   enum { EACH = TILE / (THREADS / 32) };
   /* a lane's channels: slot in the table (-1: dropped) and quantiser; pads stay 0 */
@@ -4123,11 +4347,11 @@ __global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
 #pragma unroll
   for (int j = 0; j < J; ++j) {
     slot[j] = -1, k_level[j] = 1, mid[j] = inv[j] = 0;
-    if (lane + 32 * j < a.channel.k_dim) {
-      const channel_code c = a.codes[head * MAX_DIM + lane + 32 * j];
+    if (lane + 32 * j < a.k_dim) {
+      const channel_code c = code_of_channel[lane + 32 * j];
       if (c.slot != ~0u) {
-        slot[j] = static_cast<int>(c.slot & 0x3fffffffu), mid[j] = c.mid, inv[j] = c.inv;
-        k_level[j] = static_cast<int>(c.slot >> 30) + 1;
+        slot[j] = static_cast<int>(c.slot), mid[j] = c.mid, inv[j] = c.inv;
+        k_level[j] = level_of_channel[lane + 32 * j];
       }
     }
   }
@@ -4140,17 +4364,17 @@ __global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
     run_at[r + 1] =
         run_at[r] + static_cast<uint64_t>(h->first_tile[r + 1] - h->first_tile[r]) * tile_bytes[r];
   }
-  for (uint32_t tile = blockIdx.x; tile < h->first_tile[4]; tile += gridDim.x) {
+  for (uint32_t tile = blockIdx.x - 1; tile < h->first_tile[4]; tile += gridDim.x - 1) {
     int run = 0;
     while (tile >= h->first_tile[run + 1]) ++run;
     const uint32_t in_run = tile - h->first_tile[run];
     const int level = run + 1,
-              in_tile = static_cast<int>(least(h->count[level] - in_run * TILE, TILE));
+              in_tile = static_cast<int>(least(h->count[run] - in_run * TILE, TILE));
     uint8_t *out = a.block + run_at[run] + static_cast<uint64_t>(in_run) * tile_bytes[run];
     __syncthreads();
     if (tid < TILE) {
       const uint32_t t = tid < in_tile
-                             ? a.list.order[static_cast<size_t>(head) * a.list.n + kept[1 + run] +
+                             ? a.list.order[static_cast<size_t>(head) * a.list.n + h->run[run] +
                                             in_run * TILE + static_cast<uint32_t>(tid)]
                              : 0xffffffffu;
       token[tid] = t;
@@ -4275,67 +4499,9 @@ __global__ void __launch_bounds__(THREADS) tile_kernel(pack_args a) {
   if (bad) fail(a.list.status, RDKV_ERR_NONFINITE);
 }
 
-__device__ __forceinline__ u64 mix(u64 x) { /* splitmix64's finaliser */
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-  return x ^ (x >> 31);
-}
-/* Word `at` of a block, two 32-bit words, adds mix_words(.., salt_of(at)) to the checksum. */
-static const u64 SALT = 0x9e3779b97f4a7c15ull;
-__device__ __forceinline__ u64 salt_of(u64 at) { return (at + 1) * SALT; }
-__device__ __forceinline__ u64 mix_words(uint32_t low, uint32_t high, u64 salt) {
-  return mix((static_cast<u64>(high) << 32 | low) + salt);
-}
-
-/* Header and records, once nothing can fail any more; the head's checksum counts the body's, and
-   itself as 0. One block. */
-static __device__ __noinline__ void write_header(const pack_args &a) {
-  __shared__ u64 scratch[33];
-  if (*static_cast<volatile uint32_t *>(a.list.status) != RDKV_OK) return;
-  const uint32_t first = static_cast<uint32_t>(sizeof(rdkv_header) / sizeof(rdkv_record));
-  const uint32_t end = static_cast<uint32_t>(fixed_bytes(a.n_heads) / sizeof(rdkv_record));
-  rdkv_record *records = reinterpret_cast<rdkv_record *>(a.block);
-  for (uint32_t i = threadIdx.x; i + first < end; i += blockDim.x) {
-    rdkv_record r = rdkv_record();
-    if (i < a.n_heads) {
-      const head_plan *h = a.all_heads + i;
-      for (int l = 0; l < 4; ++l) r.n_tokens[l] = h->count[l + 1];
-      for (int l = 0; l < 3; ++l) r.n_channels[l] = static_cast<uint16_t>(h->channels[l + 1]);
-      r.n_dropped = static_cast<uint16_t>(h->channels[0]);
-      r.table = h->table, r.position = h->position, r.tile = h->tile;
-      r.v_distortion = __double2float_rn(h->v), r.k_distortion = __double2float_rn(h->k);
-    }
-    records[first + i] = r;
-  }
-  rdkv_header *h = reinterpret_cast<rdkv_header *>(a.block);
-  if (threadIdx.x == 0) {
-    *h = a.header;
-    h->total_bytes = a.state->total, h->head_bytes = a.state->head_bytes;
-    h->lambda = a.lambda ? *a.lambda : 0;
-    if (a.budget) h->budget_bytes = *a.budget;
-    h->body_sum = *static_cast<volatile u64 *>(&a.state->body_sum);
-  }
-  __syncthreads();
-  const u64 *words = reinterpret_cast<const u64 *>(a.block);
-  const u64 n_words = a.state->head_bytes / 8;
-  u64 sum = 0, all;
-#pragma unroll 8
-  for (u64 i = threadIdx.x; i < n_words; i += blockDim.x)
-    sum += mix((i == 3 ? 0 : words[i]) + (i + 1) * 0x9e3779b97f4a7c15ull);
-  block_scan(sum, scratch, &all);
-  if (threadIdx.x == 0) h->head_sum = all, *a.bytes = a.state->total;
-}
-
-static __global__ void __launch_bounds__(THREADS)
-    header_kernel(const __grid_constant__ pack_args a) {
-  write_header(a);
-}
-
-/* ---- tiles of 16-bit K and V in aligned rows: a warp has K or V of a tile, and a thread 8
-   elements of 4 tokens at once, 16 bytes a token. K's codes go through shared memory, where
-   channels come into table order; V's become words in registers. */
-
-enum { TILE_WARPS = 4 };
+/* ---- tiles of 16-bit K and V in aligned rows: a warp copies K or V of a tile to shared memory,
+   from where each thread takes what makes a word. Short loops, for most warps run their code once
+   or twice, and then it has to come from the L2. */
 
 /* Lowest byte of each. */
 __device__ __forceinline__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -4346,11 +4512,6 @@ template <bool BF16>
 __device__ __forceinline__ float2 pair_of(uint32_t x) {
   return BF16 ? make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u))
               : __half22float2(rdkv_cuda__halves(x));
-}
-
-/* Two of 8 elements. */
-__device__ __forceinline__ uint32_t pair_at(const uint4 &x, int i) {
-  return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
 }
 
 /* A code in the low byte of a float's bits; mid, inv and back as in channel_code, top the authors'
@@ -4398,19 +4559,19 @@ __device__ __forceinline__ affine fit_v(float lo, float hi, int level) {
   return a;
 }
 
-/* Where a warp's codes of K lie: a byte each of tokens g, g + 8, g + 16 and g + 24 in a word, by g
-   and slot; the gaps spread threads over the banks. What is dropped goes behind the slots. */
-__host__ __device__ inline uint32_t piece_pitch(int k_dim) {
-  return static_cast<uint32_t>(20 * (k_dim / 16 + 2) + 32) / 32 * 32 + 1;
+/* Bytes from row to row in shared memory: eight rows' 16-byte pieces lie in different banks. */
+__host__ __device__ inline uint32_t row_pitch(int dim) {
+  return 2 * static_cast<uint32_t>(dim) + 16;
 }
-__host__ __device__ inline uint32_t piece_at(int k_dim, uint32_t slot) {
-  return slot == ~0u ? 20 * static_cast<uint32_t>(k_dim / 16 + 2)
-                     : slot + 4 * ((slot & 0x3fffffffu) >> 4);
+/* Most slots of a channel table, whose codes come before the warps' rows. */
+__host__ __device__ inline uint32_t slots_of(int k_dim) {
+  return static_cast<uint32_t>(k_dim) + 32;
 }
-
-static size_t rows_shared(int k_dim) {
-  return static_cast<size_t>(k_dim) * sizeof(channel_code) +
-         TILE_WARPS / 2 * 8 * sizeof(uint32_t) * piece_pitch(k_dim);
+__host__ __device__ inline uint32_t rows_of_warp(int k_dim, int v_dim) { /* in bytes */
+  return TILE * (k_dim > v_dim ? row_pitch(k_dim) : row_pitch(v_dim));
+}
+static size_t rows_shared(int k_dim, int v_dim) {
+  return slots_of(k_dim) * sizeof(channel_code) + TILE_WARPS * rows_of_warp(k_dim, v_dim);
 }
 
 struct tile_place {
@@ -4420,78 +4581,132 @@ struct tile_place {
   uint32_t in_tile; /* tokens that there are; behind them codes are 0 */
 };
 
-/* K of a tile. codes [8][k_dim / 8] of the channels, element by element of the 8. Returns what the
-   tile's K adds to the checksum. */
-template <bool JOINT, bool BF16>
-__device__ __forceinline__ u64 pack_k(const rdkv_tensor &k, uint32_t eighths, int head,
-                                      uint32_t end1, uint32_t end2, uint32_t end,
-                                      const tile_place &tile, const uint4 *codes, uint32_t *piece,
-                                      uint32_t pitch) {
-  const uint32_t lane = threadIdx.x & 31;
-  const char *base =
-      static_cast<const char *>(k.data) + static_cast<ptrdiff_t>(head) * k.head_stride * 2;
-  const ptrdiff_t step = k.token_stride * 2;
-  __syncwarp();
-  for (uint32_t i = lane; i - lane < 8 * eighths; i += 32) {
-    const uint32_t g = i / eighths, e = i - g * eighths; /* g runs past 7 where i does */
-    uint4 raw[4];
+/* Rows of a tile into shared memory. */
+__device__ __forceinline__ void copy_rows(const rdkv_tensor &x, int dim, int head, uint32_t token,
+                                          char *to) {
+  const uint32_t lane = threadIdx.x & 31, pieces = static_cast<uint32_t>(dim) / 8;
+  const uint32_t lanes = pieces <= 16 ? 16 : 32; /* that share a row */
+  const uint32_t e = least(lane % lanes, pieces - 1), pitch = row_pitch(dim);
+  const char *from = static_cast<const char *>(row_of(x, 0, head)) + 16 * e;
+  const ptrdiff_t step = x.token_stride * 2;
+  to += 16 * e;
+#pragma unroll 1
+  for (uint32_t first = lane / lanes; first < TILE; first += 8 * (32 / lanes)) {
+    uint4 row[8];
 #pragma unroll
-    for (uint32_t j = 0; j < 4; ++j) {
-      const uint32_t token = __shfl_sync(FULL, tile.token, static_cast<int>((g & 7) + 8 * j));
-      raw[j] = __ldg(reinterpret_cast<const uint4 *>(base + token * step) + e);
+    for (uint32_t i = 0; i < 8; ++i) {
+      const uint32_t t = __shfl_sync(FULL, token, static_cast<int>(first + i * (32 / lanes)));
+      row[i] = __ldg(reinterpret_cast<const uint4 *>(from + t * step));
     }
-    uint32_t *to = piece + (g & 7) * pitch;
-    if (g < 8) {
 #pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        const uint4 q = codes[static_cast<uint32_t>(c) * eighths + e]; /* mid, inv, back, slot */
-        const float mid = __uint_as_float(q.x), inv = __uint_as_float(q.y),
-                    back = __uint_as_float(q.z);
-        const uint32_t l = q.w >> 30;
-        const float top = JOINT ? 0 : l == 0 ? 3.0f : l == 1 ? 15.0f : 255.0f;
-        uint32_t z[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float2 x = pair_of<BF16>(pair_at(raw[j], c / 2));
-          z[j] = code_bits<JOINT>(c % 2 ? x.y : x.x, mid, inv, back, top);
-        }
-        to[JOINT ? q.w : q.w & 0x3fffffffu] = low_bytes(z[0], z[1], z[2], z[3]);
-      }
-    }
+    for (uint32_t i = 0; i < 8; ++i)
+      *reinterpret_cast<uint4 *>(to + (first + i * (32 / lanes)) * pitch) = row[i];
   }
   __syncwarp();
-  const uint32_t g = lane >> 2, t = lane & 3;
-  const uint32_t *from = piece + g * pitch + 4 * t;
-  uint32_t mask = 0; /* of the tokens that there are */
+}
+
+/* Words of 16 codes [8 sub + 4 pr + 2 r + e], each in the low byte, of `1 << LEVEL` bits. */
+template <int LEVEL>
+__device__ __forceinline__ void words_of(const uint32_t (&z)[16], uint32_t (&w)[1 << (LEVEL - 1)]) {
 #pragma unroll
-  for (uint32_t j = 0; j < 4; ++j)
-    if (g + 8 * j < tile.in_tile) mask |= 0xffu << (8 * j);
-  uint8_t *out = tile.out;
-  u64 salt = salt_of(tile.at), sum = 0;
-  for (uint32_t b = 0; b < end; ++b, from += 20) {
-    const uint32_t p0 = from[0] & mask, p1 = from[1] & mask, p2 = from[2] & mask,
-                   p3 = from[3] & mask;
-    const uint32_t low0 = __byte_perm(p0, p1, 0x5410), low1 = __byte_perm(p2, p3, 0x5410);
-    const uint32_t high0 = __byte_perm(p0, p1, 0x7632), high1 = __byte_perm(p2, p3, 0x7632);
-    if (b < end1) {
-      const uint32_t w = low0 | low1 << 2 | high0 << 4 | high1 << 6;
-      reinterpret_cast<uint32_t *>(out)[lane] = w;
-      const uint32_t other = __shfl_xor_sync(FULL, w, 1);
-      if (!(lane & 1)) sum += mix_words(w, other, salt + lane / 2 * SALT);
-      out += 128, salt += 16 * SALT;
-    } else if (b < end2) {
-      const uint2 w = make_uint2(low0 | low1 << 4, high0 | high1 << 4);
-      reinterpret_cast<uint2 *>(out)[lane] = w;
-      sum += mix_words(w.x, w.y, salt + lane * SALT);
-      out += 256, salt += 32 * SALT;
-    } else { /* bytes 2 r + e */
-      const uint4 w = make_uint4(__byte_perm(p0, p1, 0x5140), __byte_perm(p2, p3, 0x5140),
-                                 __byte_perm(p0, p1, 0x7362), __byte_perm(p2, p3, 0x7362));
-      reinterpret_cast<uint4 *>(out)[lane] = w;
-      sum += mix_words(w.x, w.y, salt + 2 * lane * SALT) +
-             mix_words(w.z, w.w, salt + (2 * lane + 1) * SALT);
-      out += 512, salt += 64 * SALT;
+  for (int j = 0; j < 1 << (LEVEL - 1); ++j) {
+    uint32_t byte[4]; /* 2 r + e */
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (LEVEL == 1)
+        byte[i] = z[i] + (z[4 + i] << 2) + (z[8 + i] << 4) + (z[12 + i] << 6);
+      else if (LEVEL == 2)
+        byte[i] = z[8 * j % 16 + i] + (z[8 * j % 16 + 4 + i] << 4);
+      else
+        byte[i] = z[4 * j % 16 + i];
     }
+    w[j] = LEVEL == 3 ? low_bytes(byte[0], byte[1], byte[2], byte[3])
+                      : low_bytes(byte[0], byte[2], byte[1], byte[3]); /* r + 2 e */
+  }
+}
+
+/* Of these words, the bits of codes that exist: bit 8 sub + 4 pr + 2 r + e of `exists`. */
+template <int LEVEL>
+__device__ __forceinline__ void masks_of(uint32_t exists, uint32_t (&mask)[1 << (LEVEL - 1)]) {
+  uint32_t z[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) z[i] = exists >> i & 1 ? (1u << (1 << LEVEL)) - 1 : 0;
+  words_of<LEVEL>(z, mask);
+}
+
+/* Stores words j of a thread as LEVEL has them: 2 or 4 side by side. Returns their part of the
+   checksum; salt is that of the first. */
+template <int LEVEL>
+__device__ __forceinline__ u64 put_words(const uint32_t (&w)[1 << (LEVEL - 1)], uint8_t *to,
+                                         u64 salt) {
+  enum { WORDS = 1 << (LEVEL - 1) };
+  if (LEVEL == 2) {
+    *reinterpret_cast<uint2 *>(to) = make_uint2(w[0], w[1 % WORDS]);
+    return mix_words(w[0], w[1 % WORDS], salt);
+  }
+  *reinterpret_cast<uint4 *>(to) = make_uint4(w[0], w[1 % WORDS], w[2 % WORDS], w[3 % WORDS]);
+  return mix_words(w[0], w[1 % WORDS], salt) + mix_words(w[2 % WORDS], w[3 % WORDS], salt + SALT);
+}
+
+/* Two neighbouring threads have two words a and b each, which are halves of two words of the
+   checksum: the even one stores that of a at `even`, the odd one that of b at `odd`. */
+__device__ __forceinline__ u64 put_halves(uint32_t a, uint32_t b, bool there, uint8_t *to,
+                                          u64 salt) {
+  const bool odd = threadIdx.x & 1;
+  const uint32_t theirs = __shfl_xor_sync(FULL, odd ? a : b, 1);
+  const uint32_t low = odd ? theirs : a, high = odd ? b : theirs;
+  if (!there) return 0;
+  *reinterpret_cast<uint2 *>(to) = make_uint2(low, high);
+  return mix_words(low, high, salt);
+}
+
+/* Blocks first..end - 1 of K of a tile, all of a level, 16 channels each. codes: of the slots, with
+   the byte where a channel's value stands in a row. Thread 4 g + t has tokens g + 8 r + 16 sub and
+   slots 4 t + 2 pr + e. out: where the tile's first block of the level begins. */
+template <int LEVEL, bool JOINT, bool BF16>
+__device__ __forceinline__ u64 pack_k(const uint4 *codes, const char *rows, uint32_t pitch,
+                                      uint32_t first, uint32_t end, uint32_t exists, uint8_t *out,
+                                      u64 at) {
+  enum { WORDS = 1 << (LEVEL - 1), BOTH = LEVEL == 1 ? 2 : 1 };
+  const uint32_t lane = threadIdx.x & 31, t = lane & 3;
+  const float top = static_cast<float>((1 << (1 << LEVEL)) - 1);
+  uint32_t mask[WORDS];
+  masks_of<LEVEL>(exists, mask);
+  u64 sum = 0, salt;
+  if (LEVEL == 1)
+    out += lane % 2 * 128 + lane / 2 * 8, salt = salt_of(at + lane % 2 * 16 + lane / 2);
+  else
+    out += lane * 4 * WORDS, salt = salt_of(at + lane * WORDS / 2);
+#pragma unroll 1
+  for (uint32_t b = first; b < end; b += BOTH) {
+    uint32_t w[BOTH][WORDS];
+#pragma unroll
+    for (uint32_t i = 0; i < BOTH; ++i) {
+      uint32_t z[16];
+      const uint4 *q = codes + 16 * least(b + i, end - 1) + 4 * t;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) { /* 2 pr + e */
+        const uint4 code = q[c];
+        const char *x = rows + code.w;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) { /* 2 sub + r */
+          const uint16_t h = *reinterpret_cast<const uint16_t *>(x + 8 * j * pitch);
+          const float value =
+              BF16 ? __uint_as_float(static_cast<uint32_t>(h) << 16) : half_value(h);
+          z[8 * (j / 2) + 4 * (c / 2) + 2 * (j % 2) + c % 2] =
+              code_bits<JOINT>(value, __uint_as_float(code.x), __uint_as_float(code.y),
+                               __uint_as_float(code.z), top);
+        }
+      }
+      words_of<LEVEL>(z, w[i]);
+#pragma unroll
+      for (int j = 0; j < WORDS; ++j) w[i][j] &= mask[j];
+    }
+    if (LEVEL == 1)
+      sum += put_halves(w[0][0], w[BOTH - 1][0], b + lane % 2 < end, out, salt);
+    else
+      sum += put_words<LEVEL>(w[0], out, salt);
+    out += BOTH * (128 * WORDS), salt += BOTH * (16 * WORDS) * SALT;
   }
   return sum;
 }
@@ -4514,310 +4729,279 @@ __device__ __forceinline__ uint32_t pair_max(uint32_t a, uint32_t b) {
   return a;
 }
 
-/* What neighbouring threads have of both their blocks of V, rows r of 8 dims, becomes both rows of
-   the own block: x[0] row 0. */
-__device__ __forceinline__ void swap_rows(uint32_t (&x)[2], bool odd) {
-  const uint32_t theirs = __shfl_xor_sync(FULL, odd ? x[0] : x[1], 1);
-  x[odd ? 0 : 1] = theirs;
-}
-
-/* V of a tile, behind its K. LANES threads share a row; two of them share its blocks of 16 dims 2 k
-   and 2 k + 1, the even one having the first 8 dims of both. */
-template <int LANES, bool JOINT, bool BF16>
-__device__ __forceinline__ u64 pack_v(const rdkv_tensor &v, uint32_t blocks, int level, int head,
-                                      const tile_place &tile, uint32_t k_tile, bool *bad) {
-  const uint32_t lane = threadIdx.x & 31, db = lane % LANES, tq = lane / LANES;
-  const bool real = db < blocks, odd = db & 1;
-  const char *base =
-      static_cast<const char *>(v.data) + static_cast<ptrdiff_t>(head) * v.head_stride * 2;
-  const ptrdiff_t step = v.token_stride * 2;
-  uint8_t *params = tile.out + k_tile, *words = params + 128;
-  const u64 params_at = tile.at + k_tile / 8;
-  const int bits = 1 << level;
-  u64 sum = 0;
+/* V of a tile at `1 << LEVEL` bits. Thread 16 half + 4 p + t has dims 2 p + o + 8 r of every other
+   block of 16 dims, tokens 16 sub + 2 t + 8 pr + e. mid, inv and back: of token lane. */
+template <int LEVEL, bool JOINT, bool BF16>
+__device__ __forceinline__ u64 pack_v(const char *rows, uint32_t pitch, uint32_t blocks, float mid,
+                                      float inv, float back, uint32_t in_tile, uint8_t *out,
+                                      u64 at) {
+  enum { WORDS = 1 << (LEVEL - 1) };
+  const uint32_t lane = threadIdx.x & 31, t = lane & 3, p = lane >> 2 & 3, half = lane >> 4;
+  const float top = static_cast<float>((1 << (1 << LEVEL)) - 1);
+  float mids[8], invs[8], backs[8]; /* of tokens [4 sub + 2 pr + e] */
+  uint32_t exists = 0, mask[WORDS];
+#pragma unroll
+  for (uint32_t k = 0; k < 8; ++k) {
+    const uint32_t i = 16 * (k / 4) + 2 * t + 8 * (k / 2 % 2) + k % 2;
+    mids[k] = __shfl_sync(FULL, mid, static_cast<int>(i));
+    invs[k] = __shfl_sync(FULL, inv, static_cast<int>(i));
+    backs[k] = JOINT ? 12582912.0f + static_cast<float>(1 << ((1 << LEVEL) - 1))
+                     : __shfl_sync(FULL, back, static_cast<int>(i));
+    if (i < in_tile) exists |= 5u << (8 * (k / 4) + 4 * (k / 2 % 2) + k % 2);
+  }
+  masks_of<LEVEL>(exists, mask);
+  rows += 2 * t * pitch + 32 * half + 4 * p;
+  u64 sum = 0, salt;
+  if (LEVEL == 1) /* words 8 p + t and 8 p + 4 + t */
+    out += half * 128 + (8 * p + 4 * (t % 2) + t / 2 * 2) * 4,
+        salt = salt_of(at + half * 16 + 4 * p + 2 * (t % 2) + t / 2);
+  else
+    out += half * (128 * WORDS) + (8 * p + t) * (4 * WORDS),
+        salt = salt_of(at + half * (16 * WORDS) + (8 * p + t) * (WORDS / 2));
 #pragma unroll 1
-  for (uint32_t t = tq; t < 4; t += 32 / LANES) {
-    uint32_t before[8];
-#pragma unroll 1
-    for (uint32_t sub = 0; sub < 2; ++sub) {
-      /* tokens 16 sub + 2 t + 8 pr + e are j = 2 pr + e here */
-      uint4 raw[4][2];
-      uint32_t ends[4]; /* the smallest, and the largest negated */
+  for (uint32_t b = half; b - half < blocks; b += 2) {
+    uint32_t w[2][WORDS];
+    uint32_t z[2][16]; /* o */
+    const bool there = b < blocks;
+    if (!there) rows -= 32; /* some values or other */
 #pragma unroll
-      for (uint32_t j = 0; j < 4; ++j) {
-        const uint32_t i = 16 * sub + 2 * t + 8 * (j >> 1) + (j & 1);
-        const uint32_t token = __shfl_sync(FULL, tile.token, static_cast<int>(i));
-        const uint4 *row = reinterpret_cast<const uint4 *>(base + token * step) + 2 * db - odd;
-        raw[j][0] = raw[j][1] = make_uint4(0, 0, 0, 0);
-        if (db - odd < blocks) raw[j][0] = __ldg(row);
-        if (db - odd + 1 < blocks) raw[j][1] = __ldg(row + 2);
+    for (int k = 0; k < 8; ++k)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float2 x = pair_of<BF16>(*reinterpret_cast<const uint32_t *>(
+            rows + (16 * (k / 4) + 8 * (k / 2 % 2) + k % 2) * pitch + 16 * r));
+        const int to = 8 * (k / 4) + 4 * (k / 2 % 2) + 2 * r + k % 2;
+        z[0][to] = code_bits<JOINT>(x.x, mids[k], invs[k], backs[k], top);
+        z[1][to] = code_bits<JOINT>(x.y, mids[k], invs[k], backs[k], top);
       }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint4 &x = raw[j][0], &y = raw[j][1];
-        uint32_t low = pair_min<BF16>(pair_min<BF16>(x.x, x.y), pair_min<BF16>(x.z, x.w));
-        uint32_t high = pair_max<BF16>(pair_max<BF16>(x.x, x.y), pair_max<BF16>(x.z, x.w));
-        if (db - odd + 1 < blocks) {
-          low = pair_min<BF16>(low,
-                               pair_min<BF16>(pair_min<BF16>(y.x, y.y), pair_min<BF16>(y.z, y.w)));
-          high = pair_max<BF16>(high,
-                                pair_max<BF16>(pair_max<BF16>(y.x, y.y), pair_max<BF16>(y.z, y.w)));
-        }
-        low = pair_min<BF16>(low, __byte_perm(low, low, 0x1032));
-        high = pair_max<BF16>(high, __byte_perm(high, high, 0x1032)) ^ 0x80008000u;
-        ends[j] = db - odd < blocks ? __byte_perm(low, high, 0x5410)
-                  : BF16            ? 0x7f7f7f7fu
-                                    : 0x7bff7bffu;
-      }
+    for (int o = 0; o < 2; ++o) {
+      words_of<LEVEL>(z[o], w[o]);
 #pragma unroll
-      for (int m = LANES / 2; m; m >>= 1)
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          ends[j] = pair_min<BF16>(ends[j], __shfl_xor_sync(FULL, ends[j], m));
-      /* threads fit one of the tokens each */
-      const uint32_t mine = db & 3, i = 16 * sub + 2 * t + 8 * (mine >> 1) + (mine & 1);
-      const float2 range = pair_of<BF16>(mine == 0   ? ends[0]
-                                         : mine == 1 ? ends[1]
-                                         : mine == 2 ? ends[2]
-                                                     : ends[3]);
-      const bool exists = i < tile.in_tile;
-      *bad |= exists && (!in_range(range.x) || !in_range(range.y));
-      /* of a token that does not exist all codes become 0 */
-      float mid = 0, inv = JOINT ? 0.0f : 1.0f, back = JOINT ? 12582912.0f : 0.0f;
-      uint32_t param = exists ? 0x3c00 : 0; /* a half is its own value */
-      if (level < 4 && exists) {
-        affine q;
-        if (JOINT) {
-          q = fit_v(range.x, -range.y, level);
-          mid = q.mid, inv = q.inv, back += static_cast<float>(1 << (bits - 1));
-        } else {
-          const zero_point z = fit_paper(range.x, -range.y, bits);
-          q = affine_paper(z, bits);
-          mid = z.zero, inv = z.scale, back = __fdiv_rn(1, z.scale);
-        }
-        param = to_half(q.scale) | static_cast<uint32_t>(to_half(q.mid)) << 16;
-      }
-      /* token i's word is 4 (i mod 8) + i / 8 */
-      const uint32_t other = __shfl_xor_sync(FULL, param, 2);
-      if (db < 2) {
-        const uint32_t at = 2 * (i & 7) + (i >> 4);
-        reinterpret_cast<uint2 *>(params)[at] = make_uint2(param, other);
-        sum += mix_words(param, other, salt_of(params_at + at));
-      }
-      if (level == 4) {
-        const u64 salt = salt_of(params_at + 16 + 2 * ((sub * blocks + db) * 32 + t));
-        uint4 *to = reinterpret_cast<uint4 *>(words) + (sub * blocks + db) * 32 + t;
-#pragma unroll
-        for (int g = 0; g < 8; ++g) {
-          uint32_t w[2][2]; /* pr; r */
-#pragma unroll
-          for (int pr = 0; pr < 2; ++pr) {
-            const uint32_t i0 = 16 * sub + 2 * t + 8 * static_cast<uint32_t>(pr);
-#pragma unroll
-            for (int b = 0; b < 2; ++b) {
-              uint32_t x[2];
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                x[e] = pair_at(raw[2 * pr + e][b], g / 2);
-                x[e] = g % 2 ? x[e] >> 16 : x[e] & 0xffff;
-                if (BF16) x[e] = to_half(__uint_as_float(x[e] << 16));
-                if (i0 + static_cast<uint32_t>(e) >= tile.in_tile) x[e] = 0;
-              }
-              w[pr][b] = x[0] | x[1] << 16;
-            }
-            swap_rows(w[pr], odd);
-          }
-          if (!real) continue;
-          to[4 * g] = make_uint4(w[0][0], w[0][1], w[1][0], w[1][1]);
-          sum += mix_words(w[0][0], w[0][1], salt + 8 * static_cast<u64>(g) * SALT) +
-                 mix_words(w[1][0], w[1][1], salt + (8 * static_cast<u64>(g) + 1) * SALT);
-        }
-        continue;
-      }
-      const float top = static_cast<float>((1 << bits) - 1);
-      float mids[4], invs[4], backs[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int from = static_cast<int>(lane - db) + j;
-        mids[j] = __shfl_sync(FULL, mid, from), invs[j] = __shfl_sync(FULL, inv, from);
-        backs[j] = __shfl_sync(FULL, back, from);
-      }
-      if (level == 3) { /* bytes 2 r + e of word pr */
-        const u64 salt = salt_of(params_at + 16 + db * 64 + 2 * t + sub);
-        uint2 *to = reinterpret_cast<uint2 *>(words) + db * 64 + 2 * t + sub;
-#pragma unroll
-        for (int g = 0; g < 8; g += 2) {
-          uint32_t w[2][2]; /* pr; block, then r: both tokens e of dim g, then of g + 1 */
-#pragma unroll
-          for (int pr = 0; pr < 2; ++pr) {
-#pragma unroll
-            for (int b = 0; b < 2; ++b) {
-              uint32_t z[2][2];
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                const int j = 2 * pr + e;
-                const float2 x = pair_of<BF16>(pair_at(raw[j][b], g / 2));
-                z[0][e] = code_bits<JOINT>(x.x, mids[j], invs[j], backs[j], top);
-                z[1][e] = code_bits<JOINT>(x.y, mids[j], invs[j], backs[j], top);
-              }
-              w[pr][b] = low_bytes(z[0][0], z[0][1], z[1][0], z[1][1]);
-            }
-            swap_rows(w[pr], odd);
-          }
-          if (!real) continue;
-#pragma unroll
-          for (int o = 0; o < 2; ++o) {
-            const uint2 x = make_uint2(__byte_perm(w[0][0], w[0][1], o ? 0x7632 : 0x5410),
-                                       __byte_perm(w[1][0], w[1][1], o ? 0x7632 : 0x5410));
-            to[8 * (g + o)] = x;
-            sum += mix_words(x.x, x.y, salt + 8 * static_cast<u64>(g + o) * SALT);
-          }
-        }
-        continue;
-      }
-      /* bytes r + 2 e, pr in the upper bits of each */
-      const uint32_t upper = 1u << bits;
-#pragma unroll
-      for (int g = 0; g < 8; g += 2) {
-        uint32_t w[2];
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          uint32_t z[2][4];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const float2 x = pair_of<BF16>(pair_at(raw[j][b], g / 2));
-            z[0][j] = code_bits<JOINT>(x.x, mids[j], invs[j], backs[j], top);
-            z[1][j] = code_bits<JOINT>(x.y, mids[j], invs[j], backs[j], top);
-          }
-          w[b] = low_bytes(z[0][0] + z[0][2] * upper, z[0][1] + z[0][3] * upper,
-                           z[1][0] + z[1][2] * upper, z[1][1] + z[1][3] * upper);
-        }
-        swap_rows(w, odd);
-        const uint32_t w0 = __byte_perm(w[0], w[1], 0x5140), w1 = __byte_perm(w[0], w[1], 0x7362);
-        if (sub == 0) {
-          before[g] = w0, before[g + 1] = w1;
-        } else if (level == 2) {
-          if (real) {
-            uint2 *to = reinterpret_cast<uint2 *>(words) + db * 32 + 4 * g + t;
-            const u64 salt = salt_of(params_at + 16 + db * 32 + t) + 4 * static_cast<u64>(g) * SALT;
-            to[0] = make_uint2(before[g], w0), to[4] = make_uint2(before[g + 1], w1);
-            sum += mix_words(before[g], w0, salt) + mix_words(before[g + 1], w1, salt + 4 * SALT);
-          }
-        } else {
-          before[g] |= w0 << 4, before[g + 1] |= w1 << 4;
-        }
-      }
-      if (level == 1 && sub == 1) {
-        /* two threads have a word of the checksum: each mixes half of them */
-        uint32_t *to = reinterpret_cast<uint32_t *>(words) + db * 32 + t;
-        const bool upper_half = t & 1;
-        const u64 salt = salt_of(params_at + 16 + db * 16 + t / 2 + (upper_half ? 8 : 0));
-#pragma unroll
-        for (int g = 0; g < 4; ++g) {
-          const uint32_t x = upper_half ? before[g + 4] : before[g];
-          const uint32_t theirs =
-              __shfl_xor_sync(FULL, upper_half ? before[g] : before[g + 4], LANES);
-          if (!real) continue;
-          to[4 * g] = before[g], to[4 * (g + 4)] = before[g + 4];
-          sum += mix_words(upper_half ? theirs : x, upper_half ? x : theirs,
-                           salt + 2 * static_cast<u64>(g) * SALT);
-        }
-      }
+      for (int j = 0; j < WORDS; ++j) w[o][j] &= mask[j];
     }
+    if (LEVEL == 1) {
+      sum += put_halves(w[0][0], w[1][0], there, out, salt);
+    } else if (there) {
+      sum += put_words<LEVEL>(w[0], out, salt);
+      sum += put_words<LEVEL>(w[1], out + 16 * WORDS, salt + 2 * WORDS * SALT);
+    }
+    rows += 64, out += 2 * 128 * WORDS, salt += 2 * 16 * WORDS * SALT;
   }
   return sum;
 }
 
-template <int LANES, bool JOINT, bool BF16>
-__global__ void __launch_bounds__(32 * TILE_WARPS, 4)
-    rows_kernel(const __grid_constant__ pack_args a) {
-  extern __shared__ uint4 rows_memory[]; /* codes of the channels, then pieces of warps with K */
-  __shared__ u64 scratch[TILE_WARPS];
-  const int head = static_cast<int>(blockIdx.y);
-  const uint32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const uint32_t kd = static_cast<uint32_t>(a.channel.k_dim), pitch = piece_pitch(a.channel.k_dim);
-  if (*a.list.status != RDKV_OK) return; /* of an earlier kernel: for all blocks */
-  const head_plan *h = a.heads + head;
-  /* a warp has K or V of a tile; the blocks of a head share them out */
-  const uint32_t n_units = 2 * h->first_tile[4];
-  const uint32_t each = (n_units + gridDim.x * TILE_WARPS - 1) / (gridDim.x * TILE_WARPS);
-  const uint32_t first_unit = blockIdx.x * each * TILE_WARPS;
-  if (first_unit >= n_units) {
-    if (last_block(&a.state->done, a.blocks)) write_header(a);
-    return;
-  }
-  const uint4 *codes =
-      reinterpret_cast<const uint4 *>(a.codes + static_cast<size_t>(head) * MAX_DIM);
-  for (uint32_t c = threadIdx.x; c < kd; c += blockDim.x) {
-    uint4 q = codes[c];
-    q.w = piece_at(a.channel.k_dim, q.w);
-    if (JOINT) q.w &= 0x3fffffffu;
-    rows_memory[c % 8 * (kd / 8) + c / 8] = q;
-  }
-  uint32_t *piece = reinterpret_cast<uint32_t *>(rows_memory + kd);
-  for (uint32_t i = threadIdx.x; i < TILE_WARPS / 2 * 8 * pitch; i += blockDim.x) piece[i] = 0;
-  piece += warp / 2 * 8 * pitch;
-  __syncthreads();
-  const uint32_t *kept = a.list.kept + head * 5;
-  const uint32_t *order = a.list.order + static_cast<size_t>(head) * a.list.n;
-  const uint32_t end1 = h->k_blocks[1], end2 = h->k_blocks[2], end3 = h->k_blocks[3];
-  const uint32_t k_tile = h->k_tile;
+/* V of a tile as halves: thread 4 g + t of a block has dims g + 8 r, tokens 16 sub + 2 t + 8 pr +
+   e. */
+template <bool BF16>
+__device__ __forceinline__ u64 copy_v(const char *rows, uint32_t pitch, uint32_t blocks,
+                                      uint32_t in_tile, uint8_t *out, u64 at) {
+  const uint32_t lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   u64 sum = 0;
-  bool bad = false;
-  for (uint32_t n = 0, unit = first_unit + warp; n < each && unit < n_units;
-       ++n, unit += TILE_WARPS) {
-    const uint32_t tile = unit / 2;
-    int run = 0;
-    uint64_t offset = h->tile;
-    while (tile >= h->first_tile[run + 1]) {
-      offset +=
-          static_cast<uint64_t>(h->first_tile[run + 1] - h->first_tile[run]) * h->run_bytes[run];
-      ++run;
+#pragma unroll 1
+  for (uint32_t b = 0; b < 2 * blocks; ++b) {
+    const uint32_t first = (b < blocks ? 0 : 16) + 2 * t;
+    const char *from = rows + first * pitch + b % blocks * 32 + 2 * g;
+    uint32_t w[4]; /* 2 pr + r */
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      w[i] = 0;
+#pragma unroll
+      for (uint32_t e = 0; e < 2; ++e) {
+        const uint32_t token = 8 * (i / 2) + e;
+        uint16_t x = *reinterpret_cast<const uint16_t *>(from + token * pitch + 16 * (i % 2));
+        if (BF16) x = to_half(__uint_as_float(static_cast<uint32_t>(x) << 16));
+        if (first + token < in_tile) w[i] |= static_cast<uint32_t>(x) << (16 * e);
+      }
     }
-    const uint32_t in_run = tile - h->first_tile[run], first = kept[1 + run] + in_run * TILE;
-    offset += static_cast<uint64_t>(in_run) * h->run_bytes[run];
-    tile_place place;
-    place.out = a.block + offset, place.at = offset / 8;
-    place.in_tile = least(h->count[run + 1] - in_run * TILE, TILE);
-    place.token = order[first + least(lane, place.in_tile - 1)];
-    if (unit & 1) {
-      sum += pack_v<LANES, JOINT, BF16>(a.channel.v, static_cast<uint32_t>(a.channel.v_dim) / 16,
-                                        run + 1, head, place, k_tile, &bad);
-      continue;
-    }
-    if (a.positions) {
-      const uint32_t t = lane < place.in_tile ? place.token : ~0u;
-      const uint32_t other = __shfl_xor_sync(FULL, t, 1);
-      const uint64_t to = h->position + 4 * (static_cast<uint64_t>(tile) * TILE + lane);
-      *reinterpret_cast<uint32_t *>(a.block + to) = t;
-      if (!(lane & 1)) sum += mix_words(t, other, salt_of(to / 8));
-    }
-    sum += pack_k<JOINT, BF16>(a.channel.k, kd / 8, head, end1, end2, end3, place, rows_memory,
-                               piece, pitch);
+    sum += put_words<3>(w, out + (32 * b + lane) * 16, salt_of(at + 64 * b + 2 * lane));
   }
-  if (bad) fail(a.list.status, RDKV_ERR_NONFINITE);
-  sum = warp_sum(sum);
-  if (lane == 0) scratch[warp] = sum;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < TILE_WARPS; ++w) sum += scratch[w];
-    atomicAdd(&a.state->body_sum, sum);
-  }
-  if (last_block(&a.state->done, a.blocks)) write_header(a);
+  return sum;
 }
 
-static __global__ void body_sum_kernel(const uint32_t *status, block_state *s,
-                                       const uint8_t *block) {
+/* Parameters of V of a tile, then V. */
+template <bool JOINT, bool BF16>
+__device__ __forceinline__ u64 pack_values(const pack_args &a, int level, const tile_place &tile,
+                                           const char *rows, uint32_t k_tile, bool *bad) {
+  const uint32_t lane = threadIdx.x & 31, pitch = row_pitch(a.v_dim);
+  const uint32_t pieces = static_cast<uint32_t>(a.v_dim) / 8;
+  const char *own = rows + lane * pitch; /* a thread has a token */
+  uint32_t low = BF16 ? 0x7f7f7f7fu : 0x7bff7bffu, high = low | 0x80008000u;
+#pragma unroll 4
+  for (uint32_t i = 0; i < pieces; ++i) {
+    const uint4 x = *reinterpret_cast<const uint4 *>(own + 16 * i);
+    low = pair_min<BF16>(low, pair_min<BF16>(pair_min<BF16>(x.x, x.y), pair_min<BF16>(x.z, x.w)));
+    high = pair_max<BF16>(high, pair_max<BF16>(pair_max<BF16>(x.x, x.y), pair_max<BF16>(x.z, x.w)));
+  }
+  low = pair_min<BF16>(low, __byte_perm(low, low, 0x1032));
+  high = pair_max<BF16>(high, __byte_perm(high, high, 0x1032));
+  const float lo = pair_of<BF16>(low).x, hi = pair_of<BF16>(high).x;
+  const bool there = lane < tile.in_tile;
+  *bad |= there && (!in_range(lo) || !in_range(hi));
+  float mid = 0, inv = 1, back = 0;
+  uint32_t param = there ? 0x3c00 : 0; /* a half is its own value */
+  if (level < 4) {
+    affine q;
+    if (JOINT) {
+      q = fit_v(lo, hi, level);
+      mid = q.mid, inv = q.inv;
+    } else {
+      const zero_point z = fit_paper(lo, hi, 1 << level);
+      q = affine_paper(z, 1 << level);
+      mid = z.zero, inv = z.scale, back = __fdiv_rn(1, z.scale);
+    }
+    param = there ? to_half(q.scale) | static_cast<uint32_t>(to_half(q.mid)) << 16 : 0;
+  }
+  /* token i's word is 4 (i mod 8) + i / 8 */
+  const uint32_t other = __shfl_xor_sync(FULL, param, 8);
+  uint8_t *params = tile.out + k_tile, *out = params + 128;
+  u64 sum = 0, at = tile.at + k_tile / 8;
+  if (!(lane & 8)) {
+    const uint32_t i = 2 * (lane & 7) + (lane >> 4);
+    reinterpret_cast<uint2 *>(params)[i] = make_uint2(param, other);
+    sum = mix_words(param, other, salt_of(at + i));
+  }
+  at += 16;
+  const uint32_t blocks = pieces / 2;
+  switch (level) {
+    case 1:
+      return sum +
+             pack_v<1, JOINT, BF16>(rows, pitch, blocks, mid, inv, back, tile.in_tile, out, at);
+    case 2:
+      return sum +
+             pack_v<2, JOINT, BF16>(rows, pitch, blocks, mid, inv, back, tile.in_tile, out, at);
+    case 3:
+      return sum +
+             pack_v<3, JOINT, BF16>(rows, pitch, blocks, mid, inv, back, tile.in_tile, out, at);
+    default:
+      return sum + copy_v<BF16>(rows, pitch, blocks, tile.in_tile, out, at);
+  }
+}
+
+/* K of a tile. */
+template <bool JOINT, bool BF16>
+__device__ __forceinline__ u64 pack_keys(const pack_args &a, const block_plan &h,
+                                         const tile_place &tile, const uint4 *codes,
+                                         const char *rows) {
+  const uint32_t g = threadIdx.x >> 2 & 7, pitch = row_pitch(a.k_dim);
+  uint32_t exists = 0;
+#pragma unroll
+  for (uint32_t j = 0; j < 4; ++j) /* 2 sub + r */
+    if (g + 8 * j < tile.in_tile) exists |= 0x33u << (8 * (j / 2) + 2 * (j % 2));
+  rows += g * pitch;
+  const uint32_t end1 = h.k_blocks[1], end2 = h.k_blocks[2], end3 = h.k_blocks[3];
+  u64 sum = 0;
+  uint32_t at = 0; /* bytes so far */
+  if (end1 > 0)
+    sum += pack_k<1, JOINT, BF16>(codes, rows, pitch, 0, end1, exists, tile.out, tile.at);
+  at = 128 * end1;
+  if (end2 > end1)
+    sum += pack_k<2, JOINT, BF16>(codes, rows, pitch, end1, end2, exists, tile.out + at,
+                                  tile.at + at / 8);
+  at += 256 * (end2 - end1);
+  if (end3 > end2)
+    sum += pack_k<3, JOINT, BF16>(codes, rows, pitch, end2, end3, exists, tile.out + at,
+                                  tile.at + at / 8);
+  return sum;
+}
+
+template <bool JOINT, bool BF16>
+__global__ void __launch_bounds__(32 * TILE_WARPS, 5)
+    rows_kernel(const __grid_constant__ pack_args a) {
+  extern __shared__ uint4 rows_memory[]; /* codes of the slots, then rows of the warps */
+  __shared__ u64 scratch[TILE_WARPS];
+  __shared__ block_plan h;
+  const int head = static_cast<int>(blockIdx.y);
+  const uint32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const uint32_t kd = static_cast<uint32_t>(a.k_dim), slots = slots_of(a.k_dim);
+  const plan_source source(a);
+  if (blockIdx.x > 0) {
+    /* slots without a channel have codes 0 */
+    for (uint32_t i = threadIdx.x; i < slots; i += blockDim.x)
+      rows_memory[i] = make_uint4(0, 0, JOINT ? __float_as_uint(12582912.0f) : 0, 0);
+    __syncthreads();
+    for (uint32_t c = threadIdx.x; c < kd; c += blockDim.x) {
+      uint32_t scale_mid;
+      const channel_code q = channel_ends(a, head, c).code(JOINT, &scale_mid);
+      if (q.slot != ~0u)
+        rows_memory[q.slot] = make_uint4(__float_as_uint(q.mid), __float_as_uint(q.inv),
+                                         __float_as_uint(q.back), 2 * c);
+    }
+  }
+  source.make(a, head, &h);
+  __syncthreads();
+  if (!h.go) return;
+  const uint32_t tiles = h.first_tile[4], blocks = blocks_with(tiles, a.tile_blocks);
+  if (blockIdx.x > blocks) return;
+  if (blockIdx.x == 0) {
+    write_table(a, head, &h, rows_memory);
+  } else {
+    char *rows =
+        reinterpret_cast<char *>(rows_memory + slots) + warp * rows_of_warp(a.k_dim, a.v_dim);
+    const uint32_t *order = a.list.order + static_cast<size_t>(head) * a.list.n;
+    u64 sum = 0;
+    bool bad = false;
+    /* K of all tiles, which the L2 may still have, then V */
+    const uint32_t step = blocks * TILE_WARPS, first = (blockIdx.x - 1) * TILE_WARPS + warp;
+#pragma unroll 1
+    for (uint32_t unit = first; unit < 2 * tiles; unit += step) {
+      const bool values = unit >= tiles;
+      const uint32_t tile = values ? unit - tiles : unit;
+      uint64_t offset = h.tile;
+      int run = 0;
+      for (; tile >= h.first_tile[run + 1]; ++run)
+        offset +=
+            static_cast<uint64_t>(h.first_tile[run + 1] - h.first_tile[run]) * h.run_bytes[run];
+      const uint32_t in_run = tile - h.first_tile[run];
+      offset += static_cast<uint64_t>(in_run) * h.run_bytes[run];
+      tile_place place;
+      place.out = a.block + offset, place.at = offset / 8;
+      place.in_tile = least(h.count[run] - in_run * TILE, TILE);
+      place.token = order[h.run[run] + in_run * TILE + least(lane, place.in_tile - 1)];
+      __syncwarp(); /* the rows before have been read */
+      copy_rows(values ? a.v : a.k, values ? a.v_dim : a.k_dim, head, place.token, rows);
+      if (values) {
+        sum += pack_values<JOINT, BF16>(a, run + 1, place, rows, h.k_tile, &bad);
+        continue;
+      }
+      if (a.positions) {
+        const uint32_t t = lane < place.in_tile ? place.token : ~0u;
+        const uint32_t other = __shfl_xor_sync(FULL, t, 1);
+        const uint64_t to = h.position + 4 * (static_cast<uint64_t>(tile) * TILE + lane);
+        *reinterpret_cast<uint32_t *>(a.block + to) = t;
+        if (!(lane & 1)) sum += mix_words(t, other, salt_of(to / 8));
+      }
+      sum += pack_keys<JOINT, BF16>(a, h, place, rows_memory, rows);
+    }
+    if (bad) fail(a.list.status, RDKV_ERR_NONFINITE);
+    sum = warp_sum(sum);
+    if (lane == 0) scratch[warp] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int w = 1; w < TILE_WARPS; ++w) sum += scratch[w];
+      atomicAdd(&a.state->body_sum, sum);
+    }
+  }
+  if (last_block(&a.state->done, h.blocks)) write_header(a, h.total, h.head_bytes);
+}
+
+/* The body's checksum and the header, of a block whose tiles did not come by rows. */
+static __global__ void __launch_bounds__(THREADS)
+    body_sum_kernel(const __grid_constant__ pack_args a) {
   __shared__ u64 scratch[33];
-  if (*status != RDKV_OK) return;
-  const u64 *words = reinterpret_cast<const u64 *>(block);
-  const u64 end = s->total / 8, step = static_cast<u64>(gridDim.x) * blockDim.x;
+  __shared__ block_plan h;
+  plan_source(a).make(a, 0, &h);
+  __syncthreads();
+  if (!h.go) return;
+  const u64 *words = reinterpret_cast<const u64 *>(a.block);
+  const u64 end = h.total / 8, step = static_cast<u64>(gridDim.x) * blockDim.x;
   u64 sum = 0, all;
 #pragma unroll 4
-  for (u64 i = s->head_bytes / 8 + blockIdx.x * blockDim.x + threadIdx.x; i < end; i += step)
-    sum += mix(words[i] + (i + 1) * 0x9e3779b97f4a7c15ull);
+  for (u64 i = h.head_bytes / 8 + blockIdx.x * blockDim.x + threadIdx.x; i < end; i += step)
+    sum += mix(words[i] + salt_of(i));
   block_scan(sum, scratch, &all);
-  if (threadIdx.x == 0) atomicAdd(&s->body_sum, all);
+  if (threadIdx.x == 0) atomicAdd(&a.state->body_sum, all);
+  if (last_block(&a.state->done, gridDim.x)) write_header(a, h.total, h.head_bytes);
 }
 
 /* ---- measure */
@@ -8043,14 +8227,6 @@ static uint32_t blocks_of(uint32_t n, uint32_t each, uint32_t limit) {
   return blocks < 1 ? 1 : blocks > limit ? limit : blocks;
 }
 
-/* What listing the tokens of a layer takes. */
-static void layout_list(arena *m, uint64_t heads, uint64_t kv_heads, uint32_t n, order_args *o) {
-  o->chunks = blocks_of(n, LIST, ~0u);
-  m->take(&o->sums, kv_heads * o->chunks);
-  m->take(&o->order, kv_heads * n + 1);
-  m->take(&o->kept, heads * 5);
-}
-
 /* What going through K takes: sums of `heads` heads, counters of `all`, which must be zeroed. */
 static void layout_range(const rdkv_config *cfg, arena *m, uint64_t heads, uint64_t all, uint32_t n,
                          uint64_t kinds, range_args *r) {
@@ -8063,21 +8239,13 @@ static void layout_range(const rdkv_config *cfg, arena *m, uint64_t heads, uint6
   m->take(&r->parts, heads * r->spans * kinds * 64 * r->groups + 1);
 }
 
-static void list_tokens(const pack_args &a, uint32_t heads, cudaStream_t stream) {
-  order_kernel<<<dim3(a.list.chunks, heads), LIST_THREADS, 0, stream>>>(a);
-}
-
 typedef void (*range_kernel_type)(range_args);
 typedef void (*tile_kernel_type)(pack_args);
 
-static void launch_range(range_args r, rdkv_dtype dtype, bool moments, int n_items,
-                         cudaStream_t stream) {
-  const range_kernel_type range = dtype == RDKV_F16    ? range_kernel<RDKV_F16>
-                                  : dtype == RDKV_BF16 ? range_kernel<RDKV_BF16>
-                                                       : range_kernel<RDKV_F32>;
-  const range_kernel_type weighted = dtype == RDKV_F16    ? moments_kernel<RDKV_F16>
-                                     : dtype == RDKV_BF16 ? moments_kernel<RDKV_BF16>
-                                                          : moments_kernel<RDKV_F32>;
+static void launch_moments(range_args r, rdkv_dtype dtype, int n_items, cudaStream_t stream) {
+  const range_kernel_type moments = dtype == RDKV_F16    ? moments_kernel<RDKV_F16>
+                                    : dtype == RDKV_BF16 ? moments_kernel<RDKV_BF16>
+                                                         : moments_kernel<RDKV_F32>;
   /* as many blocks as 132 multiprocessors take at once, or one for each head and group */
   const uint32_t places = 4 * 132;
   const uint32_t rows = static_cast<uint32_t>(n_items * r.heads) * r.groups;
@@ -8085,7 +8253,7 @@ static void launch_range(range_args r, rdkv_dtype dtype, bool moments, int n_ite
   r.each = r.spans / 8 * rows >= places / 2 ? 3 : 0;
   const dim3 grid(least(each, parts_of(r)) * r.groups, static_cast<uint32_t>(r.heads),
                   static_cast<uint32_t>(n_items));
-  if (r.n > 0) (moments ? weighted : range)<<<grid, RANGE_THREADS, 0, stream>>>(r);
+  if (r.n > 0) moments<<<grid, RANGE_THREADS, 0, stream>>>(r);
 }
 
 /* 16-byte loads of whole rows are possible. */
@@ -8095,20 +8263,23 @@ static bool wide_rows(const rdkv_tensor &t, int dim, int each) {
          reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
 }
 
-/* The kernel for rows in 16-byte pieces; NULL where they are not. */
-template <int LANES>
-static tile_kernel_type rows_kernel_for(bool joint, bool bf16) {
-  return joint ? (bf16 ? rows_kernel<LANES, true, true> : rows_kernel<LANES, true, false>)
-               : (bf16 ? rows_kernel<LANES, false, true> : rows_kernel<LANES, false, false>);
+static void launch_list(const pack_args &a, uint32_t heads, uint32_t slices, cudaStream_t stream) {
+  const bool whole = wide_rows(a.k, a.k_dim, 8);
+  const tile_kernel_type list =
+      a.k.dtype == RDKV_F32 ? list_kernel<RDKV_F32, false>
+      : a.k.dtype == RDKV_F16
+          ? (whole ? list_kernel<RDKV_F16, true> : list_kernel<RDKV_F16, false>)
+          : (whole ? list_kernel<RDKV_BF16, true> : list_kernel<RDKV_BF16, false>);
+  list<<<dim3(slices + a.list.parts, heads), LIST_THREADS, 0, stream>>>(a);
 }
+
+/* The kernel for rows in 16-byte pieces; NULL where they are not. */
 static tile_kernel_type rows_kernel_of(const pack_args &a) {
-  const rdkv_tensor &k = a.channel.k, &v = a.channel.v;
-  if (!wide_rows(k, a.channel.k_dim, 16) || !wide_rows(v, a.channel.v_dim, 16) ||
-      k.dtype != v.dtype)
+  if (!wide_rows(a.k, a.k_dim, 16) || !wide_rows(a.v, a.v_dim, 16) || a.k.dtype != a.v.dtype)
     return nullptr;
-  const bool bf16 = k.dtype == RDKV_BF16;
-  return a.channel.v_dim <= 128 ? rows_kernel_for<8>(a.joint, bf16)
-                                : rows_kernel_for<16>(a.joint, bf16);
+  const bool bf16 = a.k.dtype == RDKV_BF16;
+  return a.joint ? (bf16 ? rows_kernel<true, true> : rows_kernel<true, false>)
+                 : (bf16 ? rows_kernel<false, true> : rows_kernel<false, false>);
 }
 /* The items as kernels see them, n at most ITEMS of them from `first` on. */
 static item_list items_of(const rdkv_kv *kv, const rdkv_layer *layers, const float *const *lse,
@@ -8417,56 +8588,45 @@ static cudaError_t allocate(const rdkv_config *cfg, const rdkv_layer *layers, in
 struct pack_memory {
   arena m;
   pack_args a;
-  range_args r;
-  item *items;
 };
 
 static void layout_pack(const rdkv_config *cfg, int n_layers, uint32_t n, void *workspace,
                         pack_memory *s) {
   const uint64_t kv = static_cast<uint64_t>(cfg->n_kv_heads),
-                 heads = static_cast<uint64_t>(n_layers) * kv;
-  s->a = pack_args();
+                 heads = static_cast<uint64_t>(n_layers) * kv,
+                 kd = static_cast<uint64_t>(cfg->k_dim);
+  pack_args &a = s->a;
+  a = pack_args();
   s->m.next = static_cast<uint8_t *>(workspace), s->m.bytes = 0;
-  s->r = range_args();
-  s->m.take(&s->a.state, 1);
-  s->m.take(&s->a.heads, heads);
-  s->m.take(&s->a.codes, kv * MAX_DIM);
-  layout_list(&s->m, heads, kv, n, &s->a.list);
-  s->m.take(&s->items, static_cast<uint64_t>(n_layers));
-  s->m.take(&s->r.lo, heads * MAX_DIM);
-  s->m.take(&s->r.hi, heads * MAX_DIM);
-  s->m.take(&s->r.sum, heads * MAX_DIM);
-  layout_range(cfg, &s->m, kv, heads, n, 3, &s->r);
-  s->r.items = s->items, s->r.order = s->a.list.order, s->r.runs = s->a.list.kept;
-  s->a.channel.lo = s->r.lo, s->a.channel.hi = s->r.hi, s->a.channel.sum = s->r.sum;
+  a.list.n = n;
+  /* a block lists at most a 32nd of a head, as each of them counts all of it */
+  a.list.each = LIST * blocks_of(n, 32 * LIST, ~0u);
+  a.list.parts = blocks_of(n, a.list.each, ~0u);
+  /* a block for most multiprocessors to go through K */
+  a.spans = n / SPAN + (n % SPAN != 0);
+  a.slices = least(least(most(128 / static_cast<uint32_t>(kv), 1), 32), most(a.spans, 1));
+  s->m.take(&a.state, 1);
+  s->m.take(&a.heads, heads);
+  s->m.take(&a.list.sums, kv * a.list.parts);
+  s->m.take(&a.list.order, kv * n + 1);
+  s->m.take(&a.slots, kv * kd);
+  s->m.take(&a.ends, heads * a.slices * kd);
+  s->m.take(&a.sums, kv * a.spans * kd + 1);
+  a.all_heads = a.heads;
 }
 
 /* The arguments for one of the layers. */
 static pack_args pack_layer(const rdkv_config *cfg, const pack_args &all, const rdkv_kv *kv,
-                            const rdkv_layer *layers, int n_layers, int layer) {
+                            const rdkv_layer *layers, int layer) {
   pack_args a = all;
   const size_t first = static_cast<size_t>(layer) * static_cast<size_t>(cfg->n_kv_heads);
   a.heads += first;
-  a.list.kept += first * 5;
+  a.ends += first * a.slices * static_cast<size_t>(a.k_dim);
   a.list.v_bits = layers[layer].v_bits;
   a.list.v_distortion = a.joint ? layers[layer].v_distortion : nullptr;
   a.k_bits = layers[layer].k_bits, a.k_distortion = layers[layer].k_distortion;
-  a.channel.k = kv[layer].k, a.channel.v = kv[layer].v;
-  a.channel.lo += first * MAX_DIM, a.channel.hi += first * MAX_DIM,
-      a.channel.sum += first * MAX_DIM;
-  int one;
-  a.item_from = items_of(kv, layers, nullptr, n_layers, layer, &one).at[0], a.item_to += layer;
+  a.k = kv[layer].k, a.v = kv[layer].v;
   return a;
-}
-
-/* Likewise. */
-static range_args range_layer(const range_args &all, int layer) {
-  range_args r = all;
-  const size_t first = static_cast<size_t>(layer) * static_cast<size_t>(r.heads);
-  r.items += layer, r.kept += first * r.groups, r.done += first * r.groups;
-  r.runs += first * 5;
-  r.lo += first * MAX_DIM, r.hi += first * MAX_DIM, r.sum += first * MAX_DIM;
-  return r;
 }
 
 } /* namespace rdkv_cuda_compress */
@@ -8628,7 +8788,7 @@ extern "C" cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *
   v_error<<<rows, THREADS, shared, stream>>>(a);
   const dim3 drop(blocks_of(n, 4 * THREADS, 64), heads, items);
   drop_kernel<<<drop, THREADS, 0, stream>>>(a);
-  launch_range(s.r, kv->k.dtype, true, n_items, stream);
+  launch_moments(s.r, kv->k.dtype, n_items, stream);
   return cudaGetLastError();
 }
 
@@ -8711,12 +8871,12 @@ static cudaError_t pack(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv_la
   layout_pack(cfg, n_layers, n, workspace, &s);
   if (bytes < s.m.bytes) return cudaErrorInvalidValue;
   pack_args &a = s.a;
-  a.list.status = status, a.list.n = n, a.all_heads = a.heads;
+  a.list.status = status;
   a.lambda = lambda, a.budget = budget, a.block = static_cast<uint8_t *>(block),
   a.capacity = capacity;
   a.bytes = block_bytes, a.n_heads = static_cast<uint32_t>(n_layers) * heads;
   a.joint = cfg->profile == RDKV_JOINT, a.positions = cfg->positions;
-  a.channel.k_dim = cfg->k_dim, a.channel.v_dim = cfg->v_dim;
+  a.k_dim = cfg->k_dim, a.v_dim = cfg->v_dim;
   rdkv_header &h = a.header;
   h.magic = 0x564b4452u, h.version = RDKV_FORMAT_VERSION;
   h.first_layer = static_cast<uint32_t>(first_layer), h.n_layers = static_cast<uint32_t>(n_layers);
@@ -8730,42 +8890,32 @@ static cudaError_t pack(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv_la
   h.keep = cfg->keep, h.max_error = cfg->max_error, h.token_budget = cfg->token_budget;
   h.budget_bytes = cfg->budget_bytes;
   cudaError_t e = cudaSuccess;
-  s.r.status = status;
-  a.range_sums = s.r.kept, a.range_done = s.r.done, a.groups = s.r.groups, a.item_to = s.items;
-  for (int i = 0; i < n_layers; ++i) {
-    list_tokens(pack_layer(cfg, a, kv, layers, n_layers, i), heads, stream);
-    launch_range(range_layer(s.r, i), kv[i].k.dtype, false, 1, stream);
-  }
-  /* K and V of a tile for each warp, in at most four waves of blocks of 132 multiprocessors */
-  const uint32_t tiles = n / TILE + 4;
-  const dim3 tile_grid(blocks_of(2 * tiles, TILE_WARPS, most(4 * 4 * 132 / heads, 1)), heads);
-  a.blocks = static_cast<uint32_t>(n_layers) * tile_grid.x * heads;
   bool all_rows = true; /* then the body's checksum is added up on the way */
-  for (int i = 0; i < n_layers; ++i)
-    all_rows = all_rows && rows_kernel_of(pack_layer(cfg, a, kv, layers, n_layers, i));
   for (int i = 0; i < n_layers; ++i) {
-    const pack_args l = pack_layer(cfg, a, kv, layers, n_layers, i);
-    if (n_layers > 1) list_tokens(l, heads, stream); /* the order has room for one layer */
-    table_kernel<<<heads, THREADS, 0, stream>>>(l);
-    if (n == 0) continue;
-    if (all_rows) {
-      const tile_kernel_type k = rows_kernel_of(l);
-      const size_t shared = rows_shared(cfg->k_dim);
-      if (shared > 48 * 1024 &&
-          (e = cudaFuncSetAttribute(reinterpret_cast<const void *>(k),
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared))) != cudaSuccess)
-        return e;
-      k<<<tile_grid, 32 * TILE_WARPS, shared, stream>>>(l);
-    } else {
-      const dim3 grid(blocks_of(n, TILE, 1024 / heads + 1), heads);
-      const tile_kernel_type k =
-          cfg->k_dim <= 128 && cfg->v_dim <= 128 ? tile_kernel<4> : tile_kernel<8>;
-      k<<<grid, THREADS, 0, stream>>>(l);
-    }
+    const pack_args l = pack_layer(cfg, a, kv, layers, i);
+    launch_list(l, heads, a.slices, stream);
+    all_rows = all_rows && rows_kernel_of(l);
   }
-  if (!all_rows) body_sum_kernel<<<264, THREADS, 0, stream>>>(status, a.state, a.block);
-  if (!all_rows || n == 0) header_kernel<<<1, THREADS, 0, stream>>>(a);
+  /* K and V of a tile for each warp, in at most a wave of blocks of 132 multiprocessors */
+  const uint32_t tiles = n ? n / TILE + 4 : 0;
+  a.tile_blocks =
+      all_rows ? blocks_with(tiles, most(5 * 132 / heads, 2) - 1) : least(tiles, 1024 / heads + 1);
+  a.again = 1;
+  const size_t shared = all_rows ? rows_shared(cfg->k_dim, cfg->v_dim) : 0;
+  for (int i = 0; i < n_layers; ++i) {
+    const pack_args l = pack_layer(cfg, a, kv, layers, i);
+    if (n_layers > 1) /* the list and K's sums have room for one layer */
+      launch_list(l, heads, a.joint ? a.slices : 0, stream);
+    const tile_kernel_type k = all_rows                                 ? rows_kernel_of(l)
+                               : cfg->k_dim <= 128 && cfg->v_dim <= 128 ? tile_kernel<4>
+                                                                        : tile_kernel<8>;
+    if (shared > 48 * 1024 && (e = cudaFuncSetAttribute(reinterpret_cast<const void *>(k),
+                                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                        static_cast<int>(shared))) != cudaSuccess)
+      return e;
+    k<<<dim3(1 + a.tile_blocks, heads), all_rows ? 32 * TILE_WARPS : THREADS, shared, stream>>>(l);
+  }
+  if (!all_rows) body_sum_kernel<<<264, THREADS, 0, stream>>>(pack_layer(cfg, a, kv, layers, 0));
   return cudaGetLastError();
 }
 
