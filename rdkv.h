@@ -273,6 +273,7 @@ RDKV_API size_t rdkv_layer_scratch(const rdkv_config *cfg, uint32_t n_tokens);
    cfg resolved; kv as described there (V is read by RDKV_JOINT alone); layer initialised, its
    token, q_square, k_square and mean_out are written.
    scratch [scratch_bytes] 64-byte aligned, rdkv_layer_scratch bytes.
+   What attention gave the queries, where that is known: rdkv_compress_by takes it.
    Returns RDKV_OK, RDKV_ERR_ARGUMENT, _MEMORY, _ALIGNMENT, or _NONFINITE (then the arrays of layer
    are undefined). Threads: calls on different layers and scratch are independent.
    Source: arXiv 2605.08317 and its published code. */

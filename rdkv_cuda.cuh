@@ -171,13 +171,16 @@ size_t rdkv_cuda_pack_workspace(const rdkv_config *cfg, int n_layers, uint32_t n
    of tokens; kv [n_items], layers [n_items]. lse [n_items] on the host: the device addresses of the
    natural log-sum-exp of the scaled logits of the window's rows as the prefill attention leaves it,
    row i of query head h at lse[item][h * lse_stride + i], causal; it saves a pass over K. NULL:
-   found here. Dense 16-byte aligned fp16 or bf16 rows of k_dim 64, 96, 128, 192 or 256 (K and Q of
-   one type) go through the tensor cores, and V with them if it has their type and dims; all else
-   works, slowly. Built for sm_90a (nvcc -arch=sm_90a), the passes without V use Hopper's warp
-   groups. */
+   found here. out [n_items] on the host, its data on the device: what that attention gave these
+   rows, [min(window, n_tokens)][n_q_heads][v_dim], any dtype and strides, as rdkv_queries.out of
+   rdkv_compress_by; mean_out comes from it, which saves a pass over V. NULL: found here (RDKV_JOINT
+   alone; RDKV_PAPER reads neither). With both K is read once and V not at all.
+   Dense 16-byte aligned fp16 or bf16 rows of k_dim 64, 96, 128, 192 or 256 (K and Q of one type) go
+   through the tensor cores, by warp groups where built for sm_90a (nvcc -arch=sm_90a); all else
+   works, slowly. */
 cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv, const float *const *lse,
-                            ptrdiff_t lse_stride, const rdkv_layer *layers, int n_items,
-                            uint32_t *status, void *workspace, size_t workspace_bytes,
+                            ptrdiff_t lse_stride, const rdkv_tensor *out, const rdkv_layer *layers,
+                            int n_items, uint32_t *status, void *workspace, size_t workspace_bytes,
                             cudaStream_t stream);
 
 /* rdkv_measure of n_items, whose K have one type, and their V. */
@@ -220,15 +223,15 @@ cudaError_t rdkv_cuda_pack(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv
 /* rdkv_stream_layer: scores, measures, allocates and packs layer `index` = 0, 1, ... of cfg's
    n_layers into a block of its own, whose part of the budget is found on the device: right behind
    it in the stream the layer's dense K and V may be overwritten. state [1] on the device: a copy of
-   a zeroed rdkv_stream whose earlier, if any, points to [n_layers] histograms there. lse as for
-   rdkv_cuda_score, of the layer. layer's arrays and workspace may serve every layer.
+   a zeroed rdkv_stream whose earlier, if any, points to [n_layers] histograms there. lse and out as
+   for rdkv_cuda_score, of the layer. layer's arrays and workspace may serve every layer.
    cudaErrorInvalidValue where config.max_error is set. */
 size_t rdkv_cuda_stream_workspace(const rdkv_config *cfg, uint32_t n_tokens);
 cudaError_t rdkv_cuda_stream_layer(const rdkv_config *cfg, rdkv_stream *state, int index,
                                    const rdkv_kv *kv, const float *lse, ptrdiff_t lse_stride,
-                                   const rdkv_layer *layer, void *block, size_t capacity,
-                                   uint64_t *block_bytes, uint32_t *status, void *workspace,
-                                   size_t workspace_bytes, cudaStream_t stream);
+                                   const rdkv_tensor *out, const rdkv_layer *layer, void *block,
+                                   size_t capacity, uint64_t *block_bytes, uint32_t *status,
+                                   void *workspace, size_t workspace_bytes, cudaStream_t stream);
 
 /* ---- >>cuda-sequence : a cache that lives, on the device ---------------------------------------
 
@@ -2965,9 +2968,10 @@ typedef unsigned long long u64; /* as atomicAdd wants it */
 enum {
   TILE = 32,     /* tokens of a tile */
   MAX_DIM = 256, /* as rdkv_config says */
-  POOL = 127,    /* most neighbours on a side that are averaged over */
-  PACKED = 304,  /* most slots of a channel table: 16 blocks and a partly filled one for each run */
-  CHUNK = 2048,  /* tokens that a block looks through */
+  MAX_WINDOW = 1024,
+  POOL = 127,   /* most neighbours on a side that are averaged over */
+  PACKED = 304, /* most slots of a channel table: 16 blocks and a partly filled one for each run */
+  CHUNK = 2048, /* tokens that a block looks through */
   THREADS = 256,
   LIST_THREADS = 512,
   LIST = 16 * LIST_THREADS, /* tokens that a block lists at a time */
@@ -3217,15 +3221,15 @@ __device__ __forceinline__ uint32_t bin_of(float x) {
 /* ---- items: layers or sequences that one call takes together */
 
 struct item {
-  rdkv_tensor k, v, q;
+  rdkv_tensor k, v, q, out;
   const float *lse;
   float *token, *q_square, *k_square, *mean_out, *v_distortion, *k_distortion;
   uint8_t *v_bits, *k_bits;
 };
 
-/* Parameters of a launch have room for as many; the first kernel of a call copies them to a table
-   on the device. Heads count over all items then, kv heads within one. */
-enum { ITEMS = 16 };
+/* Parameters of a launch have room for as many; measure copies them to a table on the device.
+   Heads count over all items of a launch then, kv heads within one. */
+enum { ITEMS = 8 };
 struct item_list {
   item at[ITEMS];
 };
@@ -5270,28 +5274,40 @@ static __global__ void __launch_bounds__(THREADS) drop_kernel(measure_args a) {
 /* ---- score */
 
 struct score_args {
-  item *items;
-  float *see;   /* [2][window + 1] weight of query i, and of queries i and later */
-  float *query; /* [heads][k_dim][columns] scaled by softmax_scale * log2(e); for plain_kernel */
-  float *reference; /* [heads][columns]: weight = 2^(logit - reference) */
-  float2 *stats;    /* [heads][splits][columns] largest logit, sum of 2^(logit - it) */
-  float *square;    /* [heads][splits][k_dim] */
-  float *out;       /* [heads][splits][v_dim] */
-  float *mean;      /* [heads][n] attention before pooling; twice, for passes over many columns */
-  uint32_t *done;   /* [heads] */
+  float *query;  /* [heads][k_dim][columns] scaled by softmax_scale * log2(e); for plain_kernel */
+  float2 *stats; /* [heads][splits][columns] a reference, sum of 2^(logit - it) */
+  float *square; /* [heads][splits][k_dim] */
+  float *out;    /* [heads][splits][v_dim], where no rows of it are given */
+  float *mean;   /* [heads][n] attention before pooling */
   uint32_t *status;
   ptrdiff_t lse_stride;
+  double recent;    /* a query's weight is this by the root of its distance from the end */
   uint32_t n, seen; /* tokens; how many of them the first query sees besides its own */
   uint32_t split;   /* tokens of a split: a multiple of STAGE */
-  int splits, heads, group, window, columns, k_dim, v_dim, pool, joint; /* heads of an item */
-  int given, plain, fused; /* log-sum-exp is; no tensor cores; V is read together with K */
-  float scale;             /* softmax_scale * log2(e) */
+  uint32_t v_split; /* the same of V */
+  int splits, v_splits, heads, group, window, columns, k_dim, v_dim, pool,
+      joint;        /* heads of an item */
+  int given;        /* log-sum-exp is */
+  float scale, all; /* softmax_scale * log2(e); the queries' weights added up */
+  float by_group;   /* 1 / group */
 };
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+/* Launches of a call may overlap: what one needs of those before it it reads behind this. */
+__device__ __forceinline__ void wait_for_launches() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 /* Zeroes bytes, shared by n_threads of which this is one. */
@@ -5305,132 +5321,83 @@ __device__ inline void clear_bytes(uint8_t *p, size_t bytes, size_t thread, size
   if (end + thread < bytes) p[end + thread] = 0;
 }
 
-/* The first launch: older widths cleared, weights of the window's queries (1 on average, as
-   rdkv__recency), the queries' squares, and for plain_kernel their fp32 columns i * group + g. A
-   block has 32 channels of a head; the last of each head has none, and the first of these works out
-   the weights. */
-static __global__ void __launch_bounds__(THREADS)
-    score_begin_kernel(score_args a, item_list list, int first) {
-  __shared__ double sums[THREADS / 32][32];
-  __shared__ float part[1024];
-  const int head = static_cast<int>(blockIdx.y), used = a.group * a.window;
-  const int z = static_cast<int>(blockIdx.z), h = (first + z) * a.heads + head;
-  const int tid = static_cast<int>(threadIdx.x), lane = tid & 31, warp = tid >> 5;
-  const int d = static_cast<int>(blockIdx.x) * 32 + lane;
-  const item &it = list.at[z];
-  const size_t block = static_cast<size_t>(head) * gridDim.x + blockIdx.x;
-  const size_t thread = block * THREADS + threadIdx.x,
-               n_threads = static_cast<size_t>(a.heads) * gridDim.x * THREADS;
-  clear_bytes(it.v_bits, static_cast<size_t>(a.heads) * a.n, thread, n_threads);
-  clear_bytes(it.k_bits, static_cast<size_t>(a.heads * a.k_dim), thread, n_threads);
-  if (thread == 0) a.items[first + z] = it;
-  if (blockIdx.x == 0 && tid == 0) a.done[h] = 0;
-  if (blockIdx.x == gridDim.x - 1) {
-    if (head != 0 || first + z != 0) return;
-    for (int i = tid; i < a.window; i += THREADS)
-      part[i] = a.joint ? static_cast<float>(1 / sqrt(static_cast<double>(a.window - i))) : 1;
-    __syncthreads();
-    if (tid == 0) {
-      double sum = 0;
-#pragma unroll 16
-      for (int i = a.window - 1; i >= 0; --i) sum += static_cast<double>(part[i]);
-      const float by = a.joint ? static_cast<float>(a.window / sum) : 1;
-      float see = 0;
-      a.see[2 * a.window + 1] = 0;
-#pragma unroll 16
-      for (int i = a.window - 1; i >= 0; --i) {
-        see += part[i] * by;
-        a.see[i] = part[i] * by, a.see[a.window + 1 + i] = see;
-      }
-    }
-    return;
-  }
-  const ptrdiff_t stride = it.q.dim_stride ? it.q.dim_stride : 1;
-  float *query = a.query;
-  if (a.plain)
-    query += (static_cast<size_t>(h) * static_cast<size_t>(a.k_dim) + static_cast<size_t>(d)) *
-             static_cast<size_t>(a.columns);
-  double sum = 0;
-  bool bad = false;
-  for (int c0 = warp; c0 < a.columns && d < a.k_dim; c0 += THREADS / 32 * 16) {
-    uint32_t raw[16];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const int c = c0 + THREADS / 32 * i;
-      raw[i] = 0;
-      if (c < used)
-        raw[i] = raw_element(
-            row_of(it.q, static_cast<uint32_t>(c / a.group), head * a.group + c % a.group),
-            it.q.dtype, d * stride);
-    }
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const float x = value_of(raw[i], it.q.dtype);
-      bad |= !in_range(x);
-      sum += static_cast<double>(x) * static_cast<double>(x);
-      if (a.plain && c0 + THREADS / 32 * i < a.columns) query[c0 + THREADS / 32 * i] = x * a.scale;
-    }
-  }
-  if (bad) fail(a.status, RDKV_ERR_NONFINITE);
-  sums[warp][lane] = sum;
-  __syncthreads();
-  if (warp != 0 || d >= a.k_dim) return;
-  sum = 0;
-  for (int w = 0; w < THREADS / 32; ++w) sum += sums[w][lane];
-  it.q_square[head * a.k_dim + d] = static_cast<float>(sum / static_cast<double>(used));
+/* Query of a column. The product is off by less than what is added, up to 2^22 columns. */
+__device__ __forceinline__ int query_of(const score_args &a, int column) {
+  return static_cast<int>((static_cast<float>(column) + 0.5f) * a.by_group);
 }
 
-/* References of a head's columns for the pass that weighs: from the log-sum-exp given or what the
-   last block of the pass before found. The weight of the query goes in too; columns that pad weigh
-   nothing. */
+/* As rdkv__recency. */
+__device__ __forceinline__ float query_weight(const score_args &a, int i) {
+  return a.joint ? static_cast<float>(a.recent / sqrt(static_cast<double>(a.window - i))) : 1;
+}
+
+/* Reference of a head's column for the pass that weighs, weight = 2^(logit - reference): from the
+   log-sum-exp given, or what the splits found. The weight of the query goes in too; columns that
+   pad weigh nothing. */
 __device__ __forceinline__ float reference_of(const score_args &a, const item &it, int head, int h,
                                               int c) {
-  if (!a.given) return a.reference[h * a.columns + c];
   if (c >= a.group * a.window) return __int_as_float(0x7f800000);
-  const int i = c / a.group;
-  return static_cast<float>(
-      static_cast<double>(it.lse[(head * a.group + c % a.group) * a.lse_stride + i]) *
-          1.4426950408889634 -
-      static_cast<double>(log2f(a.see[i])));
-}
-
-/* The same from the splits' parts; all threads of the head's last block. */
-__device__ __forceinline__ void find_references(const score_args &a, int h) {
-  const size_t columns = static_cast<size_t>(a.columns);
-  for (int c = static_cast<int>(threadIdx.x); c < a.columns; c += static_cast<int>(blockDim.x)) {
+  const int i = query_of(a, c);
+  double lse;
+  if (a.given) {
+    lse = static_cast<double>(it.lse[(head * a.group + c - i * a.group) * a.lse_stride + i]) *
+          1.4426950408889634;
+  } else {
+    const size_t columns = static_cast<size_t>(a.columns);
     const float2 *s =
         a.stats + static_cast<size_t>(h) * static_cast<size_t>(a.splits) * columns + c;
     float top = -1e30f, sum = 0;
-    for (int j0 = 0; j0 < a.splits; j0 += 16) {
-      float2 x[16];
+    for (int j0 = 0; j0 < a.splits; j0 += 32) {
+      float2 x[32];
 #pragma unroll
-      for (int j = 0; j < 16; ++j)
-        x[j] = j0 + j < a.splits ? __ldcg(s + static_cast<size_t>(j0 + j) * columns)
-                                 : make_float2(-1e30f, 0);
+      for (int j = 0; j < 32; ++j)
+        x[j] =
+            j0 + j < a.splits ? s[static_cast<size_t>(j0 + j) * columns] : make_float2(-1e30f, 0);
       float most = top;
 #pragma unroll
-      for (int j = 0; j < 16; ++j) most = fmaxf(most, x[j].x);
+      for (int j = 0; j < 32; ++j) most = fmaxf(most, x[j].y > 0 ? x[j].x : -1e30f);
       sum *= exp2f(top - most), top = most;
 #pragma unroll
-      for (int j = 0; j < 16; ++j) sum += x[j].y * exp2f(x[j].x - top);
+      for (int j = 0; j < 32; ++j) sum += x[j].y > 0 ? x[j].y * exp2f(x[j].x - top) : 0;
     }
-    float r = __int_as_float(0x7f800000);
-    if (c < a.group * a.window)
-      r = static_cast<float>(static_cast<double>(top) + static_cast<double>(log2f(sum)) -
-                             static_cast<double>(log2f(a.see[c / a.group])));
-    a.reference[static_cast<size_t>(h) * columns + static_cast<size_t>(c)] = r;
+    lse = static_cast<double>(top) + static_cast<double>(log2f(sum));
+  }
+  const float weight =
+      log2f(static_cast<float>(a.recent)) - 0.5f * log2f(static_cast<float>(a.window - i));
+  return static_cast<float>(lse - static_cast<double>(a.joint ? weight : 0));
+}
+
+/* The queries as plain_kernel reads them, columns i * group + g. A block has 32 channels. */
+static __global__ void __launch_bounds__(THREADS)
+    query_kernel(score_args a, const __grid_constant__ item_list list) {
+  const int head = static_cast<int>(blockIdx.y), used = a.group * a.window;
+  const int tid = static_cast<int>(threadIdx.x);
+  const int d = static_cast<int>(blockIdx.x) * 32 + (tid & 31);
+  const item &it = list.at[blockIdx.z];
+  if (d >= a.k_dim) return;
+  const size_t row =
+      (blockIdx.z * gridDim.y + blockIdx.y) * static_cast<size_t>(a.k_dim) + static_cast<size_t>(d);
+  const ptrdiff_t stride = it.q.dim_stride ? it.q.dim_stride : 1;
+  for (int c = tid >> 5; c < a.columns; c += THREADS / 32) {
+    float x = 0;
+    if (c < used)
+      x = element(row_of(it.q, static_cast<uint32_t>(c / a.group), head * a.group + c % a.group),
+                  it.q.dtype, d * stride);
+    a.query[row * static_cast<size_t>(a.columns) + static_cast<size_t>(c)] = x * a.scale;
   }
 }
 
 /* Any dtype, stride and size, plain multiply and add: 16 rows of K at a time in shared memory, a
-   thread a column. STATS finds the columns' softmax; else the weights of the tokens. */
+   thread a column, and as many passes as it takes. STATS finds the columns' softmax; else the
+   weights of the tokens. */
 template <bool STATS>
-__global__ void __launch_bounds__(THREADS) plain_kernel(score_args a) {
+__global__ void __launch_bounds__(THREADS)
+    plain_kernel(score_args a, const __grid_constant__ item_list list) {
   __shared__ float rows[16][MAX_DIM];
   __shared__ float sums[THREADS / 32][16];
   const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
   const int h = static_cast<int>(blockIdx.z) * a.heads + head;
-  const item &it = a.items[blockIdx.z];
+  const item &it = list.at[blockIdx.z];
   const uint32_t first = blockIdx.x * a.split, end = least(first + a.split, a.n);
   const uint32_t seen = a.seen;
   const ptrdiff_t stride = it.k.dim_stride ? it.k.dim_stride : 1;
@@ -5438,87 +5405,81 @@ __global__ void __launch_bounds__(THREADS) plain_kernel(score_args a) {
   const size_t part = static_cast<size_t>(h) * static_cast<size_t>(a.splits) + blockIdx.x;
   float square = 0;
   bool bad = false;
-  for (int c0 = 0; c0 < (STATS ? a.columns : 1); c0 += THREADS) {
+  for (int c = tid; c - tid < a.columns; c += THREADS) {
+    const float r = !STATS && c < a.columns ? reference_of(a, it, head, h, c) : 0;
     float top = -1e30f, sum = 0;
     for (uint32_t t0 = first; t0 < end; t0 += 16) {
       const int n = static_cast<int>(least(end - t0, 16));
-      float s[16];
+      float x[16];
       __syncthreads();
       for (int i = tid; i < 16 * a.k_dim; i += THREADS) {
         const int t = i / a.k_dim, d = i - t * a.k_dim;
-        const float x = t < n ? element(row_of(it.k, t0 + static_cast<uint32_t>(t), head),
+        const float k = t < n ? element(row_of(it.k, t0 + static_cast<uint32_t>(t), head),
                                         it.k.dtype, d * stride)
                               : 0;
-        bad |= !in_range(x);
-        rows[t][d] = x;
+        bad |= !in_range(k);
+        rows[t][d] = k;
       }
       __syncthreads();
-#pragma unroll
-      for (int t = 0; t < 16; ++t) s[t] = 0;
-      if (!STATS && tid < a.k_dim) {
+      if (!STATS && c == tid && tid < a.k_dim) {
 #pragma unroll
         for (int t = 0; t < 16; ++t) square += rows[t][tid] * rows[t][tid];
       }
-      const int c1 = STATS && c0 + THREADS < a.columns ? c0 + THREADS : a.columns;
-      for (int c = c0 + tid; c < c1; c += THREADS) {
-        float x[16];
 #pragma unroll
-        for (int t = 0; t < 16; ++t) x[t] = 0;
-        for (int d = 0; d < a.k_dim; ++d) {
-          const float q = query[static_cast<size_t>(d) * static_cast<size_t>(a.columns) +
-                                static_cast<size_t>(c)];
+      for (int t = 0; t < 16; ++t) x[t] = 0;
+      for (int d = 0; d < a.k_dim && c < a.columns; ++d) {
+        const float q =
+            query[static_cast<size_t>(d) * static_cast<size_t>(a.columns) + static_cast<size_t>(c)];
 #pragma unroll
-          for (int t = 0; t < 16; ++t) x[t] += rows[t][d] * q;
-        }
-        const float r = STATS ? 0 : reference_of(a, it, head, h, c);
-        float old = top;
-#pragma unroll
-        for (int t = 0; t < 16; ++t) {
-          const uint32_t at = t0 + static_cast<uint32_t>(t);
-          const bool hidden =
-              t >= n || (at > seen &&
-                         static_cast<uint32_t>(c) < (at - seen) * static_cast<uint32_t>(a.group));
-          if (hidden) x[t] = -1e30f;
-          if (STATS) top = fmaxf(top, x[t]);
-          if (!STATS && !hidden) s[t] += exp2_fast(x[t] - r);
-        }
-        if (STATS) {
-          sum *= exp2_fast(old - top);
-#pragma unroll
-          for (int t = 0; t < 16; ++t)
-            if (x[t] > -1e30f) sum += exp2_fast(x[t] - top);
-        }
+        for (int t = 0; t < 16; ++t) x[t] += rows[t][d] * q;
       }
-      if (!STATS) {
+      const float old = top;
+#pragma unroll
+      for (int t = 0; t < 16; ++t) {
+        const uint32_t at = t0 + static_cast<uint32_t>(t);
+        const bool hidden =
+            t >= n || c >= a.columns ||
+            (at > seen && static_cast<uint32_t>(c) < (at - seen) * static_cast<uint32_t>(a.group));
+        if (STATS)
+          x[t] = hidden ? -1e30f : x[t], top = fmaxf(top, x[t]);
+        else
+          x[t] = hidden ? 0 : exp2_fast(x[t] - r);
+      }
+      if (STATS) {
+        sum *= exp2_fast(old - top);
+#pragma unroll
+        for (int t = 0; t < 16; ++t)
+          if (x[t] > -1e30f) sum += exp2_fast(x[t] - top);
+      } else {
 #pragma unroll
         for (int t = 0; t < 16; ++t) {
-          for (int d = 16; d; d >>= 1) s[t] += __shfl_xor_sync(FULL, s[t], d);
-          if ((tid & 31) == 0) sums[tid >> 5][t] = s[t];
+          for (int d = 16; d; d >>= 1) x[t] += __shfl_xor_sync(FULL, x[t], d);
+          if ((tid & 31) == 0) sums[tid >> 5][t] = x[t];
         }
         __syncthreads();
         if (tid < n) {
-          float w = 0;
+          float *to = a.mean + static_cast<size_t>(h) * a.n + t0 + static_cast<uint32_t>(tid);
+          float w = c == tid ? 0 : *to;
           for (int i = 0; i < THREADS / 32; ++i) w += sums[i][tid];
-          a.mean[static_cast<size_t>(h) * a.n + t0 + static_cast<uint32_t>(tid)] = w;
+          *to = w;
         }
       }
     }
-    if (STATS && c0 + tid < a.columns)
-      a.stats[part * static_cast<size_t>(a.columns) + static_cast<size_t>(c0 + tid)] =
+    if (STATS && c < a.columns)
+      a.stats[part * static_cast<size_t>(a.columns) + static_cast<size_t>(c)] =
           make_float2(top, sum);
   }
   if (!STATS && tid < a.k_dim)
     a.square[part * static_cast<size_t>(a.k_dim) + static_cast<size_t>(tid)] = square;
   if (bad) fail(a.status, RDKV_ERR_NONFINITE);
-  if (STATS && last_block(&a.done[h], gridDim.x)) find_references(a, h);
 }
 
 /* Dense fp16 or bf16 rows, with the tensor cores: queries are A and stay in registers, 16 M columns
-   a warp; tokens of K are B, and come through shared memory by asynchronous copies, 64 at a time, V
-   a stage behind, for it needs their weights. Warps divide the columns among them, and where these
-   are few the tokens too; more columns than a block has warps for take another pass. A product is a
-   sum over channels in any order, so a lane's 16-byte load of 8 neighbouring channels serves as the
-   fragments of two steps, for K and Q alike: no rearranging. C is k_dim / 32. */
+   a warp; tokens of K are B, and come through shared memory by asynchronous copies, 64 at a time.
+   Warps divide the columns among them, and where these are few the tokens too; more columns than a
+   block has warps for take another pass. A product is a sum over channels in any order, so a lane's
+   16-byte load of 8 neighbouring channels serves as the fragments of two steps, for K and Q alike:
+   no rearranging. C is k_dim / 32. */
 enum { STAGE = 64, WARPS = THREADS / 32 };
 
 template <int C>
@@ -5530,11 +5491,11 @@ struct tensor_shape {
   };
 };
 
-/* Bytes of shared memory: two stages of K, and of V, the warps' parts of two stages' weights, and
-   the threads' sums, which would leave the products too few registers. */
-static size_t tensor_shared(int k_dim, bool with_v) {
-  return 2 * STAGE * static_cast<size_t>(k_dim) * (with_v ? 4 : 2) +
-         2 * STAGE * WARPS * sizeof(float) + (with_v ? 4 : 2) * THREADS * sizeof(float4);
+/* Bytes of shared memory: two stages of K, the warps' parts of two stages' weights, and the
+   threads' sums, which would leave the products too few registers. */
+static size_t tensor_shared(int k_dim) {
+  return 4 * STAGE * static_cast<size_t>(k_dim) + 2 * STAGE * WARPS * sizeof(float) +
+         2 * THREADS * sizeof(float4);
 }
 
 /* A thread's chunks of a stage: rows ROWS apart, of which `left` are real from the stage's first
@@ -5688,22 +5649,22 @@ __device__ __forceinline__ void add_chunk(float (&to)[8], const uint4 &x, float 
 }
 
 /* STATS finds the columns' maxima and sums, of which each lane has its own for its rows and tokens
-   until the end. Else the weights of the tokens, and with them the sum of V. */
+   until the end. Else the weights of the tokens. */
 template <int C, bool BF16, bool STATS>
-__global__ void __launch_bounds__(THREADS, 2) tensor_kernel(score_args a) {
+__global__ void __launch_bounds__(THREADS, 2)
+    tensor_kernel(score_args a, const __grid_constant__ item_list list) {
   typedef tensor_shape<C> S;
   enum { M = S::M, CHUNKS = S::CHUNKS, ROWS = S::ROWS, DTYPE = BF16 ? RDKV_BF16 : RDKV_F16 };
   extern __shared__ uint4 rdkv_cuda_compress_memory[];
   const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
   const int h = static_cast<int>(blockIdx.z) * a.heads + head;
   const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
-  const item &it = a.items[blockIdx.z];
-  const bool with_v = !STATS && a.fused;
-  /* [2][STAGE][CHUNKS] of K, swizzled; the same of V, not swizzled; [2][STAGE][WARPS] column warps'
-     parts of the tokens' weights; [2 or 4][THREADS] sums of squares and of V */
-  const uint4 *k_ring = rdkv_cuda_compress_memory, *v_ring = k_ring + 2 * STAGE * CHUNKS;
-  float *partial =
-      reinterpret_cast<float *>(rdkv_cuda_compress_memory + (with_v ? 4 : 2) * STAGE * CHUNKS);
+  __shared__ float reference[16 * M * WARPS];
+  const item &it = list.at[blockIdx.z];
+  /* [2][STAGE][CHUNKS] of K, swizzled; [2][STAGE][WARPS] column warps' parts of the tokens'
+     weights; [2][THREADS] sums of squares */
+  const uint4 *k_ring = rdkv_cuda_compress_memory;
+  float *partial = reinterpret_cast<float *>(rdkv_cuda_compress_memory + 2 * STAGE * CHUNKS);
   float4 *my_sums = reinterpret_cast<float4 *>(partial + 2 * STAGE * WARPS) + tid;
   const uint32_t first = blockIdx.x * a.split, end = least(first + a.split, a.n);
   const uint32_t seen = a.seen;
@@ -5715,15 +5676,13 @@ __global__ void __launch_bounds__(THREADS, 2) tensor_kernel(score_args a) {
   const int my_row = tid / CHUNKS, my_chunk = tid % CHUNKS;
   /* neighbouring rows' chunks in different halves of the banks, for the fragments' loads */
   const int my_k = my_row * CHUNKS + (C & 1 ? my_chunk : my_chunk ^ (my_row & 1) << 2);
-  const int my_v = my_row * CHUNKS + my_chunk, odd = C & 1 ? 0 : 4 * (g & 1);
-  const uint32_t k_to = static_cast<uint32_t>(__cvta_generic_to_shared(k_ring + my_k)),
-                 v_to = static_cast<uint32_t>(__cvta_generic_to_shared(v_ring + my_v));
+  const int odd = C & 1 ? 0 : 4 * (g & 1);
+  const uint32_t k_to = static_cast<uint32_t>(__cvta_generic_to_shared(k_ring + my_k));
   const bool has_rows = THREADS % CHUNKS == 0 || my_row < ROWS;
-  const ptrdiff_t k_step = it.k.token_stride * 2, v_step = it.v.token_stride * 2;
+  const ptrdiff_t k_step = it.k.token_stride * 2;
   extremes<DTYPE> ends;
   ends.clear();
-  for (int i = 0; i < (STATS ? 0 : with_v ? 4 : 2); ++i)
-    my_sums[i * THREADS] = make_float4(0, 0, 0, 0);
+  for (int i = 0; i < (STATS ? 0 : 2); ++i) my_sums[i * THREADS] = make_float4(0, 0, 0, 0);
   for (int pass = 0; pass < passes; ++pass) {
     const bool last_pass = pass == passes - 1;
     const int column0 = 16 * M * (WARPS * pass + column_warp);
@@ -5731,28 +5690,18 @@ __global__ void __launch_bounds__(THREADS, 2) tensor_kernel(score_args a) {
     const char *k_from =
         static_cast<const char *>(row_of(it.k, first + static_cast<uint32_t>(my_row), head)) +
         16 * my_chunk;
-    const char *v_from = k_from;
-    if (with_v)
-      v_from =
-          static_cast<const char *>(row_of(it.v, first + static_cast<uint32_t>(my_row), head)) +
-          16 * my_chunk;
-    uint32_t k_left = a.n - first, v_left = k_left; /* tokens not yet asked for */
-    const auto copy = [&](int k_slot, bool k, int v_slot, bool v) {
-      if (k) {
-        copy_stage<C>(k_to + static_cast<uint32_t>(k_slot * STAGE * CHUNKS * 16), k_from, k_step,
-                      k_left);
-        k_from += STAGE * k_step, k_left -= least(k_left, STAGE);
-      }
-      if (v) {
-        copy_stage<C>(v_to + static_cast<uint32_t>(v_slot * STAGE * CHUNKS * 16), v_from, v_step,
-                      v_left);
-        v_from += STAGE * v_step, v_left -= least(v_left, STAGE);
-      }
+    uint32_t left = a.n - first; /* tokens not yet asked for */
+    const auto copy = [&](int slot) {
+      copy_stage<C>(k_to + static_cast<uint32_t>(slot * STAGE * CHUNKS * 16), k_from, k_step, left);
+      k_from += STAGE * k_step, left -= least(left, STAGE);
       asm volatile("cp.async.commit_group;" ::: "memory");
     };
     __syncthreads(); /* all are done with the pass before */
     for (int i = tid; i < 2 * STAGE * WARPS; i += THREADS) partial[i] = 0;
-    copy(0, true, 0, false);
+    copy(0);
+    if (!STATS && tid < 16 * M * WARPS)
+      reference[tid] = reference_of(a, it, head, h, 16 * M * WARPS * pass + tid);
+    if (!STATS) __syncthreads();
     /* queries; rows g and g + 8 of each 16 columns */
     uint4 q[M][2][C];
     float2 top[M], sum[M]; /* of these rows; else top is their reference */
@@ -5771,9 +5720,7 @@ __global__ void __launch_bounds__(THREADS, 2) tensor_kernel(score_args a) {
           q[m][u][c] = *reinterpret_cast<const uint4 *>(row + 32 * c + 8 * t);
           if (!real) q[m][u][c] = make_uint4(0, 0, 0, 0);
         }
-        r[u] = STATS  ? -1e30f
-               : real ? reference_of(a, it, head, h, column)
-                      : __int_as_float(0x7f800000);
+        r[u] = STATS ? -1e30f : reference[16 * (M * column_warp + m) + 8 * u + g];
       }
       top[m] = make_float2(r[0], r[1]), sum[m] = make_float2(0, 0);
     }
@@ -5781,7 +5728,7 @@ __global__ void __launch_bounds__(THREADS, 2) tensor_kernel(score_args a) {
       const int slot = stage & 1;
       asm volatile("cp.async.wait_group 0;" ::: "memory");
       __syncthreads(); /* this stage is there, and all are done with the one before */
-      copy(slot ^ 1, stage + 1 < n_stages, slot, with_v && last_pass && stage < n_stages);
+      if (stage + 1 < n_stages) copy(slot ^ 1);
       const uint32_t t0 = first + static_cast<uint32_t>(STAGE * stage);
       const uint4 *k_stage = k_ring + slot * STAGE * CHUNKS;
       if (computes && stage < n_stages) {
@@ -5840,30 +5787,12 @@ __global__ void __launch_bounds__(THREADS, 2) tensor_kernel(score_args a) {
             add_chunk<DTYPE, true>(square, k_stage[my_k + i * CHUNKS], 1, &ends);
         store_sums(square, 0);
       }
-      if (!STATS && stage > 0) { /* weights of the stage before, and its V */
-        const float *of = partial + ((stage + 1) & 1) * STAGE * WARPS;
-        const uint32_t left = end - (t0 - STAGE); /* tokens from that stage on */
-        /* one pass reads what the one before wrote, and the last one writes the first array */
-        const size_t apart = static_cast<size_t>(gridDim.z) * static_cast<size_t>(a.heads) * a.n;
-        const bool to_first = (passes - pass) & 1;
-        float *mean = a.mean + static_cast<size_t>(h) * a.n + (t0 - STAGE);
-        const float *old = mean + (to_first ? apart : 0);
-        if (threadIdx.x < least(left, STAGE))
-          mean[tid + static_cast<ptrdiff_t>(to_first ? 0 : apart)] =
-              weight_of(of, tid, column_warps) + (pass > 0 ? old[tid] : 0);
-        if (with_v && last_pass && has_rows) {
-          const uint4 *v_stage = v_ring + (slot ^ 1) * STAGE * CHUNKS + my_v;
-          float out[8];
-          load_sums(out, 2);
-#pragma unroll
-          for (int i = 0; i < STAGE; i += ROWS)
-            if (STAGE % ROWS == 0 || my_row + i < STAGE) {
-              float w = weight_of(of, my_row + i, column_warps);
-              if (pass > 0 && static_cast<uint32_t>(my_row + i) < left) w += old[my_row + i];
-              add_chunk<DTYPE, false>(out, v_stage[i * CHUNKS], w, &ends);
-            }
-          store_sums(out, 2);
-        }
+      if (!STATS && stage > 0) { /* weights of the stage before */
+        const uint32_t at = t0 - STAGE + threadIdx.x;
+        float *mean = a.mean + static_cast<size_t>(h) * a.n + at;
+        if (tid < STAGE && at < end)
+          *mean = weight_of(partial + (slot ^ 1) * STAGE * WARPS, tid, column_warps) +
+                  (pass > 0 ? *mean : 0);
       }
     }
     if (STATS) {
@@ -5896,16 +5825,14 @@ __global__ void __launch_bounds__(THREADS, 2) tensor_kernel(score_args a) {
       }
     }
   }
-  if (STATS) {
-    if (last_block(&a.done[h], gridDim.x)) find_references(a, h);
-  } else {
+  if (!STATS) {
     bool good = true;
     if (BF16) {
       const float2 low = ends.lowest(), high = ends.highest();
       good = in_range(low.x) && in_range(low.y) && in_range(high.x) && in_range(high.y);
-    } else { /* what is no half makes sums that are no numbers, even with weight 0 */
+    } else { /* what is no half makes sums that are no numbers */
       float all = 0;
-      for (int i = 0; i < (with_v ? 4 : 2); ++i) {
+      for (int i = 0; i < 2; ++i) {
         const float4 x = my_sums[i * THREADS];
         all += (x.x + x.y) * 0 + (x.z + x.w) * 0;
       }
@@ -5915,39 +5842,39 @@ __global__ void __launch_bounds__(THREADS, 2) tensor_kernel(score_args a) {
     const size_t part = static_cast<size_t>(h) * static_cast<size_t>(a.splits) + blockIdx.x;
     float *sums = reinterpret_cast<float *>(rdkv_cuda_compress_memory); /* [ROWS][32 C] */
     asm volatile("cp.async.wait_group 0;" ::: "memory");
-#pragma unroll
-    for (int v = 0; v < 2; ++v) {
-      __syncthreads();
-      if (has_rows && (!v || with_v))
-        for (int i = 0; i < 2; ++i)
-          *reinterpret_cast<float4 *>(&sums[my_row * 32 * C + 8 * my_chunk + 4 * i]) =
-              my_sums[(2 * v + i) * THREADS];
-      __syncthreads();
+    __syncthreads();
+    if (has_rows)
+      for (int i = 0; i < 2; ++i)
+        *reinterpret_cast<float4 *>(&sums[my_row * 32 * C + 8 * my_chunk + 4 * i]) =
+            my_sums[i * THREADS];
+    __syncthreads();
+    if (tid < 32 * C) {
       float s = 0;
-      if (tid < 32 * C && (!v || with_v)) {
-        for (int r = 0; r < ROWS; ++r) s += sums[r * 32 * C + tid];
-        (v ? a.out : a.square)[part * (32 * C) + static_cast<size_t>(tid)] = s;
-      }
+      for (int r = 0; r < ROWS; ++r) s += sums[r * 32 * C + tid];
+      a.square[part * (32 * C) + static_cast<size_t>(tid)] = s;
     }
   }
 }
 
-/* The same on Hopper, where a program is built for sm_90a: warp groups multiply out of shared
-   memory, which leaves the registers to the logits, and while they do so the warps go on. A group
-   has 64 columns of queries as A, the stage's 128 tokens as B; both lie in shared memory in rows of
-   128 bytes (64 channels), 16-byte chunks swizzled by the row. Elsewhere it is empty, and known to
-   the host by its launch bounds. */
+/* The same on Hopper, where a program is built for sm_90a: groups of four warps multiply out of
+   shared memory. Tokens are A, 64 at a time, 128 columns of queries B, so that a lane has the
+   logits of two tokens and a quarter of the columns. Each group has its own tiles and two slots for
+   them, and they take turns to multiply: while one does, the others take exponentials. Rows lie in
+   pieces of 128 bytes (64 channels), 16-byte chunks swizzled by the row. Elsewhere it is empty, and
+   known to the host by its launch bounds. */
+enum { GROUP_TILE = 64, GROUP_COLUMNS = 128 };
+__host__ __device__ constexpr int groups_of(int k_dim) { return k_dim <= 128 ? 4 : 2; }
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define RDKV_CUDA__GROUP_THREADS THREADS
+#define RDKV_CUDA__GROUP_THREADS(k_dim) 128 * groups_of(k_dim)
 #else
-#define RDKV_CUDA__GROUP_THREADS 32
+#define RDKV_CUDA__GROUP_THREADS(k_dim) 32
 #endif
-enum { GROUP_STAGE = 128 };
 
-/* Bytes of shared memory: queries, two stages of K, parts of two stages' weights, alignment. */
+/* Bytes of shared memory: queries, the groups' slots for K, references, warps' sums, alignment. */
 static size_t group_shared(int k_dim) {
-  return 3 * GROUP_STAGE * 2 * static_cast<size_t>(k_dim) +
-         2 * GROUP_STAGE * WARPS * sizeof(float) + 1024;
+  const size_t groups = static_cast<size_t>(groups_of(k_dim));
+  return (GROUP_COLUMNS + 2 * groups * GROUP_TILE) * 2 * static_cast<size_t>(k_dim) +
+         5 * groups * GROUP_COLUMNS * sizeof(float) + 1024;
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -5955,21 +5882,23 @@ static size_t group_shared(int k_dim) {
 __device__ __forceinline__ u64 describe(uint32_t at) {
   return static_cast<u64>(at >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
+#define RDKV_CUDA__8(to, i)                                                                     \
+  to(y[i]), to(y[i + 1]), to(y[i + 2]), to(y[i + 3]), to(y[i + 4]), to(y[i + 5]), to(y[i + 6]), \
+      to(y[i + 7])
+#define RDKV_CUDA__64(to)                                                               \
+  RDKV_CUDA__8(to, 0), RDKV_CUDA__8(to, 8), RDKV_CUDA__8(to, 16), RDKV_CUDA__8(to, 24), \
+      RDKV_CUDA__8(to, 32), RDKV_CUDA__8(to, 40), RDKV_CUDA__8(to, 48), RDKV_CUDA__8(to, 56)
 template <bool BF16, bool ADD>
-__device__ __forceinline__ void group_mma(float (&y)[32], u64 a, u64 b) {
-#define RDKV_CUDA__GROUP_MMA(type, to, add)                                                      \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                       \
-               " {"                                                                              \
-               "%0, %1, %2, %3, %4, %5, %6, %7, "                                                \
-               "%8, %9, %10, %11, %12, %13, %14, %15, "                                          \
-               "%16, %17, %18, %19, %20, %21, %22, %23, "                                        \
-               "%24, %25, %26, %27, %28, %29, %30, %31"                                          \
-               "}, %32, %33, " add ", 1, 1, 0, 0;"                                               \
-               : to(y[0]), to(y[1]), to(y[2]), to(y[3]), to(y[4]), to(y[5]), to(y[6]), to(y[7]), \
-                 to(y[8]), to(y[9]), to(y[10]), to(y[11]), to(y[12]), to(y[13]), to(y[14]),      \
-                 to(y[15]), to(y[16]), to(y[17]), to(y[18]), to(y[19]), to(y[20]), to(y[21]),    \
-                 to(y[22]), to(y[23]), to(y[24]), to(y[25]), to(y[26]), to(y[27]), to(y[28]),    \
-                 to(y[29]), to(y[30]), to(y[31])                                                 \
+__device__ __forceinline__ void group_mma(float (&y)[64], u64 a, u64 b) {
+#define RDKV_CUDA__GROUP_MMA(type, to, add)                                                       \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                       \
+               " {"                                                                               \
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"   \
+               "}, %64, %65, " add ", 1, 1, 0, 0;"                                                \
+               : RDKV_CUDA__64(to)                                                                \
                : "l"(a), "l"(b))
   if (BF16 && ADD)
     RDKV_CUDA__GROUP_MMA("bf16", "+f", "1");
@@ -5981,228 +5910,278 @@ __device__ __forceinline__ void group_mma(float (&y)[32], u64 a, u64 b) {
     RDKV_CUDA__GROUP_MMA("f16", "=f", "0");
 #undef RDKV_CUDA__GROUP_MMA
 }
-/* Until all products are there but those of the last `LATER` commits. */
-template <int LATER>
-__device__ __forceinline__ void group_wait(float (&y)[32]) {
-  asm volatile("wgmma.wait_group.sync.aligned %32;"
-               : "+f"(y[0]), "+f"(y[1]), "+f"(y[2]), "+f"(y[3]), "+f"(y[4]), "+f"(y[5]), "+f"(y[6]),
-                 "+f"(y[7]), "+f"(y[8]), "+f"(y[9]), "+f"(y[10]), "+f"(y[11]), "+f"(y[12]),
-                 "+f"(y[13]), "+f"(y[14]), "+f"(y[15]), "+f"(y[16]), "+f"(y[17]), "+f"(y[18]),
-                 "+f"(y[19]), "+f"(y[20]), "+f"(y[21]), "+f"(y[22]), "+f"(y[23]), "+f"(y[24]),
-                 "+f"(y[25]), "+f"(y[26]), "+f"(y[27]), "+f"(y[28]), "+f"(y[29]), "+f"(y[30]),
-                 "+f"(y[31])
-               : "n"(LATER)
-               : "memory");
+/* Until all products are there. */
+__device__ __forceinline__ void group_wait(float (&y)[64]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : RDKV_CUDA__64("+f") : : "memory");
+}
+#undef RDKV_CUDA__64
+#undef RDKV_CUDA__8
+
+/* Adds up 2 M values over lanes M apart, or takes the larger ones: each lane keeps M of them. */
+template <int M>
+__device__ __forceinline__ void halve(float (&x)[32], bool largest) {
+  const bool upper = threadIdx.x & M;
+#pragma unroll
+  for (int i = 0; i < M; ++i) {
+    const float keep = upper ? x[i + M] : x[i],
+                take = __shfl_xor_sync(FULL, upper ? x[i] : x[i + M], M);
+    x[i] = largest ? fmaxf(keep, take) : keep + take;
+  }
+}
+/* Barriers: 1 to 4 of the groups, 5 to 8 of a group and the one whose turn is before it. */
+__device__ __forceinline__ void group_barrier(int group) {
+  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
+__device__ __forceinline__ void turn_wait(int group) {
+  asm volatile("bar.sync %0, 256;" ::"r"(group + 5) : "memory");
+}
+__device__ __forceinline__ void turn_pass(int group, int groups) {
+  asm volatile("bar.arrive %0, 256;" ::"r"((group + 1) % groups + 5) : "memory");
 }
 #endif
 
 /* A is k_dim / 64. */
 template <int A, bool BF16, bool STATS>
-__global__ void __launch_bounds__(RDKV_CUDA__GROUP_THREADS, A <= 2 ? 2 : 1)
-    group_kernel(score_args a) {
+__global__ void __launch_bounds__(RDKV_CUDA__GROUP_THREADS(64 * A), 1)
+    group_kernel(score_args a, const __grid_constant__ item_list list) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   enum {
-    CHUNKS = 8 * A,           /* of 16 bytes in a row */
-    ROWS = THREADS / CHUNKS,  /* a thread copies, and looks after, one chunk of every ROWS-th row */
-    PART = GROUP_STAGE * 128, /* bytes of 64 channels of a stage */
+    GROUPS = groups_of(64 * A),
+    CHUNKS = 8 * A,               /* of 16 bytes in a row */
+    ROWS = 128 / CHUNKS,          /* a thread copies, and squares, one chunk of every ROWS-th row */
+    Q_PART = GROUP_COLUMNS * 128, /* bytes of 64 channels of the queries, */
+    K_PART = GROUP_TILE * 128,    /* of a tile */
     DTYPE = BF16 ? RDKV_BF16 : RDKV_F16
   };
   extern __shared__ uint4 rdkv_cuda_compress_memory[];
   const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
   const int h = static_cast<int>(blockIdx.z) * a.heads + head;
-  const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
-  const item &it = a.items[blockIdx.z];
+  const int group = __shfl_sync(FULL, tid >> 7, 0), warp = tid >> 5 & 3;
+  const int lane = tid & 31, g = lane >> 2, t = lane & 3;
+  const item &it = list.at[blockIdx.z];
   const uint32_t memory =
       static_cast<uint32_t>(__cvta_generic_to_shared(rdkv_cuda_compress_memory));
-  const uint32_t q_at = (memory + 1023) & ~1023u, k_at = q_at + A * PART;
+  const uint32_t q_at = (memory + 1023) & ~1023u;
   uint8_t *const q_rows = reinterpret_cast<uint8_t *>(rdkv_cuda_compress_memory) + (q_at - memory);
-  uint8_t *const k_rows = q_rows + A * PART;
-  float *const partial = reinterpret_cast<float *>(q_rows + 3 * A * PART);
-  const uint32_t first = blockIdx.x * a.split, end = least(first + a.split, a.n);
-  const int n_stages = static_cast<int>((end - first + GROUP_STAGE - 1) / GROUP_STAGE);
-  const int passes = (a.columns - 1) / (16 * WARPS) + 1;
-  const int my_row = tid / CHUNKS, my_chunk = tid % CHUNKS;
-  const bool has_rows = THREADS % CHUNKS == 0 || my_row < ROWS;
-  const auto place = [&](int row, int chunk) {
-    return static_cast<uint32_t>(chunk / 8 * PART + row * 128 + ((chunk ^ row) & 7) * 16);
+  uint8_t *const k_rows = q_rows + A * Q_PART + group * (2 * A * K_PART);
+  const uint32_t k_at = q_at + static_cast<uint32_t>(A * Q_PART + group * (2 * A * K_PART));
+  float *const references =
+      reinterpret_cast<float *>(q_rows + A * Q_PART + GROUPS * 2 * A * K_PART);
+  float *const sums = references + GROUPS * GROUP_COLUMNS; /* [4 GROUPS][columns] */
+  /* a group's references, in the order in which its lanes take them */
+  float *const reference = references + (STATS ? group * GROUP_COLUMNS : 0);
+  const auto order = [](int c) {
+    return (c >> 4) * 16 + (c >> 1 & 3) * 4 + (c >> 3 & 1) * 2 + (c & 1);
   };
-  const ptrdiff_t k_step = it.k.token_stride * 2;
-  const u64 of_q = describe(q_at + __shfl_sync(FULL, threadIdx.x >> 7, 0) * 64 * 128);
-  const u64 of_k = describe(k_at);
+  const uint32_t first = blockIdx.x * a.split, end = least(first + a.split, a.n);
+  const int passes = (a.columns - 1) / GROUP_COLUMNS + 1;
+  const int my_row = (tid & 127) / CHUNKS, my_chunk = tid % CHUNKS;
+  const int k_step = step_of(it.k);
+  const u64 of_q = describe(q_at), of_k = describe(k_at);
+  const size_t part = static_cast<size_t>(h) * static_cast<size_t>(a.splits) + blockIdx.x;
+  const auto place = [](int row, int chunk) {
+    return static_cast<uint32_t>(row * 128 + ((chunk ^ row) & 7) * 16);
+  };
   float square[8] = {0, 0, 0, 0, 0, 0, 0, 0};
   extremes<DTYPE> ends;
   ends.clear();
-  for (int pass = 0; pass < passes; ++pass) {
-    const bool last_pass = pass == passes - 1;
-    const int column0 = 16 * (WARPS * pass + warp);
+  let_next_launch();
+  /* STATS takes the first token's logits as references; where a sum then overflows it goes through
+     all once more for the largest logits, and again with these (turns 1 and 2) */
+  int turn = 0;
+  if (group == GROUPS - 1) turn_pass(group, GROUPS); /* the first one's turn */
+  for (int pass = 0; pass < passes;) {
+    const int column0 = GROUP_COLUMNS * pass;
+    uint32_t asked = first + static_cast<uint32_t>(GROUP_TILE * group);
     const char *k_from =
-        static_cast<const char *>(row_of(it.k, first + static_cast<uint32_t>(my_row), head)) +
+        static_cast<const char *>(row_of(it.k, asked + static_cast<uint32_t>(my_row), head)) +
         16 * my_chunk;
-    uint32_t left = a.n - first; /* tokens not yet asked for */
     const auto copy = [&](int slot) {
-      if (has_rows) {
+      const uint32_t to = k_at + static_cast<uint32_t>(slot * A * K_PART + my_chunk / 8 * K_PART);
+      if (asked + GROUP_TILE <= end) {
 #pragma unroll
-        for (int i = 0; i < GROUP_STAGE; i += ROWS) {
-          const int row = my_row + i;
-          const uint32_t to = k_at + static_cast<uint32_t>(slot * A * PART) + place(row, my_chunk);
-          const bool real = static_cast<uint32_t>(row) < left;
-          if (GROUP_STAGE % ROWS == 0 || row < GROUP_STAGE)
-            copy_16(to, real ? k_from + i * k_step : k_from - my_row * k_step, real);
+        for (int i = 0; i < GROUP_TILE; i += ROWS)
+          copy_16(to + place(my_row + i, my_chunk), k_from + i * k_step);
+      } else if (asked < end) {
+#pragma unroll 1
+        for (int i = 0; i < GROUP_TILE; i += ROWS) {
+          const bool real = asked + static_cast<uint32_t>(my_row + i) < end;
+          copy_16(to + place(my_row + i, my_chunk), k_from + (real ? i : -my_row) * k_step, real);
         }
       }
-      k_from += GROUP_STAGE * k_step, left -= least(left, GROUP_STAGE);
+      asked += GROUPS * GROUP_TILE, k_from += GROUPS * GROUP_TILE * static_cast<ptrdiff_t>(k_step);
       asm volatile("cp.async.commit_group;" ::: "memory");
     };
-    __syncthreads(); /* all are done with the pass before */
-    copy(0);
-    for (int i = tid; i < 16 * WARPS * CHUNKS; i += THREADS) {
-      const int row = i / CHUNKS, chunk = i % CHUNKS, column = 16 * WARPS * pass + row;
-      uint4 x = make_uint4(0, 0, 0, 0);
-      if (column < a.group * a.window)
-        x = *reinterpret_cast<const uint4 *>(
-            static_cast<const uint16_t *>(row_of(it.q, static_cast<uint32_t>(column / a.group),
-                                                 head * a.group + column % a.group)) +
-            8 * chunk);
-      *reinterpret_cast<uint4 *>(q_rows + place(row, chunk)) = x;
+    if (pass > 0 || turn > 0) __syncthreads(); /* all are done with the pass before */
+#pragma unroll 2
+    for (int i = tid; i < GROUP_COLUMNS * CHUNKS; i += 128 * GROUPS) {
+      const int row = i / CHUNKS, chunk = i % CHUNKS, column = column0 + row;
+      const bool real = column < a.group * a.window;
+      const int query = real ? query_of(a, column) : 0, of = real ? column - query * a.group : 0;
+      copy_16(q_at + static_cast<uint32_t>(chunk / 8 * Q_PART) + place(row, chunk),
+              static_cast<const char *>(
+                  row_of(it.q, static_cast<uint32_t>(query), head * a.group + of)) +
+                  16 * chunk,
+              real);
     }
-    float2 top[1], sum[1]; /* of columns g and g + 8 of the warp's; else top is their reference */
-    float r[2];
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    copy(0), copy(1);
+    if (!STATS) wait_for_launches(); /* for STATS' */
+    if (!STATS && tid < GROUP_COLUMNS)
+      reference[order(tid)] = reference_of(a, it, head, h, column0 + tid);
+    asm volatile("cp.async.wait_group 2;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
+    float sum[32];
+    if (STATS)
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const int column = column0 + 8 * u + g;
-      r[u] = STATS                         ? -1e30f
-             : column < a.group * a.window ? reference_of(a, it, head, h, column)
-                                           : __int_as_float(0x7f800000);
-    }
-    top[0] = make_float2(r[0], r[1]), sum[0] = make_float2(0, 0);
-    /* A stage's tokens are multiplied in two halves, and a half's logits are taken while the
-       products of the next one go on. That of token 8 p + 2 t + i mod 2 of a half and column g +
-       8 (i / 2) lies at 4 p + i. */
-    const auto multiply = [&](float(&y)[32], int half) {
+      for (int i = 0; i < 32; ++i) sum[i] = turn == 1 ? -1e30f : 0;
+    const int rounds = static_cast<int>((end - first - 1) / (GROUPS * GROUP_TILE)) + 1;
+    uint32_t t0 = first + static_cast<uint32_t>(GROUP_TILE * group);
+    for (int round = 0; round < rounds; ++round, t0 += GROUPS * GROUP_TILE) {
+      const int slot = round & 1;
+      float y[64]; /* of token 16 warp + g + 8 (i / 2 mod 2), column 8 (i / 4) + 2 t + i mod 2 */
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      if (!STATS && pass == 0 && t0 < end) { /* what this thread has copied */
+        const uint8_t *mine = k_rows + slot * A * K_PART + my_chunk / 8 * K_PART;
+#pragma unroll
+        for (int i = 0; i < GROUP_TILE; i += ROWS)
+          add_chunk<DTYPE, true>(
+              square, *reinterpret_cast<const uint4 *>(mine + place(my_row + i, my_chunk)), 1,
+              &ends);
+      }
+      turn_wait(group); /* the tile is there, and it is this group's turn to multiply */
+      if (t0 >= end) {
+        turn_pass(group, GROUPS);
+        break;
+      }
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
       for (int c = 0; c < 4 * A; ++c) {
-        const u64 step = static_cast<u64>((c / 4 * PART + c % 4 * 32) >> 4);
-        const u64 of = static_cast<u64>(((half >> 1 & 1) * A * PART + (half & 1) * PART / 2) >> 4);
+        const u64 k = of_k +
+                      static_cast<u64>((slot * A * K_PART + c / 4 * K_PART + c % 4 * 32) >> 4),
+                  q = of_q + static_cast<u64>((c / 4 * Q_PART + c % 4 * 32) >> 4);
         if (c == 0)
-          group_mma<BF16, false>(y, of_q, of_k + of);
+          group_mma<BF16, false>(y, k, q);
         else
-          group_mma<BF16, true>(y, of_q + step, of_k + of + step);
+          group_mma<BF16, true>(y, k, q);
       }
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    };
-    const auto take = [&](const float(&y)[32], int half) {
-      const uint32_t t0 = first + static_cast<uint32_t>(GROUP_STAGE / 2 * half);
-      const bool edge = t0 + GROUP_STAGE / 2 > a.seen || t0 + GROUP_STAGE / 2 > end;
-      float *parts = partial + (half & 3) * (GROUP_STAGE / 2 * WARPS) + warp +
-                     (8 * (g & 1) + 2 * t + (g >> 1 & 1)) * WARPS;
-      float z[4][2][1][4];
+      group_wait(y);
+      turn_pass(group, GROUPS);
+      group_barrier(group); /* all are done with the tile */
+      copy(slot);
+      const uint32_t token = t0 + static_cast<uint32_t>(16 * warp + g);
+      if (t0 + GROUP_TILE > a.seen || t0 + GROUP_TILE > end) {
 #pragma unroll
-      for (int i = 0; i < 32; ++i) z[i / 8][i / 4 % 2][0][i % 4] = y[i];
-      if (edge && half >= 0)
+        for (int u = 0; u < 2; ++u) { /* columns that do not count: those before from */
+          const uint32_t at = token + static_cast<uint32_t>(8 * u);
+          const int from = at >= end      ? GROUP_COLUMNS
+                           : at <= a.seen ? 0
+                                          : static_cast<int>(at - a.seen) * a.group - column0;
 #pragma unroll
-        for (int n = 0; n < 4; ++n)
-          hide<1>(a, z[n], t0 + static_cast<uint32_t>(16 * n + 2 * t), column0 + g, end, a.seen);
-      if (STATS) { /* without a branch, which the products that go on would not bear */
-        float2 most = make_float2(z[0][0][0][0], z[0][0][0][2]), old = top[0];
+          for (int i = 0; i < 64; i += 4)
 #pragma unroll
-        for (int n = 0; n < 4; ++n)
+            for (int e = 0; e < 2; ++e)
+              if (2 * i + 2 * t + e < from) y[i + 2 * u + e] = -3e38f;
+        }
+      }
+      const float4 *r = reinterpret_cast<const float4 *>(reference) + t;
+      if (STATS) {
+        if (turn == 0 && round == 0) {
+          if (warp == 0 && g == 0)
 #pragma unroll
-          for (int p = 0; p < 2; ++p) {
-            most.x = fmaxf(most.x, fmaxf(z[n][p][0][0], z[n][p][0][1]));
-            most.y = fmaxf(most.y, fmaxf(z[n][p][0][2], z[n][p][0][3]));
-          }
-        top[0].x = fmaxf(old.x, most.x * a.scale), top[0].y = fmaxf(old.y, most.y * a.scale);
-        float2 part[4]; /* chains that do not wait for each other */
+            for (int i = 0; i < 64; i += 4)
 #pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          part[n] = make_float2(0, 0);
+              for (int e = 0; e < 2; ++e)
+                reference[order(2 * i + 2 * t + e)] = fmaxf(y[i + e] * a.scale, -1e30f);
+          group_barrier(group);
+        }
+        if (turn == 1) {
 #pragma unroll
-          for (int p = 0; p < 2; ++p)
+          for (int i = 0; i < 64; i += 4)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              part[n].x += exp2_fast(z[n][p][0][i] * a.scale - top[0].x);
-              part[n].y += exp2_fast(z[n][p][0][2 + i] * a.scale - top[0].y);
+            for (int e = 0; e < 2; ++e)
+              sum[i / 2 + e] = fmaxf(sum[i / 2 + e], fmaxf(y[i + e], y[i + 2 + e]) * a.scale);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const float4 x = r[4 * i];
+            const float from[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const int at = 8 * i + e / 2 * 4 + e % 2;
+              sum[4 * i + e] +=
+                  exp2_fast(y[at] * a.scale - from[e]) + exp2_fast(y[at + 2] * a.scale - from[e]);
             }
+          }
         }
-        sum[0].x = sum[0].x * exp2_fast(old.x - top[0].x) +
-                   ((part[0].x + part[1].x) + (part[2].x + part[3].x));
-        sum[0].y = sum[0].y * exp2_fast(old.y - top[0].y) +
-                   ((part[0].y + part[1].y) + (part[2].y + part[3].y));
       } else {
+        float w[2][2] = {{0, 0}, {0, 0}};
 #pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          const float w = over_columns<1>(z[n], top, a.scale);
-          if (g < 4) parts[16 * n * WARPS] = w;
+        for (int i = 0; i < 8; ++i) {
+          const float4 x = r[4 * i];
+          const float from[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+#pragma unroll
+            for (int u = 0; u < 2; ++u)
+              w[u][e % 2] += exp2_fast(y[8 * i + e / 2 * 4 + 2 * u + e % 2] * a.scale - from[e]);
         }
+        /* over the lanes t; even ones end with the first of the two tokens */
+        const float low = w[0][0] + w[0][1], high = w[1][0] + w[1][1];
+        float all = (t & 1 ? high : low) + __shfl_xor_sync(FULL, t & 1 ? low : high, 1);
+        all += __shfl_xor_sync(FULL, all, 2);
+        const uint32_t at = token + static_cast<uint32_t>(8 * t);
+        float *to = a.mean + static_cast<size_t>(h) * a.n + at;
+        if (t < 2 && at < end) *to = pass > 0 ? *to + all : all;
       }
-    };
-    /* Weights of up to three halves, which all warps have taken. */
-    const auto store_weights = [&](int half, int n) {
-      const uint32_t t0 = first + static_cast<uint32_t>(GROUP_STAGE / 2 * half);
-      /* one pass reads what the one before wrote, and the last one writes the first array */
-      const size_t apart = static_cast<size_t>(gridDim.z) * static_cast<size_t>(a.heads) * a.n;
-      const bool to_first = (passes - pass) & 1;
-      float *mean = a.mean + static_cast<size_t>(h) * a.n + t0;
-      const int from = (half & 3) * (GROUP_STAGE / 2) + tid;
-      if (tid < n * GROUP_STAGE / 2 && t0 + threadIdx.x < end)
-        mean[tid + static_cast<ptrdiff_t>(to_first ? 0 : apart)] =
-            weight_of(partial, from & (2 * GROUP_STAGE - 1), WARPS) +
-            (pass > 0 ? mean[tid + static_cast<ptrdiff_t>(to_first ? apart : 0)] : 0);
-    };
-    float x[32], y[32];
-#pragma unroll
-    for (int i = 0; i < 32; ++i) y[i] = -3e38f; /* before the first half: weighs nothing */
-    for (int stage = 0; stage < n_stages; ++stage) {
-      asm volatile("cp.async.wait_group 0;" ::: "memory");
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      group_wait<0>(y);
-      __syncthreads(); /* this stage is there, and all are done with the one before */
-      multiply(x, 2 * stage);
-      if (stage + 1 < n_stages) copy(stage & 1 ^ 1);
-      if (!STATS && stage > 0) store_weights(stage > 1 ? 2 * stage - 3 : 0, stage > 1 ? 2 : 1);
-      take(y, 2 * stage - 1);
-      multiply(y, 2 * stage + 1);
-      if (!STATS && last_pass && has_rows) {
-        const uint8_t *mine = k_rows + (stage & 1) * A * PART;
-#pragma unroll
-        for (int i = 0; i < GROUP_STAGE; i += ROWS)
-          if (GROUP_STAGE % ROWS == 0 || my_row + i < GROUP_STAGE)
-            add_chunk<DTYPE, true>(
-                square, *reinterpret_cast<const uint4 *>(mine + place(my_row + i, my_chunk)), 1,
-                &ends);
-      }
-      group_wait<1>(x);
-      take(x, 2 * stage);
     }
-    group_wait<0>(y);
-    take(y, 2 * n_stages - 1);
-    if (!STATS) {
-      __syncthreads();
-      store_weights(n_stages > 1 ? 2 * n_stages - 3 : 0, n_stages > 1 ? 3 : 2);
-    }
-    if (STATS) { /* the lanes t add up what they have */
-      float2 *all = reinterpret_cast<float2 *>(partial);
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    if (STATS) { /* over the lanes g, which end with 4 columns each, and the warps */
+      bool good = true;
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        const float x = u ? top[0].y : top[0].x;
-        float s = u ? sum[0].y : sum[0].x, most = x;
-        for (int d = 1; d < 4; d <<= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, d));
-        s *= exp2_fast(x - most);
-        for (int d = 1; d < 4; d <<= 1) s += __shfl_xor_sync(FULL, s, d);
-        if (t == 0) all[16 * warp + 8 * u + g] = make_float2(most, s);
-      }
+      for (int i = 0; i < 32; ++i) good &= sum[i] < 1e37f;
+      const bool again = __syncthreads_or(!good) && turn == 0;
+      halve<16>(sum, turn == 1), halve<8>(sum, turn == 1), halve<4>(sum, turn == 1);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        sums[(4 * group + warp) * GROUP_COLUMNS + 8 * (2 * g + i / 2) + 2 * t + i % 2] = sum[i];
       __syncthreads();
-      const int column = 16 * WARPS * pass + tid;
-      const size_t part = static_cast<size_t>(h) * static_cast<size_t>(a.splits) + blockIdx.x;
-      if (tid < 16 * WARPS && column < a.columns)
-        a.stats[part * static_cast<size_t>(a.columns) + static_cast<size_t>(column)] = all[tid];
+      if (tid < GROUP_COLUMNS) {
+        float x[GROUPS], top = -1e30f, all = 0;
+#pragma unroll
+        for (int i = 0; i < GROUPS; ++i) {
+          x[i] = sums[4 * i * GROUP_COLUMNS + tid];
+#pragma unroll
+          for (int w = 1; w < 4; ++w) {
+            const float more = sums[(4 * i + w) * GROUP_COLUMNS + tid];
+            x[i] = turn == 1 ? fmaxf(x[i], more) : x[i] + more;
+          }
+          const float of = turn == 1 ? x[i] : references[i * GROUP_COLUMNS + order(tid)];
+          if (x[i] > 0 || turn == 1) top = fmaxf(top, of);
+        }
+#pragma unroll
+        for (int i = 0; i < GROUPS; ++i) {
+          float &of = references[i * GROUP_COLUMNS + order(tid)];
+          if (turn == 1)
+            of = top;
+          else if (x[i] > 0)
+            all += x[i] * exp2_fast(of - top);
+        }
+        if (column0 + tid < a.columns && turn != 1)
+          a.stats[part * static_cast<size_t>(a.columns) + static_cast<size_t>(column0 + tid)] =
+              make_float2(top, all);
+      }
+      turn = again ? 1 : turn == 1 ? 2 : 0;
+      pass += turn == 0;
+    } else {
+      ++pass;
     }
   }
-  if (STATS) {
-    if (last_block(&a.done[h], gridDim.x)) find_references(a, h);
-    return;
-  }
+  if (group == 0) turn_wait(group); /* or it would be left over */
+  if (STATS) return;
   bool good = true;
   if (BF16) {
     const float2 low = ends.lowest(), high = ends.highest();
@@ -6213,31 +6192,32 @@ __global__ void __launch_bounds__(RDKV_CUDA__GROUP_THREADS, A <= 2 ? 2 : 1)
     good = all == 0;
   }
   if (!good) fail(a.status, RDKV_ERR_NONFINITE);
-  const size_t part = static_cast<size_t>(h) * static_cast<size_t>(a.splits) + blockIdx.x;
-  float *sums = reinterpret_cast<float *>(q_rows); /* [ROWS][64 A] */
+  float *rows = reinterpret_cast<float *>(q_rows); /* [GROUPS * ROWS][64 A] */
   __syncthreads();
-  if (has_rows)
-    for (int i = 0; i < 8; ++i) sums[my_row * 64 * A + 8 * my_chunk + i] = square[i];
+  for (int i = 0; i < 8; ++i) rows[(group * ROWS + my_row) * 64 * A + 8 * my_chunk + i] = square[i];
   __syncthreads();
   if (tid >= 64 * A) return;
   float s = 0;
-  for (int r = 0; r < ROWS; ++r) s += sums[r * 64 * A + tid];
+  for (int r = 0; r < GROUPS * ROWS; ++r) s += rows[r * 64 * A + tid];
   a.square[part * (64 * A) + static_cast<size_t>(tid)] = s;
 #else
-  (void)a;
+  (void)a, (void)list;
 #endif
 }
 
 /* Sum of V weighted by the attention, a split each; any dtype and stride. */
-static __global__ void __launch_bounds__(THREADS) out_kernel(score_args a) {
+static __global__ void __launch_bounds__(THREADS)
+    out_kernel(score_args a, const __grid_constant__ item_list list) {
   __shared__ float sums[THREADS];
   const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
   const int h = static_cast<int>(blockIdx.z) * a.heads + head;
-  const item &it = a.items[blockIdx.z];
-  const uint32_t first = blockIdx.x * a.split, end = least(first + a.split, a.n);
+  const item &it = list.at[blockIdx.z];
+  const uint32_t first = blockIdx.x * a.v_split, end = least(first + a.v_split, a.n);
   const ptrdiff_t stride = it.v.dim_stride ? it.v.dim_stride : 1;
   const int n_rows = THREADS / a.v_dim, row = tid / a.v_dim, d = tid - row * a.v_dim;
   const float *mean = a.mean + static_cast<size_t>(h) * a.n;
+  let_next_launch();
+  wait_for_launches();
   float sum = 0;
   bool bad = false;
 #pragma unroll 4
@@ -6252,62 +6232,195 @@ static __global__ void __launch_bounds__(THREADS) out_kernel(score_args a) {
   __syncthreads();
   if (tid >= a.v_dim) return;
   for (int r = 1; r < n_rows; ++r) sum += sums[r * a.v_dim + tid];
-  a.out[(static_cast<size_t>(h) * static_cast<size_t>(a.splits) + blockIdx.x) *
+  a.out[(static_cast<size_t>(h) * static_cast<size_t>(a.v_splits) + blockIdx.x) *
             static_cast<size_t>(a.v_dim) +
         static_cast<size_t>(tid)] = sum;
 }
 
-/* The attention pooled, four tokens a thread; the last block of a head adds up the splits' sums. */
-static __global__ void __launch_bounds__(THREADS) pool_kernel(score_args a) {
-  __shared__ float near[4 * THREADS + 2 * POOL];
+/* The same of dense 16-bit rows, 16 bytes a thread. */
+template <bool BF16>
+__global__ void __launch_bounds__(THREADS)
+    out_rows_kernel(score_args a, const __grid_constant__ item_list list) {
+  enum { DTYPE = BF16 ? RDKV_BF16 : RDKV_F16, AHEAD = 8 };
+  __shared__ float sums[8 * THREADS];
   const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
   const int h = static_cast<int>(blockIdx.z) * a.heads + head;
-  const item &it = a.items[blockIdx.z];
-  if (blockIdx.x == gridDim.x - 1) {
-    const size_t part = static_cast<size_t>(h) * static_cast<size_t>(a.splits);
-    const size_t kd = static_cast<size_t>(a.k_dim), vd = static_cast<size_t>(a.v_dim);
-    const bool has_k = tid < a.k_dim, has_v = a.joint && tid < a.v_dim;
-    const float *k_from = a.square + part * kd + (has_k ? tid : 0),
-                *v_from = a.out + part * vd + (has_v ? tid : 0);
-    double k = 0, v = 0;
-    for (int first = 0; first < a.splits; first += 16) {
-      float x[16], y[16];
+  const item &it = list.at[blockIdx.z];
+  const int chunks = a.v_dim / 8, row = tid / chunks, chunk = tid - row * chunks;
+  const uint32_t n_rows = static_cast<uint32_t>(THREADS / chunks);
+  const uint32_t first = blockIdx.x * a.v_split, end = least(first + a.v_split, a.n);
+  const float *mean = a.mean + static_cast<size_t>(h) * a.n;
+  let_next_launch();
+  wait_for_launches();
+  const char *const from = static_cast<const char *>(row_of(it.v, first, head)) + 16 * chunk;
+  const ptrdiff_t step = step_of(it.v);
+  float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  extremes<DTYPE> ends;
+  ends.clear();
+  if (static_cast<uint32_t>(row) < n_rows)
+    for (uint32_t t = static_cast<uint32_t>(row); t < end - first; t += AHEAD * n_rows) {
+      uint4 x[AHEAD];
+      float w[AHEAD];
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const size_t at = static_cast<size_t>(first + i < a.splits ? first + i : first);
-        x[i] = k_from[at * kd], y[i] = a.joint ? v_from[at * vd] : 0;
+      for (uint32_t i = 0; i < AHEAD; ++i) {
+        const bool real = t + i * n_rows < end - first;
+        const uint32_t at = real ? t + i * n_rows : t;
+        x[i] = __ldg(reinterpret_cast<const uint4 *>(from + static_cast<ptrdiff_t>(at) * step));
+        w[i] = real ? mean[first + at] : 0;
       }
 #pragma unroll
-      for (int i = 0; i < 16; ++i)
-        if (first + i < a.splits) k += static_cast<double>(x[i]), v += static_cast<double>(y[i]);
+      for (int i = 0; i < AHEAD; ++i) add_chunk<DTYPE, false>(sum, x[i], w[i], &ends);
     }
-    if (has_k) it.k_square[head * a.k_dim + tid] = static_cast<float>(k / static_cast<double>(a.n));
-    if (has_v)
-      it.mean_out[head * a.v_dim + tid] =
-          static_cast<float>(v / (static_cast<double>(a.group) * a.window));
+  bool good = true;
+  if (BF16) {
+    const float2 low = ends.lowest(), high = ends.highest();
+    good = in_range(low.x) && in_range(low.y) && in_range(high.x) && in_range(high.y);
+  } else { /* what is no half makes sums that are no numbers, even with weight 0 */
+    float all = 0;
+    for (int i = 0; i < 8; ++i) all += sum[i] * 0;
+    good = all == 0;
+  }
+  if (!good) fail(a.status, RDKV_ERR_NONFINITE);
+  if (static_cast<uint32_t>(row) < n_rows)
+    for (int i = 0; i < 8; ++i) sums[row * a.v_dim + 8 * chunk + i] = sum[i];
+  __syncthreads();
+  if (tid >= a.v_dim) return;
+  float s = 0;
+  for (uint32_t r = 0; r < n_rows; ++r) s += sums[static_cast<int>(r) * a.v_dim + tid];
+  a.out[(static_cast<size_t>(h) * static_cast<size_t>(a.v_splits) + blockIdx.x) *
+            static_cast<size_t>(a.v_dim) +
+        static_cast<size_t>(tid)] = s;
+}
+
+/* Sums over the window's rows of a head, of squares or of values by their queries' weights, for the
+   32 channels from d0 on; all threads of a block call it, warp 0 gets them. */
+template <bool SQUARE>
+__device__ __forceinline__ double over_rows(const score_args &a, const rdkv_tensor &x, int d0,
+                                            int dim, int head, const float *weight, double *sums) {
+  enum { AHEAD = 16 };
+  const int tid = static_cast<int>(threadIdx.x), used = a.group * a.window, d = d0 + (tid & 31);
+  const ptrdiff_t stride = x.dim_stride ? x.dim_stride : 1;
+  double sum = 0;
+  bool bad = false;
+  for (int c0 = tid >> 5; c0 < (d < dim ? used : 0); c0 += AHEAD * WARPS) {
+    uint32_t raw[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+      const int c = c0 + k * WARPS, i = query_of(a, c);
+      raw[k] = 0;
+      if (c < used)
+        raw[k] = raw_element(row_of(x, static_cast<uint32_t>(i), (head - i) * a.group + c), x.dtype,
+                             d * stride);
+    }
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+      const float y = value_of(raw[k], x.dtype);
+      const int c = c0 + k * WARPS;
+      bad |= !in_range(y);
+      if (c < used)
+        sum += static_cast<double>(SQUARE ? y : weight[query_of(a, c)]) * static_cast<double>(y);
+    }
+  }
+  if (bad) fail(a.status, RDKV_ERR_NONFINITE);
+  sums[tid] = sum;
+  __syncthreads();
+  for (int w = 1; w < WARPS && tid < 32; ++w) sum += sums[32 * w + tid];
+  return sum;
+}
+
+/* Sum over the splits of a head's parts [splits][dim]; thread d < dim has column d. */
+__device__ __forceinline__ double over_splits(const float *parts, int splits, int dim, int h) {
+  const int d = static_cast<int>(threadIdx.x);
+  const float *from =
+      parts + static_cast<size_t>(h) * static_cast<size_t>(splits) * static_cast<size_t>(dim) + d;
+  double sum = 0;
+  for (int first = 0; first < (d < dim ? splits : 0); first += 16) {
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+      x[i] =
+          first + i < splits ? from[static_cast<size_t>(first + i) * static_cast<size_t>(dim)] : 0;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) sum += static_cast<double>(x[i]);
+  }
+  return sum;
+}
+
+/* The last launch: the attention pooled, and older widths cleared. The first blocks of a head have
+   the channels: mean squares of K, those of the queries and the mean output, 32 a block. */
+static __host__ __device__ __forceinline__ int channel_blocks(const score_args &a) {
+  return 1 + (a.k_dim + 31) / 32 + (a.v_dim + 31) / 32;
+}
+static __global__ void __launch_bounds__(THREADS, 4)
+    pool_kernel(score_args a, const __grid_constant__ item_list list) {
+  __shared__ float near[4 * THREADS + 2 * POOL];
+  __shared__ float see[MAX_WINDOW]; /* weight of query i, or of queries i and later */
+  __shared__ double sums[THREADS];
+  const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
+  const int h = static_cast<int>(blockIdx.z) * a.heads + head;
+  const item &it = list.at[blockIdx.z];
+  const size_t thread = (blockIdx.y * gridDim.x + blockIdx.x) * static_cast<size_t>(THREADS) +
+                        threadIdx.x,
+               n_threads = static_cast<size_t>(gridDim.y) * gridDim.x * THREADS;
+  const int block = static_cast<int>(blockIdx.x), q_end = 1 + (a.k_dim + 31) / 32;
+  const int seen = static_cast<int>(a.seen), last = static_cast<int>(a.n) - 1;
+  const int t0 = (block - channel_blocks(a)) * 4 * THREADS;
+  const int half = (a.pool - 1) / 2 > last ? last : (a.pool - 1) / 2;
+  const double used = static_cast<double>(a.group) * a.window;
+  const bool edge = t0 + 4 * THREADS + half > seen; /* not all queries see all of these */
+  clear_bytes(it.v_bits, static_cast<size_t>(a.heads) * a.n, thread, n_threads);
+  clear_bytes(it.k_bits, static_cast<size_t>(a.heads * a.k_dim), thread, n_threads);
+  if (block > 0 && block < q_end) {
+    const int d = 32 * (block - 1);
+    const double sum = over_rows<true>(a, it.q, d, a.k_dim, head, see, sums);
+    if (tid < 32 && d + tid < a.k_dim)
+      it.q_square[head * a.k_dim + d + tid] = static_cast<float>(sum / used);
     return;
   }
-  const float *see = a.see + a.window + 1, *mean = a.mean + static_cast<size_t>(h) * a.n;
-  const int64_t seen = a.seen, last = static_cast<int64_t>(a.n) - 1;
-  const int64_t t0 = static_cast<int64_t>(blockIdx.x) * 4 * THREADS;
-  const int half = (a.pool - 1) / 2 > last ? static_cast<int>(last) : (a.pool - 1) / 2;
+  if (t0 < 0 || edge) {
+    for (int i = tid; i < a.window; i += THREADS) see[i] = query_weight(a, i);
+    __syncthreads();
+  }
+  if (t0 < 0 && block > 0 && it.out.data) {
+    const int d = 32 * (block - q_end);
+    const double sum = over_rows<false>(a, it.out, d, a.v_dim, head, see, sums);
+    if (tid < 32 && d + tid < a.v_dim)
+      it.mean_out[head * a.v_dim + d + tid] = static_cast<float>(sum / used);
+    return;
+  }
+  wait_for_launches();
+  if (block == 0) {
+    const double sum = over_splits(a.square, a.splits, a.k_dim, h);
+    if (tid < a.k_dim) it.k_square[head * a.k_dim + tid] = static_cast<float>(sum / a.n);
+    return;
+  }
+  if (t0 < 0) {
+    if (block > q_end || !a.out) return;
+    const double sum = over_splits(a.out, a.v_splits, a.v_dim, h);
+    if (tid < a.v_dim) it.mean_out[head * a.v_dim + tid] = static_cast<float>(sum / used);
+    return;
+  }
+  if (edge) {
+    if (tid == 0) {
+      float sum = 0;
+#pragma unroll 8
+      for (int i = a.window - 1; i >= 0; --i) see[i] = sum += see[i];
+    }
+    __syncthreads();
+  }
+  const float *mean = a.mean + static_cast<size_t>(h) * a.n;
+#pragma unroll 4
   for (int i = tid; i < 4 * THREADS + 2 * half; i += THREADS) {
-    const int64_t t = t0 + i - half, at = t < 0 ? -t : t > last ? 2 * last - t : t;
-    near[i] = at >= 0 && at <= last ? mean[at] / see[at > seen ? at - seen : 0] : 0;
+    const int t = t0 + i - half, at = t < 0 ? -t : t > last ? last - (t - last) : t;
+    near[i] = at >= 0 && at <= last ? mean[at] / (at > seen ? see[at - seen] : a.all) : 0;
   }
   __syncthreads();
-  float s[4] = {0, 0, 0, 0};
-  for (int j = 0; j < 2 * half + 4; ++j) {
-    const float x = near[4 * tid + j];
+  float *to = it.token + static_cast<size_t>(head) * a.n;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[i] += j >= i && j <= 2 * half + i ? x : 0;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t t = t0 + 4 * tid + i;
-    if (t <= last)
-      it.token[static_cast<size_t>(head) * a.n + static_cast<size_t>(t)] =
-          s[i] / static_cast<float>(2 * half + 1);
+  for (int i = tid; i < 4 * THREADS; i += THREADS) {
+    float s = 0;
+    for (int j = 0; j <= 2 * half; ++j) s += near[i + j];
+    if (t0 + i <= last) to[t0 + i] = s / static_cast<float>(2 * half + 1);
   }
 }
 
@@ -8282,15 +8395,15 @@ static tile_kernel_type rows_kernel_of(const pack_args &a) {
                  : (bf16 ? rows_kernel<false, true> : rows_kernel<false, false>);
 }
 /* The items as kernels see them, n at most ITEMS of them from `first` on. */
-static item_list items_of(const rdkv_kv *kv, const rdkv_layer *layers, const float *const *lse,
-                          int n_items, int first, int *n) {
+static item_list items_of(const rdkv_kv *kv, const rdkv_layer *layers, int n_items, int first,
+                          int *n) {
   item_list list;
   *n = n_items - first < ITEMS ? n_items - first : ITEMS;
   for (int i = 0; i < *n; ++i) {
     const rdkv_kv &from = kv[first + i];
     const rdkv_layer &l = layers[first + i];
     item &to = list.at[i];
-    to.k = from.k, to.v = from.v, to.q = from.q, to.lse = lse ? lse[first + i] : nullptr;
+    to.k = from.k, to.v = from.v, to.q = from.q, to.out.data = nullptr, to.lse = nullptr;
     to.token = l.token, to.q_square = l.q_square, to.k_square = l.k_square;
     to.mean_out = l.mean_out, to.v_distortion = l.v_distortion;
     to.k_distortion = l.k_distortion, to.v_bits = l.v_bits, to.k_bits = l.k_bits;
@@ -8305,10 +8418,21 @@ struct score_memory {
   score_args a;
 };
 
+/* Divides each head's tokens among blocks: one for each of a multiprocessor's places, or as many
+   times that as leaves those of one together 8192 tokens. */
+static void split_tokens(const score_args &a, uint64_t heads, uint32_t places, uint32_t *split,
+                         int *splits) {
+  const uint64_t each = a.n * heads / (132 * places) + 1, unit = 4 * GROUP_TILE / places;
+  const uint64_t most = 8192 / places;
+  *split = static_cast<uint32_t>(each / (each / most + 1) / unit * unit + unit);
+  *splits = static_cast<int>(blocks_of(a.n, *split, 0x7fffffff));
+}
+
 static void layout_score(const rdkv_config *cfg, int n_items, uint32_t n, void *workspace,
                          score_memory *s) {
   score_args *a = &s->a;
-  const uint64_t heads = static_cast<uint64_t>(n_items) * static_cast<uint64_t>(cfg->n_kv_heads);
+  const uint64_t heads = least(static_cast<uint32_t>(n_items), ITEMS) *
+                         static_cast<uint64_t>(cfg->n_kv_heads); /* of a launch */
   *a = score_args();
   s->m.next = static_cast<uint8_t *>(workspace), s->m.bytes = 0;
   a->n = n, a->heads = cfg->n_kv_heads, a->group = cfg->n_q_heads / cfg->n_kv_heads;
@@ -8317,26 +8441,23 @@ static void layout_score(const rdkv_config *cfg, int n_items, uint32_t n, void *
   a->k_dim = cfg->k_dim, a->v_dim = cfg->v_dim, a->pool = cfg->pool;
   a->joint = cfg->profile == RDKV_JOINT;
   a->scale = cfg->softmax_scale * 1.44269504088896341f;
-  /* a block for each of the two places that a multiprocessor has for one, or as many times that as
-     leaves it 4096 tokens */
-  const uint64_t each = static_cast<uint64_t>(n) * heads / (2 * 132) + 1;
-  const uint64_t split = each / (each / 4096 + 1) / GROUP_STAGE * GROUP_STAGE + GROUP_STAGE;
-  a->split = static_cast<uint32_t>(split);
-  a->splits = static_cast<int>(blocks_of(n, a->split, 0x7fffffff));
+  double sum = 0;
+  for (int i = 1; i <= a->window; ++i) sum += 1 / sqrt(static_cast<double>(i));
+  a->recent = a->window / sum, a->by_group = 1.0f / static_cast<float>(a->group);
+  for (int i = 1; i <= a->window; ++i) /* from the last query on, as rdkv.h adds them up */
+    a->all += a->joint ? static_cast<float>(a->recent / sqrt(static_cast<double>(i))) : 1;
+  split_tokens(*a, heads, 2, &a->split, &a->splits);
+  split_tokens(*a, heads, 4, &a->v_split, &a->v_splits);
   const uint64_t splits = static_cast<uint64_t>(a->splits),
                  columns = static_cast<uint64_t>(a->columns);
-  s->m.take(&a->items, static_cast<uint64_t>(n_items));
-  s->m.take(&a->done, heads);
-  s->m.take(&a->see, 2 * static_cast<uint64_t>(cfg->window) + 2);
   s->m.take(&a->query, heads * static_cast<uint64_t>(a->k_dim) * columns);
-  s->m.take(&a->reference, heads * columns);
   s->m.take(&a->stats, heads * splits * columns);
   s->m.take(&a->square, heads * splits * static_cast<uint64_t>(a->k_dim));
-  s->m.take(&a->out, heads * splits * static_cast<uint64_t>(a->v_dim));
-  s->m.take(&a->mean, (a->columns > 16 * WARPS ? 2 : 1) * heads * n + 1);
+  s->m.take(&a->out, heads * static_cast<uint64_t>(a->v_splits) * static_cast<uint64_t>(a->v_dim));
+  s->m.take(&a->mean, heads * n + 1);
 }
 
-typedef void (*score_kernel)(score_args);
+typedef void (*score_kernel)(score_args, item_list);
 template <int C>
 static score_kernel tensor_kernel_for(bool bf16, bool stats) {
   return bf16 ? (stats ? tensor_kernel<C, true, true> : tensor_kernel<C, true, false>)
@@ -8365,7 +8486,7 @@ static score_kernel tensor_kernel_of(const score_args &a, bool bf16, bool stats,
 #endif
   }
 #undef RDKV_CUDA__CASE
-  *shared = tensor_shared(a.k_dim, !stats && a.fused);
+  *shared = tensor_shared(a.k_dim);
   if (k && *shared > 48 * 1024 &&
       cudaFuncSetAttribute(reinterpret_cast<const void *>(k),
                            cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -8402,13 +8523,28 @@ static score_kernel group_kernel_of(const score_args &a, bool bf16, bool stats, 
   cudaFuncAttributes is;
   const void *f = reinterpret_cast<const void *>(k);
   *shared = group_shared(a.k_dim);
-  if (k && (cudaFuncGetAttributes(&is, f) != cudaSuccess || is.maxThreadsPerBlock < THREADS ||
+  if (k && (cudaFuncGetAttributes(&is, f) != cudaSuccess ||
+            is.maxThreadsPerBlock < 128 * groups_of(a.k_dim) ||
             cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(*shared)) != cudaSuccess)) {
     cudaGetLastError();
     k = nullptr;
   }
   return k;
+}
+
+/* early: it may start before what was launched before it ends (Hopper). */
+static cudaError_t launch_score(score_kernel kernel, dim3 grid, int threads, size_t shared,
+                                bool early, cudaStream_t stream, const score_args &a,
+                                const item_list &list) {
+  cudaLaunchConfig_t launch = cudaLaunchConfig_t();
+  cudaLaunchAttribute attribute;
+  launch.gridDim = grid, launch.blockDim = dim3(static_cast<uint32_t>(threads));
+  launch.dynamicSmemBytes = shared, launch.stream = stream;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  launch.attrs = &attribute, launch.numAttrs = early;
+  return cudaLaunchKernelEx(&launch, kernel, a, list);
 }
 
 /* measure */
@@ -8665,15 +8801,15 @@ extern "C" size_t rdkv_cuda_allocate_workspace(const rdkv_config *cfg, int n_lay
 
 namespace rdkv_cuda_compress {
 
-/* rdkv_cuda_score by queries of which the first sits at position `seen` of the range. */
+/* rdkv_cuda_score by queries of which the first sits at position `seen` of the range. out may point
+   to a tensor without data: mean_out is left to the caller. */
 static cudaError_t score_by(const rdkv_config *cfg, const rdkv_kv *kv, uint32_t seen,
-                            const float *const *lse, ptrdiff_t lse_stride, const rdkv_layer *layers,
-                            int n_items, uint32_t *status, void *workspace, size_t bytes,
-                            cudaStream_t stream) {
+                            const float *const *lse, ptrdiff_t lse_stride, const rdkv_tensor *out,
+                            const rdkv_layer *layers, int n_items, uint32_t *status,
+                            void *workspace, size_t bytes, cudaStream_t stream) {
   if (!resolved(cfg) || !kv || !layers || !layers_ok(layers, n_items) || !status || !workspace)
     return cudaErrorInvalidValue;
-  const uint32_t n = layers[0].n_tokens, heads = static_cast<uint32_t>(cfg->n_kv_heads),
-                 items = static_cast<uint32_t>(n_items);
+  const uint32_t n = layers[0].n_tokens, heads = static_cast<uint32_t>(cfg->n_kv_heads);
   score_memory s;
   layout_score(cfg, n_items, n, workspace, &s);
   score_args &a = s.a;
@@ -8687,43 +8823,58 @@ static cudaError_t score_by(const rdkv_config *cfg, const rdkv_kv *kv, uint32_t 
       if (e) return e;
       continue;
     }
-    if (!tensor_ok(k) || !tensor_ok(q) || (a.joint && !tensor_ok(v)) || (lse && !lse[i]))
+    if (!tensor_ok(k) || !tensor_ok(q) || (a.joint && !out && !tensor_ok(v)) || (lse && !lse[i]) ||
+        (a.joint && out && out[i].data && !tensor_ok(out[i])))
       return cudaErrorInvalidValue;
     tensor = tensor && wide_rows(k, a.k_dim, 32) && wide_rows(q, a.k_dim, 32) &&
              k.dtype == kv[0].k.dtype && q.dtype == k.dtype;
-    wide = wide && wide_rows(v, a.v_dim, 8) && v.dtype == k.dtype;
+    wide = wide && wide_rows(v, a.v_dim, 8) && v.dtype == kv[0].v.dtype;
   }
   if (n == 0) return cudaSuccess;
   const bool bf16 = kv[0].k.dtype == RDKV_BF16;
   size_t stats_shared = 0, shared = 0;
-  a.fused = a.joint && wide && a.v_dim == a.k_dim;
-  /* warp groups where they serve; but V read together with K costs less than a pass of its own */
   score_kernel stats = nullptr, weigh = nullptr;
   if (tensor) {
     stats = group_kernel_of(a, bf16, true, &stats_shared);
-    if (!stats) stats = tensor_kernel_of(a, bf16, true, &stats_shared);
-    if (!a.fused) weigh = group_kernel_of(a, bf16, false, &shared);
-    if (!weigh) weigh = tensor_kernel_of(a, bf16, false, &shared);
+    weigh = group_kernel_of(a, bf16, false, &shared);
   }
+  const bool grouped = stats && weigh;
+  if (tensor && !grouped) {
+    stats = tensor_kernel_of(a, bf16, true, &stats_shared);
+    weigh = tensor_kernel_of(a, bf16, false, &shared);
+  }
+  const bool plain = !weigh || !stats;
+  if (plain) stats = plain_kernel<true>, weigh = plain_kernel<false>, stats_shared = shared = 0;
+  const score_kernel sum_v = !a.joint || out              ? nullptr
+                             : !wide                      ? out_kernel
+                             : kv[0].v.dtype == RDKV_BF16 ? out_rows_kernel<true>
+                                                          : out_rows_kernel<false>;
+  if (!sum_v) a.out = nullptr;
   a.status = status, a.seen = seen, a.lse_stride = lse_stride, a.given = lse != nullptr;
-  a.plain = !weigh || (!lse && !stats);
+  const int threads = grouped ? 128 * groups_of(a.k_dim) : THREADS;
+  if (grouped) /* a block has a multiprocessor for itself */
+    split_tokens(a, heads * least(static_cast<uint32_t>(n_items), ITEMS), 1, &a.split, &a.splits);
   for (int first = 0, of = 0; first < n_items; first += of) {
-    const item_list list = items_of(kv, layers, lse, n_items, first, &of);
-    const dim3 grid(static_cast<uint32_t>(a.k_dim + 31) / 32 + 1, heads, static_cast<uint32_t>(of));
-    score_begin_kernel<<<grid, THREADS, 0, stream>>>(a, list, first);
+    item_list list = items_of(kv, layers, n_items, first, &of);
+    for (int i = 0; i < of; ++i) {
+      if (lse) list.at[i].lse = lse[first + i];
+      if (out && a.joint) list.at[i].out = out[first + i];
+    }
+    const uint32_t items = static_cast<uint32_t>(of);
+    const dim3 grid(static_cast<uint32_t>(a.splits), heads, items);
+    const dim3 v_grid(static_cast<uint32_t>(a.v_splits), heads, items);
+    const dim3 queries(static_cast<uint32_t>(a.k_dim + 31) / 32, heads, items);
+    const dim3 pool(
+        (n + 4 * THREADS - 1) / (4 * THREADS) + static_cast<uint32_t>(channel_blocks(a)), heads,
+        items);
+    cudaError_t e = cudaSuccess;
+    if (plain) query_kernel<<<queries, THREADS, 0, stream>>>(a, list);
+    if (!lse) e = launch_score(stats, grid, threads, stats_shared, false, stream, a, list);
+    if (!e) e = launch_score(weigh, grid, threads, shared, grouped && !lse, stream, a, list);
+    if (!e && sum_v) e = launch_score(sum_v, v_grid, THREADS, 0, grouped, stream, a, list);
+    if (!e) e = launch_score(pool_kernel, pool, THREADS, 0, grouped, stream, a, list);
+    if (e) return e;
   }
-  const dim3 grid(static_cast<uint32_t>(a.splits), heads, items);
-  if (!lse && stats)
-    stats<<<grid, THREADS, stats_shared, stream>>>(a);
-  else if (!lse)
-    plain_kernel<true><<<grid, THREADS, 0, stream>>>(a);
-  if (weigh)
-    weigh<<<grid, THREADS, shared, stream>>>(a);
-  else
-    plain_kernel<false><<<grid, THREADS, 0, stream>>>(a);
-  if (a.joint && !(weigh && a.fused)) out_kernel<<<grid, THREADS, 0, stream>>>(a);
-  const dim3 pool((n + 4 * THREADS - 1) / (4 * THREADS) + 1, heads, items);
-  pool_kernel<<<pool, THREADS, 0, stream>>>(a);
   return cudaGetLastError();
 }
 
@@ -8731,13 +8882,16 @@ static cudaError_t score_by(const rdkv_config *cfg, const rdkv_kv *kv, uint32_t 
 
 extern "C" cudaError_t rdkv_cuda_score(const rdkv_config *cfg, const rdkv_kv *kv,
                                        const float *const *lse, ptrdiff_t lse_stride,
-                                       const rdkv_layer *layers, int n_items, uint32_t *status,
-                                       void *workspace, size_t bytes, cudaStream_t stream) {
+                                       const rdkv_tensor *out, const rdkv_layer *layers,
+                                       int n_items, uint32_t *status, void *workspace, size_t bytes,
+                                       cudaStream_t stream) {
   using namespace rdkv_cuda_compress;
   if (!resolved(cfg) || !layers) return cudaErrorInvalidValue;
   const uint32_t n = layers->n_tokens, window = least(static_cast<uint32_t>(cfg->window), n);
-  return score_by(cfg, kv, n - window, lse, lse_stride, layers, n_items, status, workspace, bytes,
-                  stream);
+  for (int i = 0; i < n_items && out; ++i)
+    if (n > 0 && !out[i].data) return cudaErrorInvalidValue;
+  return score_by(cfg, kv, n - window, lse, lse_stride, out, layers, n_items, status, workspace,
+                  bytes, stream);
 }
 
 extern "C" cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *kv,
@@ -8769,7 +8923,7 @@ extern "C" cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *
   if (a.want < TILE) a.want = TILE;
   const uint32_t items = static_cast<uint32_t>(n_items);
   for (int first = 0, of = 0; first < n_items; first += of) {
-    const item_list list = items_of(kv, layers, nullptr, n_items, first, &of);
+    const item_list list = items_of(kv, layers, n_items, first, &of);
     const dim3 chunks(a.chunks, heads, static_cast<uint32_t>(of));
     measure_begin_kernel<<<chunks, THREADS, 0, stream>>>(a, list, first);
   }
@@ -8969,10 +9123,10 @@ extern "C" size_t rdkv_cuda_stream_workspace(const rdkv_config *cfg, uint32_t n_
 
 extern "C" cudaError_t rdkv_cuda_stream_layer(const rdkv_config *cfg, rdkv_stream *state, int index,
                                               const rdkv_kv *kv, const float *lse,
-                                              ptrdiff_t lse_stride, const rdkv_layer *layer,
-                                              void *block, size_t capacity, uint64_t *block_bytes,
-                                              uint32_t *status, void *workspace, size_t bytes,
-                                              cudaStream_t stream) {
+                                              ptrdiff_t lse_stride, const rdkv_tensor *out,
+                                              const rdkv_layer *layer, void *block, size_t capacity,
+                                              uint64_t *block_bytes, uint32_t *status,
+                                              void *workspace, size_t bytes, cudaStream_t stream) {
   using namespace rdkv_cuda_compress;
   if (!resolved(cfg) || !state || index < 0 || index >= cfg->n_layers || !kv || !layer_ok(layer) ||
       cfg->max_error > 0 || !status || !workspace ||
@@ -8997,7 +9151,7 @@ extern "C" cudaError_t rdkv_cuda_stream_layer(const rdkv_config *cfg, rdkv_strea
   a.tables =
       heads * round_up(5 * static_cast<uint64_t>(pad16(cfg->k_dim)), 128) + fixed_bytes(heads);
   a.layer = index, a.n_layers = cfg->n_layers, a.share = share;
-  cudaError_t e = rdkv_cuda_score(&one, kv, lse ? &lse : nullptr, lse_stride, layer, 1, status,
+  cudaError_t e = rdkv_cuda_score(&one, kv, lse ? &lse : nullptr, lse_stride, out, layer, 1, status,
                                   work, work_bytes, stream);
   if (!e) e = rdkv_cuda_measure(&one, kv, layer, 1, status, work, work_bytes, stream);
   if (!e && share) {
@@ -9705,8 +9859,10 @@ static cudaError_t launch_turn(turn_memory *t, bool merge, cudaStream_t stream) 
   const float *lse = a.lse;
   rdkv_config by = t->heads; /* the header says how many there are of a whole block */
   by.window = static_cast<int32_t>(a.queries);
-  cudaError_t e = rdkv_cuda_compress::score_by(&by, &kv, merge ? n : a.first_query, &lse, a.queries,
-                                               l, 1, status, t->work, t->work_bytes, stream);
+  const rdkv_tensor later = rdkv_tensor(); /* mean_out_kernel's */
+  cudaError_t e =
+      rdkv_cuda_compress::score_by(&by, &kv, merge ? n : a.first_query, &lse, a.queries, &later, l,
+                                   1, status, t->work, t->work_bytes, stream);
   if (e) return e;
   if (merge) mask_kernel<<<static_cast<uint32_t>(kv_heads), THREADS, 0, stream>>>(a);
   const dim3 dims(static_cast<uint32_t>(kv_heads), static_cast<uint32_t>(a.v_dim) / 16);

@@ -183,8 +183,8 @@ static void many_layers(int n_layers, uint32_t n) {
   double us[3];
   for (int given = 0; given < 2; ++given)
     us[given] = median_us([&](cudaStream_t s) {
-      CHECK(rdkv_cuda_score(&c, kv.data(), given ? lse_of.data() : nullptr, 32, layers.data(),
-                            n_layers, status, work, work_bytes, s));
+      CHECK(rdkv_cuda_score(&c, kv.data(), given ? lse_of.data() : nullptr, 32, nullptr,
+                            layers.data(), n_layers, status, work, work_bytes, s));
     });
   us[2] = median_us([&](cudaStream_t s) {
     CHECK(rdkv_cuda_measure(&c, kv.data(), layers.data(), n_layers, status, work, work_bytes, s));
@@ -258,8 +258,8 @@ int main(int argc, char **argv) {
         CHECK(cudaMemcpy(lse, guess.data(), guess.size() * 4, cudaMemcpyHostToDevice));
         const float *lse_of = lse;
         const auto score = [&](bool given, cudaStream_t s) {
-          CHECK(rdkv_cuda_score(&c, &kv, given ? &lse_of : nullptr, window, &l, 1, status, work,
-                                work_bytes, s));
+          CHECK(rdkv_cuda_score(&c, &kv, given ? &lse_of : nullptr, window, nullptr, &l, 1, status,
+                                work, work_bytes, s));
         };
         const auto measure = [&](cudaStream_t s) {
           CHECK(rdkv_cuda_measure(&c, &kv, &l, 1, status, work, work_bytes, s));
@@ -326,7 +326,8 @@ int main(int argc, char **argv) {
           char *blocks = device<char>(31 * room); /* the last layer's is `block` */
           for (size_t i = 0; i < 32; ++i) {
             fill_layer(k, v, q, n * row, rows * 32 * 128, peaked, 3 * static_cast<uint32_t>(i));
-            CHECK(rdkv_cuda_score(&c, &kv, nullptr, 0, &l, 1, status, work, work_bytes, 0));
+            CHECK(
+                rdkv_cuda_score(&c, &kv, nullptr, 0, nullptr, &l, 1, status, work, work_bytes, 0));
             CHECK(rdkv_cuda_measure(&c, &kv, &l, 1, status, work, work_bytes, 0));
             CHECK(rdkv_cuda_allocate(&c, &l, 1, lambda, status, work, work_bytes, 0));
             CHECK(rdkv_cuda_pack(&c, &kv, &l, 1, lambda, static_cast<int>(i), 0,

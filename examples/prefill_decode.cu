@@ -186,7 +186,7 @@ static packed compress_prompt(const shape &s, size_t tokens, double keep, memory
                       rdkv_dense(q, RDKV_F16, s.q_heads, DIM)};
   for (size_t i = 0; i < s.layers; ++i) {
     prefill_layer(s, i, tokens, tokens, k, v, q); /* over the layer before */
-    CHECK(rdkv_cuda_score(&c, &kv, nullptr, 0, &l, 1, status, work, need, stream));
+    CHECK(rdkv_cuda_score(&c, &kv, nullptr, 0, nullptr, &l, 1, status, work, need, stream));
     CHECK(rdkv_cuda_measure(&c, &kv, &l, 1, status, work, need, stream));
     CHECK(rdkv_cuda_allocate(&c, &l, 1, lambda, status, work, need, stream));
     CHECK(rdkv_cuda_pack(&c, &kv, &l, 1, lambda, i, 0, p.blocks + i * p.room, p.room, bytes + i,

@@ -319,14 +319,15 @@ static double difference(const float *a, const float *b, size_t n) {
   return d / top;
 }
 
-/* Log-sum-exp of the window's rows, fp64; [n_q_heads][window]. */
-static float *window_lse(const problem *p) {
+/* What attention gives the window's rows, fp64: log-sum-exp [n_q_heads][window] and outputs
+   [window][n_q_heads][v_dim]. */
+static void window_attention(const problem *p, std::vector<float> *lse, std::vector<float> *out) {
   const rdkv_config *c = &p->cfg;
   const size_t w = p->n_queries, kd = static_cast<size_t>(c->k_dim),
-               hq = static_cast<size_t>(c->n_q_heads);
-  const size_t hk = static_cast<size_t>(c->n_kv_heads);
-  float *lse = static_cast<float *>(malloc((hq * w + 1) * sizeof(float)));
-  double *x = static_cast<double *>(malloc((p->n_tokens + 1) * sizeof(double)));
+               vd = static_cast<size_t>(c->v_dim), hq = static_cast<size_t>(c->n_q_heads),
+               hk = static_cast<size_t>(c->n_kv_heads);
+  lse->assign(hq * w, 0), out->assign(w * hq * vd, 0);
+  std::vector<double> x(p->n_tokens), o(vd);
   for (size_t h = 0; h < hq; ++h)
     for (size_t i = 0; i < w; ++i) {
       const size_t n = p->n_tokens - w + i + 1, g = h / (hq / hk);
@@ -338,11 +339,82 @@ static float *window_lse(const problem *p) {
                   static_cast<double>(p->k[0][(t * hk + g) * kd + e]);
         x[t] *= static_cast<double>(c->softmax_scale), top = fmax(top, x[t]);
       }
-      for (size_t t = 0; t < n; ++t) sum += exp(x[t] - top);
-      lse[h * w + i] = static_cast<float>(top + log(sum));
+      o.assign(vd, 0);
+      for (size_t t = 0; t < n; ++t) {
+        const double weight = exp(x[t] - top);
+        sum += weight;
+        for (size_t d = 0; d < vd && weight > 0; ++d)
+          o[d] += weight * static_cast<double>(p->v[0][(t * hk + g) * vd + d]);
+      }
+      (*lse)[h * w + i] = static_cast<float>(top + log(sum));
+      for (size_t d = 0; d < vd; ++d)
+        (*out)[(i * hq + h) * vd + d] = static_cast<float>(o[d] / sum);
     }
-  free(x);
-  return lse;
+}
+
+/* Scores layer 0 on the device, with what attention gave the window if handed over (bit 0 of given:
+   log-sum-exp, bit 1: outputs in out_type), and compares with p's arrays of rdkv_score. Returns the
+   largest difference of a weight. */
+static double compare_score(const problem *p, device_problem *d, int given,
+                            const std::vector<float> &lse, const std::vector<float> &rows,
+                            rdkv_dtype out_type, layout where) {
+  const rdkv_config *c = &p->cfg;
+  const size_t h = static_cast<size_t>(c->n_kv_heads), kd = static_cast<size_t>(c->k_dim),
+               vd = static_cast<size_t>(c->v_dim), n = p->n_tokens;
+  const size_t lse_bytes = lse.size() * sizeof(float);
+  std::vector<float> rounded(rows.size() + 1);
+  for (size_t i = 0; i < rows.size(); ++i) rounded[i] = round_to(out_type, rows[i]);
+  void *memory = nullptr, *device_out = nullptr;
+  float *device_lse = nullptr;
+  rdkv_tensor out =
+      tensor_of(rounded.data(), p->n_queries, c->n_q_heads, c->v_dim, out_type, where, &memory);
+  CUDA(cudaMalloc(&device_lse, lse_bytes + 4));
+  CUDA(cudaMemcpy(device_lse, lse.data(), lse_bytes, cudaMemcpyHostToDevice));
+  CUDA(cudaMalloc(&device_out, mem_bytes(memory)));
+  CUDA(cudaMemcpy(device_out, memory, mem_bytes(memory), cudaMemcpyHostToDevice));
+  out.data = shifted(static_cast<const char *>(out.data), memory, device_out);
+  poison(d, given ? 0xff : 0x7f);
+  CUDA(cudaMemset(d->memory[0], 0x7f, d->layer_bytes));
+  const float *lse_of = device_lse;
+  CUDA(rdkv_cuda_score(c, d->kv, given & 1 ? &lse_of : nullptr,
+                       static_cast<ptrdiff_t>(p->n_queries), given & 2 ? &out : nullptr, d->layer,
+                       1, d->status, d->workspace, d->workspace_bytes, 0));
+  CHECK_EQ(status_of(d), RDKV_OK);
+  char *m = fetch(d, 0);
+  const float *token = shifted(p->layer[0].token, p->layer_memory[0], m);
+  const float *q2 = shifted(p->layer[0].q_square, p->layer_memory[0], m);
+  const float *k2 = shifted(p->layer[0].k_square, p->layer_memory[0], m);
+  const float *mean = shifted(p->layer[0].mean_out, p->layer_memory[0], m);
+  double worst = 0;
+  if (n > 0) {
+    worst = difference(token, p->layer[0].token, h * n);
+    CHECK_LE(worst, 1e-4);
+    CHECK_LE(difference(q2, p->layer[0].q_square, h * kd), 1e-6);
+    CHECK_LE(difference(k2, p->layer[0].k_square, h * kd), 1e-5);
+    if (c->profile == RDKV_JOINT && !(given & 2 && out_type != RDKV_F32))
+      CHECK_LE(difference(mean, p->layer[0].mean_out, h * vd), 1e-4);
+    if (c->profile == RDKV_JOINT && given & 2) { /* of these very rows */
+      float weight[RDKV__MAX_WINDOW];
+      std::vector<float> want(h * vd);
+      const size_t hq = static_cast<size_t>(c->n_q_heads), group = hq / h;
+      rdkv__recency(c, static_cast<int>(p->n_queries), weight);
+      for (size_t i = 0; i < h * vd; ++i) {
+        double sum = 0;
+        for (size_t r = 0; r < p->n_queries; ++r)
+          for (size_t g = 0; g < group; ++g)
+            sum += static_cast<double>(weight[r]) *
+                   static_cast<double>(rounded[(r * hq + i / vd * group + g) * vd + i % vd]);
+        want[i] = static_cast<float>(sum / static_cast<double>(group * p->n_queries));
+      }
+      CHECK_LE(difference(mean, want.data(), h * vd), 1e-6);
+    }
+  }
+  std::vector<uint8_t> cleared(h * (n > kd ? n : kd));
+  CHECK(memcmp(shifted(p->layer[0].v_bits, p->layer_memory[0], m), cleared.data(), h * n) == 0);
+  CHECK(memcmp(shifted(p->layer[0].k_bits, p->layer_memory[0], m), cleared.data(), h * kd) == 0);
+  free(m), mem_free(memory);
+  CUDA(cudaFree(device_lse)), CUDA(cudaFree(device_out));
+  return worst;
 }
 
 static void test_score() {
@@ -370,44 +442,47 @@ static void test_score() {
         test_where("score: shape %zu, %u tokens, variant %d", s, length[n], variant);
         problem p = problem_make(&c, length[n], dtype, where, seed);
         device_problem d = to_device(&p);
-        float *lse = window_lse(&p), *device_lse = nullptr;
-        const size_t h = static_cast<size_t>(c.n_kv_heads), kd = static_cast<size_t>(p.cfg.k_dim);
-        const size_t lse_bytes = static_cast<size_t>(c.n_q_heads) * p.n_queries * sizeof(float);
-        CUDA(cudaMalloc(&device_lse, lse_bytes + 4));
-        CUDA(cudaMemcpy(device_lse, lse, lse_bytes, cudaMemcpyHostToDevice));
+        std::vector<float> lse, out;
+        window_attention(&p, &lse, &out);
         CHECK_OK(rdkv_score(&p.cfg, &p.kv[0], &p.layer[0], p.scratch, p.scratch_bytes));
-        for (int given = 0; given < 2; ++given) {
-          poison(&d, given ? 0xff : 0x7f);
-          CUDA(cudaMemset(d.memory[0], 0x7f, d.layer_bytes));
-          const float *lse_of = device_lse;
-          CUDA(rdkv_cuda_score(&p.cfg, d.kv, given ? &lse_of : nullptr,
-                               static_cast<ptrdiff_t>(p.n_queries), d.layer, 1, d.status,
-                               d.workspace, d.workspace_bytes, 0));
-          CHECK_EQ(status_of(&d), RDKV_OK);
-          char *m = fetch(&d, 0);
-          const float *token = shifted(p.layer[0].token, p.layer_memory[0], m);
-          const float *q2 = shifted(p.layer[0].q_square, p.layer_memory[0], m);
-          const float *k2 = shifted(p.layer[0].k_square, p.layer_memory[0], m);
-          const float *out = shifted(p.layer[0].mean_out, p.layer_memory[0], m);
-          if (length[n] > 0) {
-            const double e = difference(token, p.layer[0].token, h * length[n]);
-            worst = fmax(worst, e);
-            CHECK_LE(e, 1e-4);
-            CHECK_LE(difference(q2, p.layer[0].q_square, h * kd), 1e-6);
-            CHECK_LE(difference(k2, p.layer[0].k_square, h * kd), 1e-5);
-            if (p.cfg.profile == RDKV_JOINT)
-              CHECK_LE(difference(out, p.layer[0].mean_out, h * static_cast<size_t>(p.cfg.v_dim)),
-                       1e-4);
-          }
-          memset(p.layer[0].v_bits, 0, h * length[n]), memset(p.layer[0].k_bits, 0, h * kd);
-          check_array(&p, 0, m, p.layer[0].v_bits, h * length[n], "v_bits");
-          check_array(&p, 0, m, p.layer[0].k_bits, h * kd, "k_bits");
-          free(m);
-        }
-        CUDA(cudaFree(device_lse)), free(lse);
+        for (int given = 0; given < 4; ++given)
+          worst = fmax(worst, compare_score(&p, &d, given, lse, out,
+                                            static_cast<rdkv_dtype>(given == 2 ? 0 : seed % 3),
+                                            static_cast<layout>((seed + n) % N_LAYOUTS)));
         device_free(&d), problem_free(&p);
       }
   printf("     score: largest difference of a weight %.2g of the largest weight\n", worst);
+}
+
+/* Logits that lie so far apart that 2^(their difference) is no float, the largest at the end: what
+   the first token says about a column is of no use then. */
+static void test_score_far() {
+  for (int variant = 0; variant < 4; ++variant) {
+    if (small_run && variant != 1) continue;
+    test_where("score far: variant %d", variant);
+    rdkv_config c = config_of(variant & 1 ? 8 : 2, 2, 128, 128);
+    problem p = problem_make(&c, small_run ? 300 : 3000, RDKV_F32, DENSE, 21);
+    for (uint32_t t = 0; t < p.n_tokens; ++t)
+      for (int i = 0; i < 2 * 128; ++i)
+        if (i % 128 == 125)
+          p.k[0][t * 256 + static_cast<uint32_t>(i)] = t % 97 == 96 ? 40.0f : -40.0f;
+    for (size_t i = 0; i < p.n_queries * static_cast<size_t>(c.n_q_heads); ++i)
+      p.q[0][i * 128 + 125] = variant & 2 ? -30.0f : 30.0f;
+    for (int i = 0; i < 3; ++i) mem_free(p.raw[0][i]);
+    const rdkv_dtype dtype = variant & 2 ? RDKV_BF16 : RDKV_F16;
+    float *values[3] = {p.k[0], p.v[0], p.q[0]};
+    const size_t rows = p.n_tokens * static_cast<size_t>(256);
+    const size_t sizes[3] = {rows, rows, p.n_queries * static_cast<size_t>(c.n_q_heads) * 128};
+    for (int k = 0; k < 3; ++k)
+      for (size_t i = 0; i < sizes[k]; ++i) values[k][i] = round_to(dtype, values[k][i]);
+    problem_tensors(&p, 0, dtype, DENSE);
+    device_problem d = to_device(&p);
+    std::vector<float> lse, out;
+    window_attention(&p, &lse, &out);
+    CHECK_OK(rdkv_score(&p.cfg, &p.kv[0], &p.layer[0], p.scratch, p.scratch_bytes));
+    for (int given = 0; given < 4; ++given) compare_score(&p, &d, given, lse, out, RDKV_F32, DENSE);
+    device_free(&d), problem_free(&p);
+  }
 }
 
 /* Many layers in one call: what one call each gives, to the bit. */
@@ -435,15 +510,15 @@ static void test_items() {
       poison(&d, 0x44);
       for (int l = 0; l < MAX_LAYERS; ++l) {
         CUDA(cudaMemset(d.memory[l], 0, d.layer_bytes));
-        CUDA(rdkv_cuda_score(&p.cfg, d.kv + l, given ? lse_of + l : nullptr, stride, d.layer + l, 1,
-                             d.status, d.workspace, d.workspace_bytes, 0));
+        CUDA(rdkv_cuda_score(&p.cfg, d.kv + l, given ? lse_of + l : nullptr, stride, nullptr,
+                             d.layer + l, 1, d.status, d.workspace, d.workspace_bytes, 0));
         CUDA(rdkv_cuda_measure(&p.cfg, d.kv + l, d.layer + l, 1, d.status, d.workspace,
                                d.workspace_bytes, 0));
         single.push_back(fetch(&d, l));
         CUDA(cudaMemset(d.memory[l], 0, d.layer_bytes));
       }
-      CUDA(rdkv_cuda_score(&p.cfg, d.kv, given ? lse_of : nullptr, stride, d.layer, MAX_LAYERS,
-                           d.status, d.workspace, d.workspace_bytes, 0));
+      CUDA(rdkv_cuda_score(&p.cfg, d.kv, given ? lse_of : nullptr, stride, nullptr, d.layer,
+                           MAX_LAYERS, d.status, d.workspace, d.workspace_bytes, 0));
       CUDA(rdkv_cuda_measure(&p.cfg, d.kv, d.layer, MAX_LAYERS, d.status, d.workspace,
                              d.workspace_bytes, 0));
       CHECK_EQ(status_of(&d), RDKV_OK);
@@ -713,8 +788,9 @@ static void test_stream() {
         for (int l = 0; l < LAYERS && st == RDKV_OK; ++l) {
           poison(&d, 0x11 * l);
           CUDA(cudaMemset(d.memory[l], 0x6e, d.layer_bytes));
-          CUDA(rdkv_cuda_stream_layer(&p.cfg, state, l, &d.kv[l], nullptr, 0, &d.layer[l], d.block,
-                                      d.capacity, d.block_bytes, d.status, work, work_bytes, 0));
+          CUDA(rdkv_cuda_stream_layer(&p.cfg, state, l, &d.kv[l], nullptr, 0, nullptr, &d.layer[l],
+                                      d.block, d.capacity, d.block_bytes, d.status, work,
+                                      work_bytes, 0));
           for (int i = 0; i < 3; ++i)
             CUDA(cudaMemsetAsync(d.raw[l][i], 0xff, mem_bytes(p.raw[l][i])));
           uint64_t device_bytes = 0;
@@ -754,8 +830,8 @@ static void test_stream() {
           CUDA(
               cudaMemcpy(d.raw[0][i], p.raw[0][i], mem_bytes(p.raw[0][i]), cudaMemcpyHostToDevice));
         CUDA(rdkv_cuda_stream_layer(&p.cfg, state, (want.next_layer + 1) % LAYERS, &d.kv[0],
-                                    nullptr, 0, &d.layer[0], d.block, d.capacity, d.block_bytes,
-                                    d.status, work, work_bytes, 0));
+                                    nullptr, 0, nullptr, &d.layer[0], d.block, d.capacity,
+                                    d.block_bytes, d.status, work, work_bytes, 0));
         mem_free(scratch);
         CHECK_EQ(status_of(&d), RDKV_ERR_ARGUMENT);
         CUDA(cudaMemcpy(&got, state, sizeof got, cudaMemcpyDeviceToHost));
@@ -779,7 +855,7 @@ static void test_refused() {
       put_value(p.raw[0][where], kind == 3 ? RDKV_BF16 : RDKV_F32,
                 where == 2 ? 77 : 64 * 2 * 40 + 9, x);
       device_problem d = to_device(&p);
-      CUDA(rdkv_cuda_score(&p.cfg, d.kv, nullptr, 0, d.layer, 1, d.status, d.workspace,
+      CUDA(rdkv_cuda_score(&p.cfg, d.kv, nullptr, 0, nullptr, d.layer, 1, d.status, d.workspace,
                            d.workspace_bytes, 0));
       CHECK_EQ(status_of(&d), RDKV_ERR_NONFINITE);
       if (where < 2) {
@@ -805,8 +881,8 @@ static void test_refused() {
 static void whole_chain(const problem *p, device_problem *d, cudaStream_t stream) {
   const rdkv_config *c = &p->cfg;
   CUDA(cudaMemsetAsync(d->status, 0, sizeof(uint32_t), stream));
-  CUDA(rdkv_cuda_score(c, d->kv, nullptr, 0, d->layer, c->n_layers, d->status, d->workspace,
-                       d->workspace_bytes, stream));
+  CUDA(rdkv_cuda_score(c, d->kv, nullptr, 0, nullptr, d->layer, c->n_layers, d->status,
+                       d->workspace, d->workspace_bytes, stream));
   CUDA(rdkv_cuda_measure(c, d->kv, d->layer, c->n_layers, d->status, d->workspace,
                          d->workspace_bytes, stream));
   CUDA(rdkv_cuda_allocate(c, d->layer, c->n_layers, d->lambda, d->status, d->workspace,
@@ -883,6 +959,7 @@ int main(int argc, char **argv) {
   TEST(test_pack_values);
   TEST(test_measure);
   TEST(test_score);
+  TEST(test_score_far);
   TEST(test_items);
   TEST(test_allocate);
   TEST(test_allocate_edges);
