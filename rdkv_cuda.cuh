@@ -30,7 +30,8 @@
 
    HOW IT WORKS. Codes go from the packed tile into fp16 tensor-core fragments by AND alone: a code
    left inside the mantissa of a half with exponent 0 is a subnormal number worth code * 4^k *
-   2^-24. Scales are never applied to codes: K's go into the query, V's into the probabilities. One
+   2^-24. K of groups of up to 4 heads goes into fragments of bytes, against a query of two or three
+   bytes. Scales are never applied to codes: K's go into the query, V's into the probabilities. One
    launch attends to segments and tail, appends the new token, and combines the parts of heads that
    were split over blocks, in a fixed order: the result is bitwise the same at every replay.
 
@@ -406,6 +407,17 @@ struct rdkv_cuda_acc {
 #define RDKV_CUDA_LIFT                                                                           \
   512.0f /* probabilities are held as 2^9 times their value: far from fp16's underflow, and with \
              room for the max to grow by 2^7 before anything must be rescaled */
+/* K of groups of up to 4 by MMAs of bytes: fewer of them, and fewer instructions to unpack. Not
+   where these are slow. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define RDKV_CUDA__BYTES false
+#else
+#define RDKV_CUDA__BYTES true
+#endif
+#define RDKV_CUDA__PAIR 384 /* bytes of such a query for two blocks of 16 channels */
+#define RDKV_CUDA__FINE                                                                           \
+  1.9073486e-6f /* a factor above this needs the query's third bytes: without them logits are off \
+                   by about 240 factors for 128 channels, so here by 3e-4 */
 #ifdef RDKV_CUDA_MAGIC_UNPACK
 #define RDKV_CUDA__CODE_UNIT 1.0f
 #else
@@ -439,6 +451,15 @@ __device__ __forceinline__ void rdkv_cuda__mma(float (&c)[4], uint32_t a0, uint3
         "{%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+/* c += A (16 x 32, row, unsigned bytes) * B (32 x 8, column, signed bytes). */
+__device__ __forceinline__ void rdkv_cuda__mma_bytes(int (&c)[4], const uint32_t (&a)[4],
+                                                     uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 /* Transposes an 8 x 8 matrix of 16-bit elements, row g in lanes 4g..4g+3. */
@@ -592,12 +613,75 @@ __device__ __forceinline__ void rdkv_cuda__gather(const void *p, const uint32_t 
   }
 }
 
+/* The packed query of groups of up to 4: q' of channel c as an integer of 24 bits, three signed
+   bytes. A unit is worth 4 in a run of 2 bits and 1/16 in one of 8 bits, as then all runs' rounding
+   adds as much to a logit. x[i][k] is q' of channel 128 i + 4 lane + k in these units, largest the
+   largest of all lanes.
+   fragments [pairs of a run's blocks]: [8 columns][4t][pr][block of the pair][e] the first bytes,
+   and as columns 4-7 the second ones; then [4 columns] the third ones, which are 0 where they may
+   be left out. */
+__device__ __forceinline__ void rdkv_cuda__query_bytes(const rdkv_cuda_head &head,
+                                                       const float (&x)[3][4], float largest,
+                                                       float constant, float factor_log2,
+                                                       uint32_t column, uint8_t *fragments,
+                                                       float2 *factor) {
+  const uint32_t lane = threadIdx.x & 31;
+  const uint32_t b2 = head.n_blocks[0], b4 = b2 + head.n_blocks[1], b8 = b4 + head.n_blocks[2];
+  const float most = fmaxf(largest, 1e-30f); /* = 30700 units; 4-bit q' grow by 1/16 at most */
+  const float unit = most * (factor_log2 / (16 * 30700.0f));
+  const bool fine = unit > RDKV_CUDA__FINE;
+  const float up = __fdividef(fine ? 256 * 30700.0f : 30700.0f, most);
+  int sum[2] = {0, 0}; /* of what the codes' midpoints add up to, 256ths apart */
+#pragma unroll
+  for (uint32_t i = 0; i < 3; ++i) {
+    const uint32_t block = 8 * i + (lane >> 2);
+    if (8 * i >= b8 || block >= b8) continue;
+    const bool four = block >= b2 && block < b4;
+    const uint32_t begin = block < b2 ? 0 : four ? b2 : b4, end = block < b2 ? b2 : four ? b4 : b8;
+    const uint32_t pairs = block < b2 ? 0 : (b2 + 1) / 2 + (four ? 0 : (b4 - b2 + 1) / 2);
+    const uint32_t in_run = block - begin;
+    uint8_t *to =
+        fragments + RDKV_CUDA__PAIR * (pairs + in_run / 2) + 8 * (lane & 3) + 2 * (in_run & 1);
+    int v[4];
+#pragma unroll
+    for (int k = 3; k >= 0; --k) /* codes of an odd pair bring those of the even one, as 16ths */
+      v[k] = __float2int_rn(x[i][k] * up - (four && k < 2 ? 0.0625f * v[(k + 2) & 3] : 0.0f));
+#pragma unroll
+    for (int pr = 0; pr < 2; ++pr) {
+      uint32_t bytes[3] = {0, 0, 0};
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int y = v[2 * pr + e] * (fine ? 1 : 256), two = (y + 128) >> 8;
+        const int weight = four && pr ? 136 : 128; /* times its unit, middles of all widths */
+        const int low[3] = {(two + 128) >> 8, two, y};
+        sum[0] += two * weight, sum[1] += (y - two * 256) * weight;
+#pragma unroll
+        for (int j = 0; j < 3; ++j) bytes[j] |= (static_cast<uint32_t>(low[j]) & 255) << (8 * e);
+      }
+#pragma unroll
+      for (int j = 0; j < 3; ++j) {
+        uint16_t *at = reinterpret_cast<uint16_t *>(to + 128 * j + 32 * column + 4 * pr);
+        at[0] = static_cast<uint16_t>(bytes[j]);
+        if (!(in_run & 1) && block + 1 == end) at[1] = 0;
+      }
+    }
+  }
+  const int two = __reduce_add_sync(RDKV_CUDA__FULL, sum[0]);
+  const int three = __reduce_add_sync(RDKV_CUDA__FULL, sum[1]);
+  if (lane == 0)
+    *factor = make_float2(
+        unit, constant * factor_log2 -
+                  unit * (static_cast<float>(two) + static_cast<float>(three) * (1.0f / 256)));
+}
+
 /* Query of one column -> fragments, and (factor, constant) with logit in base 2 = factor * product
    + constant. head NULL: for plain K (a tail) instead of a segment; bf16: that K is bf16. fragments
    [blocks of 16 channels][8 columns][16] of 2 bytes; every column must be written, those without a
    query with q NULL. What rounding takes away goes to rest, in the same layout: the sum of both is
-   exact to 2^-22. Up to 4 columns, rest may be column + 4 of the same fragments: there rest =
-   fragments + 128 bytes. q the head's k_dim values; factor_log2 = softmax_scale * log2(e). */
+   exact to 2^-22. PAIRED: up to 4 columns, and rest = fragments + 128 bytes, as columns 4-7 of the
+   same fragments; those of a segment are of other kinds and take 192 * (blocks of 16 channels + 3)
+   bytes. q the head's k_dim values; factor_log2 = softmax_scale * log2(e). */
+template <bool PAIRED>
 __device__ __forceinline__ void rdkv_cuda_query(const rdkv_cuda_head *head, bool bf16,
                                                 const void *q, int dtype, int k_dim,
                                                 float factor_log2, uint32_t column, void *fragments,
@@ -610,6 +694,7 @@ __device__ __forceinline__ void rdkv_cuda_query(const rdkv_cuda_head *head, bool
   const uint16_t *scale = reinterpret_cast<const uint16_t *>(head ? head->table : nullptr);
   const uint16_t *mid = scale + n;
   const uint8_t *channel = reinterpret_cast<const uint8_t *>(mid + all);
+  constexpr bool bytes = PAIRED && RDKV_CUDA__BYTES;
   float x[3][4], constant = 0; /* this lane's channels 128 i + 4 lane + k, k_dim + 45 at most */
   uint32_t largest = 0;
 #pragma unroll
@@ -631,11 +716,19 @@ __device__ __forceinline__ void rdkv_cuda_query(const rdkv_cuda_head *head, bool
       } else {
         if (c + k < all) constant += value[k] * __half2float(__ushort_as_half(mid[c + k]));
         if (c < n) x[i][k] = value[k] * __half2float(__ushort_as_half(scale[c + k]));
+        if (bytes) x[i][k] *= c < n2 ? 0.25f : c < n4 ? 1.0f : 16.0f;
       }
       largest = max(largest, static_cast<uint32_t>(__float_as_int(fabsf(x[i][k]))));
     }
   }
   largest = __reduce_max_sync(RDKV_CUDA__FULL, largest);
+  if (bytes && head) {
+#pragma unroll
+    for (int d = 16; d; d >>= 1) constant += __shfl_xor_sync(RDKV_CUDA__FULL, constant, d);
+    rdkv_cuda__query_bytes(*head, x, __uint_as_float(largest), constant, factor_log2, column,
+                           static_cast<uint8_t *>(fragments), factor);
+    return;
+  }
   /* the largest value is brought to [2^14, 2^15) */
   const int exponent = static_cast<int>(largest >> 23) - 127;
   const int lift = largest > 0 ? max(-100, min(100, 14 - exponent)) : 0;
@@ -798,6 +891,87 @@ __device__ __forceinline__ void rdkv_cuda__keys(float (&x)[T][2][4], const uint8
   if (n & 1) rdkv_cuda__key_blocks<BITS, 1, PAIRED>(x, block, query, rest);
 }
 
+/* The same by bytes: of two blocks of K the A fragment of 16 of their 32 rows, four channels of a
+   row in a register. Codes are worth 4 (first half of 2 bits), 64 (second half) or 16 (4 bits)
+   times as much; of 4 bits those of an odd pair bring their even pair's with them. */
+template <int BITS>
+__device__ __forceinline__ void rdkv_cuda__byte_fragment(uint4 x, uint4 y, int sub,
+                                                         uint32_t (&a)[4]) {
+  if (BITS == 2) {
+    const uint32_t u = __byte_perm(x.x, y.x, 0x6420), v = __byte_perm(x.x, y.x, 0x7531);
+    const uint32_t mask = sub ? 0xc0c0c0c0u : 0x0c0c0c0cu;
+    a[0] = u << 2 & mask, a[1] = v << 2 & mask, a[2] = u & mask, a[3] = v & mask;
+  } else if (BITS == 4) {
+    const uint32_t p = sub ? x.y : x.x, q = sub ? y.y : y.x;
+    a[2] = __byte_perm(p, q, 0x6420), a[3] = __byte_perm(p, q, 0x7531);
+    a[0] = a[2] << 4 & 0xf0f0f0f0u, a[1] = a[3] << 4 & 0xf0f0f0f0u;
+  } else {
+    const uint32_t p = sub ? x.z : x.x, q = sub ? y.z : y.x;
+    const uint32_t r = sub ? x.w : x.y, s = sub ? y.w : y.y;
+    a[0] = __byte_perm(p, q, 0x5410), a[1] = __byte_perm(p, q, 0x7632);
+    a[2] = __byte_perm(r, s, 0x5410), a[3] = __byte_perm(r, s, 0x7632);
+  }
+}
+
+/* Adds n blocks of K of T tiles to the products x, and with FINE those with the query's third bytes
+   to z. Behind an odd last block the next bytes of the tile stand in for another one: the query is
+   0 there. */
+template <int BITS, bool FINE, int T>
+__device__ __forceinline__ void rdkv_cuda__byte_keys(int (&x)[T][2][4], int (&z)[T][2][4],
+                                                     const uint8_t *(&block)[T],
+                                                     const uint8_t *&query, uint32_t n) {
+  const uint32_t lane = threadIdx.x & 31;
+#pragma unroll 1
+  for (uint32_t i = 0; i < n; i += 2) {
+    uint4 w[T][2]; /* all loads first */
+    const uint2 q = reinterpret_cast<const uint2 *>(query)[lane];
+    const uint2 r = FINE ? reinterpret_cast<const uint2 *>(query + 256)[lane & 15] : uint2();
+#pragma unroll
+    for (int t = 0; t < T; ++t) {
+      w[t][0] = rdkv_cuda__words<BITS>(block[t]),
+      w[t][1] = rdkv_cuda__words<BITS>(block[t] + 64 * BITS);
+      block[t] += 128 * BITS;
+    }
+    query += RDKV_CUDA__PAIR;
+    asm volatile("" ::: "memory");
+#pragma unroll
+    for (int t = 0; t < T; ++t)
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        uint32_t f[4];
+        rdkv_cuda__byte_fragment<BITS>(w[t][0], w[t][1], s, f);
+        rdkv_cuda__mma_bytes(x[t][s], f, q.x, q.y);
+        if (FINE) rdkv_cuda__mma_bytes(z[t][s], f, r.x, r.y);
+      }
+  }
+#pragma unroll
+  for (int t = 0; t < T; ++t) block[t] -= (n & 1) * (64 * BITS);
+}
+
+/* The lane's products of T tiles with the query, in bytes: paired, lanes t and t + 2 hold those
+   with its first and its second bytes. */
+template <bool FINE, int T, int N>
+__device__ __forceinline__ void rdkv_cuda__byte_products(const uint8_t *(&tile)[T], uint32_t widths,
+                                                         const uint8_t *query, float (&x)[N]) {
+  const uint32_t upper = threadIdx.x & 2;
+  int y[T][2][4] = {}, z[T][2][4] = {};
+  rdkv_cuda__byte_keys<2, FINE>(y, z, tile, query, widths & 255);
+#pragma unroll
+  for (int t = 0; t < T; ++t)
+    for (int c = 0; c < 4; ++c) y[t][0][c] *= 16, z[t][0][c] *= 16;
+  rdkv_cuda__byte_keys<4, FINE>(y, z, tile, query, widths >> 8 & 255);
+  rdkv_cuda__byte_keys<8, FINE>(y, z, tile, query, widths >> 16);
+  const int own = upper ? 1 : 256, other = upper ? 256 : 1;
+#pragma unroll
+  for (int t = 0; t < T; ++t)
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int from = __shfl_xor_sync(RDKV_CUDA__FULL, upper ? y[t][0][c] : y[t][1][c], 2);
+      x[4 * t + c] = static_cast<float>((upper ? y[t][1][c] : y[t][0][c]) * own + from * other);
+      if (FINE) x[4 * t + c] += static_cast<float>(upper ? z[t][1][c] : z[t][0][c]) * (1.0f / 256);
+    }
+}
+
 /* acc += V of 32 tokens of one width, weighted by p; centre likewise for the midpoint. */
 template <int BITS, int D>
 __device__ __forceinline__ void rdkv_cuda__values(rdkv_cuda_acc<D> &a, const uint8_t *block,
@@ -844,49 +1018,69 @@ __device__ __forceinline__ rdkv_cuda__lift<PAIRED> rdkv_cuda__lift_of(int run) {
   return l;
 }
 
-/* rdkv_cuda_tile for T tiles of a run, with acc in the run's units already and its lift. K: blocks
-   of 16 channels at a time, here as many as registers allow. */
-template <bool PAIRED, int K = 0, int T, int D>
-__device__ __forceinline__ void rdkv_cuda__tiles(rdkv_cuda_acc<D> &a, const uint8_t *(&tile)[T],
-                                                 uint32_t widths, int run, uint32_t tokens,
-                                                 const uint8_t *fragments, uint32_t rest,
-                                                 const float2 *factor,
-                                                 const rdkv_cuda__lift<PAIRED> &lift) {
-  const uint32_t lane = threadIdx.x & 31, g = lane >> 2, upper = lane & 2;
-  constexpr int N = PAIRED ? 4 : 8; /* logits that a lane has of a tile */
-  constexpr int KEYS = K ? K : T == 1 ? 4 : 2;
-  float y[T][2][4] = {}, x[N * T], e[N * T], p[N * T];
-  rdkv_cuda__keys<2, PAIRED, KEYS>(y, tile, fragments, rest, widths & 255);
+/* The lane's products of T tiles with the query, N blocks of 16 channels at a time. Its tokens: 16
+   i + g and 16 i + g + 8, for i = 0 and 1; paired, lanes t and t + 2 hold a product and its rest:
+   they exchange halves, then the lower one has i = 0, the upper one i = 1. */
+template <bool PAIRED, int N, int T>
+__device__ __forceinline__ void rdkv_cuda__products(const uint8_t *(&tile)[T], uint32_t widths,
+                                                    const uint8_t *fragments, uint32_t rest,
+                                                    float (&x)[(PAIRED ? 4 : 8) * T]) {
+  const uint32_t upper = threadIdx.x & 2;
+  float y[T][2][4] = {};
+  rdkv_cuda__keys<2, PAIRED, N>(y, tile, fragments, rest, widths & 255);
 #pragma unroll
   for (int t = 0; t < T; ++t)
     for (int c = 0; c < 4; ++c) y[t][1][c] *= 0.0625f; /* 4^2 of the second half of 2-bit codes */
-  rdkv_cuda__keys<4, PAIRED, KEYS>(y, tile, fragments, rest, widths >> 8 & 255);
-  rdkv_cuda__keys<8, PAIRED, KEYS>(y, tile, fragments, rest, widths >> 16);
-  /* A lane's tokens: 16 i + g and 16 i + g + 8, for i = 0 and 1; paired, lanes t and t + 2 hold a
-     product and its rest: they exchange halves, then the lower one has i = 0, the upper one i = 1.
-   */
-  float scale[N / 2 * T], mid[N / 2 * T];
+  rdkv_cuda__keys<4, PAIRED, N>(y, tile, fragments, rest, widths >> 8 & 255);
+  rdkv_cuda__keys<8, PAIRED, N>(y, tile, fragments, rest, widths >> 16);
 #pragma unroll
-  for (int t = 0; t < T; ++t) {
-    uint32_t params[4];
+  for (int t = 0; t < T; ++t)
     if (PAIRED) {
       float z[4];
 #pragma unroll
       for (int c = 0; c < 4; ++c)
         z[c] = __shfl_xor_sync(RDKV_CUDA__FULL, upper ? y[t][0][c] : y[t][1][c], 2);
 #pragma unroll
-      for (int c = 0; c < 4; ++c) x[N * t + c] = (upper ? y[t][1][c] : y[t][0][c]) + z[c];
+      for (int c = 0; c < 4; ++c) x[4 * t + c] = (upper ? y[t][1][c] : y[t][0][c]) + z[c];
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[8 * t + i] = y[t][i >> 2][i & 3];
+    }
+}
+
+/* rdkv_cuda_tile for T tiles of a run, more than one only where V has 2 or 4 bits and the query is
+   not fine, with acc in the run's units already and its lift. BYTES: the query is of bytes; fine:
+   its third ones count. K: blocks of 16 channels at a time where it is not, here as many as
+   registers allow. */
+template <bool PAIRED, bool BYTES, int K = 0, int T, int D>
+__device__ __forceinline__ void rdkv_cuda__tiles(rdkv_cuda_acc<D> &a, const uint8_t *(&tile)[T],
+                                                 uint32_t widths, int run, uint32_t tokens,
+                                                 const uint8_t *fragments, uint32_t rest, bool fine,
+                                                 const float2 *factor,
+                                                 const rdkv_cuda__lift<PAIRED> &lift) {
+  const uint32_t lane = threadIdx.x & 31, g = lane >> 2, upper = lane & 2;
+  constexpr int N = PAIRED ? 4 : 8; /* logits that a lane has of a tile */
+  float x[N * T], e[N * T], p[N * T];
+  if (!BYTES)
+    rdkv_cuda__products<PAIRED, K ? K : T == 1 ? 4 : 2>(tile, widths, fragments, rest, x);
+  else if (T == 1 && fine)
+    rdkv_cuda__byte_products<true>(tile, widths, fragments, x);
+  else
+    rdkv_cuda__byte_products<false>(tile, widths, fragments, x);
+  float scale[N / 2 * T], mid[N / 2 * T];
+#pragma unroll
+  for (int t = 0; t < T; ++t) {
+    uint32_t params[4];
+    if (PAIRED) {
       const uint2 raw = *reinterpret_cast<const uint2 *>(tile[t] + 16 * g + 4 * upper);
       params[0] = raw.x, params[1] = raw.y;
     } else {
       const uint4 raw = *reinterpret_cast<const uint4 *>(tile[t] + 16 * g);
       params[0] = raw.x, params[1] = raw.y, params[2] = raw.z, params[3] = raw.w;
-#pragma unroll
-      for (int i = 0; i < N; ++i) x[N * t + i] = y[t][i >> 2][i & 3];
     }
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) { /* 1 and 0 for V of 16 bits */
-      const __half2 v = rdkv_cuda__halves(run == 3 ? 0x3c00u : params[i]);
+      const __half2 v = rdkv_cuda__halves(T == 1 && run == 3 ? 0x3c00u : params[i]);
       scale[N / 2 * t + i] = __low2float(v), mid[N / 2 * t + i] = __high2float(v);
     }
     tile[t] += 128;
@@ -916,7 +1110,7 @@ __device__ __forceinline__ void rdkv_cuda__tiles(rdkv_cuda_acc<D> &a, const uint
 #pragma unroll
       for (int i = 0; i < 2; ++i) b[t][2 + i] = __shfl_xor_sync(RDKV_CUDA__FULL, b[t][i], 16);
   }
-  if (run < 2) {
+  if (T > 1 || run < 2) {
 #pragma unroll
     for (int t = 0; t < T; ++t)
       if (run == 0)
@@ -938,6 +1132,11 @@ __device__ __forceinline__ void rdkv_cuda__tiles(rdkv_cuda_acc<D> &a, const uint
   }
 }
 
+/* Whether the third bytes of a query count, for one of all lanes' columns. */
+__device__ __forceinline__ bool rdkv_cuda__fine(const float2 *factor) {
+  return __any_sync(RDKV_CUDA__FULL, fmaxf(factor[0].x, factor[1].x) > RDKV_CUDA__FINE);
+}
+
 /* Attends to one packed tile. tile 16-byte aligned; run and tokens as rdkv_cuda_tile_at gives them;
    widths from rdkv_cuda_key_widths; fragments as rdkv_cuda_query wrote them, 8-byte aligned;
    factor: of the lane's two columns. PAIRED: the rests are columns 4-7 of the fragments, there are
@@ -950,8 +1149,9 @@ __device__ __forceinline__ void rdkv_cuda_tile(rdkv_cuda_acc<D> &a, const uint8_
                                                const float2 (&factor)[2]) {
   rdkv_cuda__units(a, run == 3);
   const uint8_t *one[1] = {tile};
-  rdkv_cuda__tiles<PAIRED>(a, one, widths, run, tokens, fragments, rest, factor,
-                           rdkv_cuda__lift_of<PAIRED>(run));
+  rdkv_cuda__tiles<PAIRED, PAIRED && RDKV_CUDA__BYTES>(a, one, widths, run, tokens, fragments, rest,
+                                                       rdkv_cuda__fine(factor), factor,
+                                                       rdkv_cuda__lift_of<PAIRED>(run));
 }
 
 __device__ __forceinline__ void rdkv_cuda__ldmatrix(uint32_t (&f)[4], uint32_t address) {
@@ -1933,8 +2133,9 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
 #pragma unroll 1
         for (uint32_t c = warp; c < columns; c += n_warps) {
           const uint8_t *row = c < x.columns ? source + p.table_bytes + c * p.row_bytes : nullptr;
-          rdkv_cuda_query(plain ? nullptr : &x.head, plain && p.tail_bf16, row, p.dtype, p.k_dim,
-                          p.factor_log2, c, fragments, fragments + rest, &sh->factor[c]);
+          rdkv_cuda_query<PAIRED>(plain ? nullptr : &x.head, plain && p.tail_bf16, row, p.dtype,
+                                  p.k_dim, p.factor_log2, c, fragments, fragments + rest,
+                                  &sh->factor[c]);
         }
       if (!plain && x.flags & RDKV_CUDA__LAST) {
         rdkv_cuda__rows rows;
@@ -1979,6 +2180,8 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         rdkv_cuda__fill(ring, f, n_warps, RDKV_CUDA__HASTE, f.slots - RDKV_CUDA__HASTE);
       const uint32_t widths = rdkv_cuda__uniform(rdkv_cuda_key_widths(x.head));
       const uint8_t *own = rings + warp * p.ring_bytes;
+      constexpr bool bytes = PAIRED && RDKV_CUDA__BYTES;
+      const bool fine = bytes && rdkv_cuda__fine(factor);
       while (tiles) {
         const uint32_t run_tokens = rdkv_cuda__uniform(x.head.n_tokens[f.run]);
         /* f.begin is where the run ends by now */
@@ -1990,19 +2193,19 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         while (f.tile < f.end) {
           const uint32_t second = slot + 1 == f.slots ? 0 : slot + 1;
           rdkv_cuda__take(ring, slot);
-          if (PAIRED && f.slots >= 4 && f.tile + n_warps < full) {
+          if (PAIRED && !fine && f.run < 2 && f.slots >= 4 && f.tile + n_warps < full) {
             rdkv_cuda__take(ring, second);
             const uint8_t *at[2] = {own + slot * f.bytes, own + second * f.bytes};
-            rdkv_cuda__tiles<PAIRED>(a, at, widths, static_cast<int>(f.run), 32, fragments, rest,
-                                     factor, lift);
+            rdkv_cuda__tiles<PAIRED, bytes>(a, at, widths, static_cast<int>(f.run), 32, fragments,
+                                            rest, fine, factor, lift);
             __syncwarp();
             rdkv_cuda__fill(ring, f, n_warps, slot, 2);
             slot = second + 1 == f.slots ? 0 : second + 1, f.tile += 2 * n_warps;
           } else {
             const uint8_t *at[1] = {own + slot * f.bytes};
-            rdkv_cuda__tiles<PAIRED>(a, at, widths, static_cast<int>(f.run),
-                                     f.tile < full ? 32 : run_tokens % 32, fragments, rest, factor,
-                                     lift);
+            rdkv_cuda__tiles<PAIRED, bytes>(a, at, widths, static_cast<int>(f.run),
+                                            f.tile < full ? 32 : run_tokens % 32, fragments, rest,
+                                            fine, factor, lift);
             __syncwarp();
             rdkv_cuda__fill(ring, f, n_warps, slot, 1);
             slot = second, f.tile += n_warps;
@@ -2482,10 +2685,10 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         __syncwarp();
 #pragma unroll 1
         for (uint32_t c = warp; c < columns; c += n_warps)
-          rdkv_cuda_query(nullptr, p.tail_bf16,
-                          c < x.columns ? rows + c * (p.row_bytes + 16) : nullptr, p.dtype, p.k_dim,
-                          p.factor_log2, c, tail_fragments, tail_fragments + tail_rest,
-                          &sh->tail_factor[c]);
+          rdkv_cuda_query<PAIRED>(nullptr, p.tail_bf16,
+                                  c < x.columns ? rows + c * (p.row_bytes + 16) : nullptr, p.dtype,
+                                  p.k_dim, p.factor_log2, c, tail_fragments,
+                                  tail_fragments + tail_rest, &sh->tail_factor[c]);
       }
     }
     if (threadIdx.x == 0 && !again) { /* the last to start has what others left to it */
@@ -2516,9 +2719,9 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
       rdkv_cuda__take(ring, slot);
       rdkv_cuda__units(a, run == 3);
       const uint8_t *one[1] = {own + slot * s.stride};
-      rdkv_cuda__tiles<PAIRED, 2>(a, one, widths, run, what >> 8, key_fragments, key_rest,
-                                  key_factor,
-                                  rdkv_cuda__lift_of<PAIRED>(run)); /* 2: less code to fetch */
+      rdkv_cuda__tiles<PAIRED, false, 2>(a, one, widths, run, what >> 8, key_fragments, key_rest,
+                                         false, key_factor,
+                                         rdkv_cuda__lift_of<PAIRED>(run)); /* 2: less code */
       __syncwarp();
       if (tile + s.n * n_warps < tile_end)
         rdkv_cuda__fill_slots<false>(ring, head, v_dim, tile_end, n_warps, 1u << slot, false, s);
@@ -2714,7 +2917,9 @@ static uint32_t rdkv_cuda__ring_bytes(const rdkv_cuda_config *c) {
 
 /* Fragments of the query: for groups above 4 the rests lie behind. */
 static uint32_t rdkv_cuda__fragments(const rdkv_cuda_config *c, int blocks) {
-  return static_cast<uint32_t>(blocks) * (c->n_q_heads / c->n_kv_heads <= 4 ? 256u : 512u);
+  const uint32_t n = static_cast<uint32_t>(blocks);
+  if (c->n_q_heads / c->n_kv_heads > 4) return 512u * n;
+  return 256u * n > RDKV_CUDA__PAIR / 2 * (n + 3) ? 256u * n : RDKV_CUDA__PAIR / 2 * (n + 3);
 }
 
 /* What fragments are made of: a head's table (runs padded as above) and rows of q. */

@@ -42,7 +42,7 @@ static __global__ void warp_attend(const void *block, const __half *q, float sca
   rdkv_cuda_head head;
   rdkv_cuda_head_of(block, 0, static_cast<int>(blockIdx.x), &head);
   for (uint32_t c = 0; c < GROUP; ++c)
-    rdkv_cuda_query(&head, false, q + (blockIdx.x * GROUP + c) * DIM, RDKV_F16, DIM,
+    rdkv_cuda_query<true>(&head, false, q + (blockIdx.x * GROUP + c) * DIM, RDKV_F16, DIM,
                     scale * 1.442695f, c, fragments, fragments + 128, &factors[c]);
   __syncwarp();
   const uint32_t lane = threadIdx.x, g = lane >> 2, column = 2 * (lane & 3) % GROUP;
