@@ -392,7 +392,8 @@ typedef struct rdkv_cuda_head {
 } rdkv_cuda_head;
 
 /* Running attention of a warp for 8 columns. Lane 4g + t holds dims 16i + g and 16i + g + 8 of
-   columns 2t and 2t + 1: acc[i] = (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1). */
+   columns 2t and 2t + 1: acc[i] = (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1). PAIRED: for 4, column
+   t in two parts: (g, g, g+8, g+8). */
 template <int D>
 struct rdkv_cuda_acc {
   float acc[D][4];
@@ -617,9 +618,9 @@ __device__ __forceinline__ void rdkv_cuda__gather(const void *p, const uint32_t 
    bytes. A unit is worth 4 in a run of 2 bits and 1/16 in one of 8 bits, as then all runs' rounding
    adds as much to a logit. x[i][k] is q' of channel 128 i + 4 lane + k in these units, largest the
    largest of all lanes.
-   fragments [pairs of a run's blocks]: [8 columns][4t][pr][block of the pair][e] the first bytes,
-   and as columns 4-7 the second ones; then [4 columns] the third ones, which are 0 where they may
-   be left out. */
+   fragments [pairs of a run's blocks]: [columns][2][4t][pr][block of the pair][e] the first and the
+   second bytes; then [columns][4t][pr]... the third ones, which are 0 where they may be left out.
+ */
 __device__ __forceinline__ void rdkv_cuda__query_bytes(const rdkv_cuda_head &head,
                                                        const float (&x)[3][4], float largest,
                                                        float constant, float factor_log2,
@@ -660,7 +661,8 @@ __device__ __forceinline__ void rdkv_cuda__query_bytes(const rdkv_cuda_head &hea
       }
 #pragma unroll
       for (int j = 0; j < 3; ++j) {
-        uint16_t *at = reinterpret_cast<uint16_t *>(to + 128 * j + 32 * column + 4 * pr);
+        uint16_t *at = reinterpret_cast<uint16_t *>(
+            to + (j < 2 ? 64 * column + 32 * j : 256 + 32 * column) + 4 * pr);
         at[0] = static_cast<uint16_t>(bytes[j]);
         if (!(in_run & 1) && block + 1 == end) at[1] = 0;
       }
@@ -678,9 +680,9 @@ __device__ __forceinline__ void rdkv_cuda__query_bytes(const rdkv_cuda_head &hea
    + constant. head NULL: for plain K (a tail) instead of a segment; bf16: that K is bf16. fragments
    [blocks of 16 channels][8 columns][16] of 2 bytes; every column must be written, those without a
    query with q NULL. What rounding takes away goes to rest, in the same layout: the sum of both is
-   exact to 2^-22. PAIRED: up to 4 columns, and rest = fragments + 128 bytes, as columns 4-7 of the
-   same fragments; those of a segment are of other kinds and take 192 * (blocks of 16 channels + 3)
-   bytes. q the head's k_dim values; factor_log2 = softmax_scale * log2(e). */
+   exact to 2^-22. PAIRED: up to 4 columns, each two of the fragments, with rest = fragments + 32
+   bytes; those of a segment are of other kinds and take 192 * (blocks of 16 channels + 3) bytes. q
+   the head's k_dim values; factor_log2 = softmax_scale * log2(e). */
 template <bool PAIRED>
 __device__ __forceinline__ void rdkv_cuda_query(const rdkv_cuda_head *head, bool bf16,
                                                 const void *q, int dtype, int k_dim,
@@ -762,7 +764,7 @@ __device__ __forceinline__ void rdkv_cuda_query(const rdkv_cuda_head *head, bool
       }
     }
     /* packed channels lie as they come; plain ones are permuted as ldmatrix permutes K */
-    const uint32_t j = c & 15, at = 128 * (c >> 4) + 16 * column; /* in 2 bytes */
+    const uint32_t j = c & 15, at = 128 * (c >> 4) + (PAIRED ? 32 : 16) * column; /* 2 bytes */
     const uint32_t at0 = at + (head ? j : 4 * ((j & 7) >> 1) + 2 * (j >> 3));
     const uint32_t at1 = at + (head ? j + 2 : 4 * (((j + 2) & 7) >> 1) + 2 * (j >> 3));
     uint16_t *f = static_cast<uint16_t *>(fragments), *r = static_cast<uint16_t *>(rest);
@@ -780,45 +782,45 @@ __device__ __forceinline__ void rdkv_cuda_query(const rdkv_cuda_head *head, bool
 }
 
 /* Logits x (base 2) -> e = 2^(x - max) and p = e * scale * lift; updates sum and, when p comes near
-   the end of fp16, max. x[i] is of the lane's column i & 1, its token's V scale is scale[i / 2],
+   the end of fp16, max. x[i] is of the lane's column i % C, its token's V scale is scale[i / C],
    and lift repeats; logits of tokens that are not there are -Inf. */
 template <int D, bool PAIRED, int N, int L>
 __device__ __forceinline__ void rdkv_cuda__weigh(rdkv_cuda_acc<D> &a, const float (&x)[N],
-                                                 const float (&scale)[N / 2],
+                                                 const float (&scale)[PAIRED ? N : N / 2],
                                                  const float (&lift)[L], float (&e)[N],
                                                  float (&p)[N]) {
+  constexpr int C = PAIRED ? 1 : 2; /* columns of a lane */
   float high = 0, all = 0;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    e[i] = rdkv_cuda__exp2(x[i] - a.max[i & 1]);
-    p[i] = e[i] * (scale[i / 2] * lift[i / 2 % L]);
+    e[i] = rdkv_cuda__exp2(x[i] - a.max[i % C]);
+    p[i] = e[i] * (scale[i / C] * lift[i / C % L]);
     high += p[i], all += e[i];
   }
   /* e itself may become large where V scales are small; NaN: the first tokens, max is -Inf */
   if (__any_sync(RDKV_CUDA__FULL, !(high + all * 3.0517578e-5f <= 65504.0f))) {
     float f[2];
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
+    for (int k = 0; k < C; ++k) {
       float m = a.max[k];
-      for (int i = k; i < N; i += 2) /* a scale of 0 counts as fp16's smallest */
-        m = fmaxf(m, x[i] + rdkv_cuda__log2(fmaxf(scale[i / 2], 5.9604645e-8f)));
-      for (int d = PAIRED ? 2 : 4; d < 32; d <<= 1)
-        m = fmaxf(m, __shfl_xor_sync(RDKV_CUDA__FULL, m, d));
+      for (int i = k; i < N; i += C) /* a scale of 0 counts as fp16's smallest */
+        m = fmaxf(m, x[i] + rdkv_cuda__log2(fmaxf(scale[i / C], 5.9604645e-8f)));
+      for (int d = 4; d < 32; d <<= 1) m = fmaxf(m, __shfl_xor_sync(RDKV_CUDA__FULL, m, d));
       f[k] = m == a.max[k] ? 1.0f : rdkv_cuda__exp2(a.max[k] - m);
       a.max[k] = m, a.sum[k] *= f[k], a.mid[k] *= f[k];
     }
 #pragma unroll
     for (int i = 0; i < D; ++i)
-      for (int c = 0; c < 4; ++c) a.acc[i][c] *= f[c & 1];
-    for (int c = 0; c < 4; ++c) a.centre[c] *= f[c & 1];
+      for (int c = 0; c < 4; ++c) a.acc[i][c] *= f[c & (C - 1)];
+    for (int c = 0; c < 4; ++c) a.centre[c] *= f[c & (C - 1)];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      e[i] = rdkv_cuda__exp2(x[i] - a.max[i & 1]);
-      p[i] = e[i] * (scale[i / 2] * lift[i / 2 % L]);
+      e[i] = rdkv_cuda__exp2(x[i] - a.max[i % C]);
+      p[i] = e[i] * (scale[i / C] * lift[i / C % L]);
     }
   }
 #pragma unroll
-  for (int i = 0; i < N; ++i) a.sum[i & 1] += e[i];
+  for (int i = 0; i < N; ++i) a.sum[i % C] += e[i];
 }
 
 /* Brings acc to the units of fp16 V, or to those of codes. */
@@ -925,7 +927,9 @@ __device__ __forceinline__ void rdkv_cuda__byte_keys(int (&x)[T][2][4], int (&z)
   for (uint32_t i = 0; i < n; i += 2) {
     uint4 w[T][2]; /* all loads first */
     const uint2 q = reinterpret_cast<const uint2 *>(query)[lane];
-    const uint2 r = FINE ? reinterpret_cast<const uint2 *>(query + 256)[lane & 15] : uint2();
+    const uint2 r =
+        FINE ? reinterpret_cast<const uint2 *>(query + 256)[(lane >> 1 & 12) + (lane & 3)]
+             : uint2();
 #pragma unroll
     for (int t = 0; t < T; ++t) {
       w[t][0] = rdkv_cuda__words<BITS>(block[t]),
@@ -948,12 +952,11 @@ __device__ __forceinline__ void rdkv_cuda__byte_keys(int (&x)[T][2][4], int (&z)
   for (int t = 0; t < T; ++t) block[t] -= (n & 1) * (64 * BITS);
 }
 
-/* The lane's products of T tiles with the query, in bytes: paired, lanes t and t + 2 hold those
-   with its first and its second bytes. */
+/* The lane's products of T tiles with the query, in bytes: of its two columns the first bytes and
+   the second ones. */
 template <bool FINE, int T, int N>
 __device__ __forceinline__ void rdkv_cuda__byte_products(const uint8_t *(&tile)[T], uint32_t widths,
                                                          const uint8_t *query, float (&x)[N]) {
-  const uint32_t upper = threadIdx.x & 2;
   int y[T][2][4] = {}, z[T][2][4] = {};
   rdkv_cuda__byte_keys<2, FINE>(y, z, tile, query, widths & 255);
 #pragma unroll
@@ -961,14 +964,13 @@ __device__ __forceinline__ void rdkv_cuda__byte_products(const uint8_t *(&tile)[
     for (int c = 0; c < 4; ++c) y[t][0][c] *= 16, z[t][0][c] *= 16;
   rdkv_cuda__byte_keys<4, FINE>(y, z, tile, query, widths >> 8 & 255);
   rdkv_cuda__byte_keys<8, FINE>(y, z, tile, query, widths >> 16);
-  const int own = upper ? 1 : 256, other = upper ? 256 : 1;
 #pragma unroll
   for (int t = 0; t < T; ++t)
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int from = __shfl_xor_sync(RDKV_CUDA__FULL, upper ? y[t][0][c] : y[t][1][c], 2);
-      x[4 * t + c] = static_cast<float>((upper ? y[t][1][c] : y[t][0][c]) * own + from * other);
-      if (FINE) x[4 * t + c] += static_cast<float>(upper ? z[t][1][c] : z[t][0][c]) * (1.0f / 256);
+    for (int i = 0; i < 4; ++i) {
+      const int c = 2 * (i & 1);
+      x[4 * t + i] = static_cast<float>(y[t][i / 2][c] * 256 + y[t][i / 2][c + 1]);
+      if (FINE) x[4 * t + i] += static_cast<float>(z[t][i / 2][c]) * (1.0f / 256);
     }
 }
 
@@ -1001,31 +1003,37 @@ __device__ __forceinline__ void rdkv_cuda__values(rdkv_cuda_acc<D> &a, const uin
 
 /* What a V run's probabilities are multiplied by, to undo the factors that stay in its codes: for
    the lane's tokens, in the order of rdkv_cuda_tile's x. */
-template <bool PAIRED>
 struct rdkv_cuda__lift {
-  float of[PAIRED ? 2 : 4];
+  float of[4];
 };
 
-template <bool PAIRED>
-__device__ __forceinline__ rdkv_cuda__lift<PAIRED> rdkv_cuda__lift_of(int run) {
-  rdkv_cuda__lift<PAIRED> l;
+__device__ __forceinline__ rdkv_cuda__lift rdkv_cuda__lift_of(int run) {
+  rdkv_cuda__lift l;
   const float odd = run == 0 ? 0.25f : run == 1 ? 0.0625f : 1.0f; /* pr = 1 */
   const float last = run == 0 ? 0.0625f : 1.0f;                   /* the second 16 tokens */
 #pragma unroll
-  for (int i = 0; i < (PAIRED ? 2 : 4); ++i)
-    l.of[i] = RDKV_CUDA_LIFT * ((PAIRED ? (threadIdx.x & 2) != 0 : i >= 2) ? last : 1.0f) *
-              (i & 1 ? odd : 1.0f);
+  for (int i = 0; i < 4; ++i)
+    l.of[i] = RDKV_CUDA_LIFT * (i >= 2 ? last : 1.0f) * (i & 1 ? odd : 1.0f);
   return l;
 }
 
-/* The lane's products of T tiles with the query, N blocks of 16 channels at a time. Its tokens: 16
-   i + g and 16 i + g + 8, for i = 0 and 1; paired, lanes t and t + 2 hold a product and its rest:
-   they exchange halves, then the lower one has i = 0, the upper one i = 1. */
+/* Probabilities of 8 tokens and of the 8 behind them as B fragments. PAIRED: those are two parts of
+   a column, with 0 for the other tokens. */
+template <bool PAIRED>
+__device__ __forceinline__ void rdkv_cuda__weights(uint32_t low, uint32_t high, uint32_t (&b)[2]) {
+  b[0] = rdkv_cuda__transpose(low);
+  if (PAIRED)
+    b[1] = threadIdx.x & 4 ? b[0] : 0, b[0] = threadIdx.x & 4 ? 0 : b[0];
+  else
+    b[1] = rdkv_cuda__transpose(high);
+}
+
+/* The lane's products of T tiles with the query, N blocks of 16 channels at a time. Its
+   tokens: g, g + 8, g + 16, g + 24. PAIRED: the lane's columns are a query and its rest. */
 template <bool PAIRED, int N, int T>
 __device__ __forceinline__ void rdkv_cuda__products(const uint8_t *(&tile)[T], uint32_t widths,
                                                     const uint8_t *fragments, uint32_t rest,
                                                     float (&x)[(PAIRED ? 4 : 8) * T]) {
-  const uint32_t upper = threadIdx.x & 2;
   float y[T][2][4] = {};
   rdkv_cuda__keys<2, PAIRED, N>(y, tile, fragments, rest, widths & 255);
 #pragma unroll
@@ -1035,17 +1043,12 @@ __device__ __forceinline__ void rdkv_cuda__products(const uint8_t *(&tile)[T], u
   rdkv_cuda__keys<8, PAIRED, N>(y, tile, fragments, rest, widths >> 16);
 #pragma unroll
   for (int t = 0; t < T; ++t)
-    if (PAIRED) {
-      float z[4];
 #pragma unroll
-      for (int c = 0; c < 4; ++c)
-        z[c] = __shfl_xor_sync(RDKV_CUDA__FULL, upper ? y[t][0][c] : y[t][1][c], 2);
-#pragma unroll
-      for (int c = 0; c < 4; ++c) x[4 * t + c] = (upper ? y[t][1][c] : y[t][0][c]) + z[c];
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[8 * t + i] = y[t][i >> 2][i & 3];
-    }
+    for (int i = 0; i < 8; ++i)
+      if (!PAIRED)
+        x[8 * t + i] = y[t][i >> 2][i & 3];
+      else if (i & 1)
+        x[4 * t + i / 2] = y[t][i >> 2][i & 2] + y[t][i >> 2][(i & 2) + 1];
 }
 
 /* rdkv_cuda_tile for T tiles of a run, more than one only where V has 2 or 4 bits and the query is
@@ -1057,9 +1060,9 @@ __device__ __forceinline__ void rdkv_cuda__tiles(rdkv_cuda_acc<D> &a, const uint
                                                  uint32_t widths, int run, uint32_t tokens,
                                                  const uint8_t *fragments, uint32_t rest, bool fine,
                                                  const float2 *factor,
-                                                 const rdkv_cuda__lift<PAIRED> &lift) {
-  const uint32_t lane = threadIdx.x & 31, g = lane >> 2, upper = lane & 2;
-  constexpr int N = PAIRED ? 4 : 8; /* logits that a lane has of a tile */
+                                                 const rdkv_cuda__lift &lift) {
+  const uint32_t lane = threadIdx.x & 31, g = lane >> 2;
+  constexpr int C = PAIRED ? 1 : 2, N = 4 * C; /* a lane's columns; logits that it has of a tile */
   float x[N * T], e[N * T], p[N * T];
   if (!BYTES)
     rdkv_cuda__products<PAIRED, K ? K : T == 1 ? 4 : 2>(tile, widths, fragments, rest, x);
@@ -1067,32 +1070,25 @@ __device__ __forceinline__ void rdkv_cuda__tiles(rdkv_cuda_acc<D> &a, const uint
     rdkv_cuda__byte_products<true>(tile, widths, fragments, x);
   else
     rdkv_cuda__byte_products<false>(tile, widths, fragments, x);
-  float scale[N / 2 * T], mid[N / 2 * T];
+  float scale[4 * T], mid[4 * T];
 #pragma unroll
   for (int t = 0; t < T; ++t) {
-    uint32_t params[4];
-    if (PAIRED) {
-      const uint2 raw = *reinterpret_cast<const uint2 *>(tile[t] + 16 * g + 4 * upper);
-      params[0] = raw.x, params[1] = raw.y;
-    } else {
-      const uint4 raw = *reinterpret_cast<const uint4 *>(tile[t] + 16 * g);
-      params[0] = raw.x, params[1] = raw.y, params[2] = raw.z, params[3] = raw.w;
-    }
+    const uint4 raw = *reinterpret_cast<const uint4 *>(tile[t] + 16 * g);
+    const uint32_t params[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) { /* 1 and 0 for V of 16 bits */
+    for (int i = 0; i < 4; ++i) { /* 1 and 0 for V of 16 bits */
       const __half2 v = rdkv_cuda__halves(T == 1 && run == 3 ? 0x3c00u : params[i]);
-      scale[N / 2 * t + i] = __low2float(v), mid[N / 2 * t + i] = __high2float(v);
+      scale[4 * t + i] = __low2float(v), mid[4 * t + i] = __high2float(v);
     }
     tile[t] += 128;
   }
-  const float2 factor2[2] = {factor[0], factor[1]};
+  const float2 factor2[2] = {factor[0], factor[C - 1]};
 #pragma unroll
-  for (int i = 0; i < N * T; ++i) x[i] = x[i] * factor2[i & 1].x + factor2[i & 1].y;
+  for (int i = 0; i < N * T; ++i) x[i] = x[i] * factor2[i % C].x + factor2[i % C].y;
   if (T == 1 && tokens < 32)
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      if (8u * static_cast<uint32_t>(i / 2) + (PAIRED ? 8 * upper : 0) + g >= tokens)
-        x[i] = -INFINITY;
+      if (8u * static_cast<uint32_t>(i / C) + g >= tokens) x[i] = -INFINITY;
 
   rdkv_cuda__weigh<D, PAIRED, N * T>(a, x, scale, lift.of, e, p);
 
@@ -1101,14 +1097,15 @@ __device__ __forceinline__ void rdkv_cuda__tiles(rdkv_cuda_acc<D> &a, const uint
 #pragma unroll
   for (int t = 0; t < T; ++t) {
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-      const int k = N / 2 * t + i;
-      a.mid[0] += e[2 * k] * mid[k], a.mid[1] += e[2 * k + 1] * mid[k];
-      b[t][i] = rdkv_cuda__transpose(rdkv_cuda__pair<false>(p[2 * k], p[2 * k + 1]));
-    }
-    if (PAIRED) /* rows 4-7 of what was transposed are the second 16 tokens */
+    for (int i = 0; i < N; ++i) a.mid[i % C] += e[N * t + i] * mid[4 * t + i / C];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) b[t][2 + i] = __shfl_xor_sync(RDKV_CUDA__FULL, b[t][i], 16);
+    for (int s = 0; s < 2; ++s) {
+      const float *w = p + N * t + N / 2 * s;
+      uint32_t part[2];
+      rdkv_cuda__weights<PAIRED>(rdkv_cuda__pair<false>(w[0], w[1]),
+                                 PAIRED ? 0 : rdkv_cuda__pair<false>(w[C], w[C + 1]), part);
+      b[t][2 * s] = part[0], b[t][2 * s + 1] = part[1];
+    }
   }
   if (T > 1 || run < 2) {
 #pragma unroll
@@ -1134,14 +1131,13 @@ __device__ __forceinline__ void rdkv_cuda__tiles(rdkv_cuda_acc<D> &a, const uint
 
 /* Whether the third bytes of a query count, for one of all lanes' columns. */
 __device__ __forceinline__ bool rdkv_cuda__fine(const float2 *factor) {
-  return __any_sync(RDKV_CUDA__FULL, fmaxf(factor[0].x, factor[1].x) > RDKV_CUDA__FINE);
+  return __any_sync(RDKV_CUDA__FULL, factor->x > RDKV_CUDA__FINE);
 }
 
 /* Attends to one packed tile. tile 16-byte aligned; run and tokens as rdkv_cuda_tile_at gives them;
    widths from rdkv_cuda_key_widths; fragments as rdkv_cuda_query wrote them, 8-byte aligned;
-   factor: of the lane's two columns. PAIRED: the rests are columns 4-7 of the fragments, there are
-   up to 4 queries, and columns 4-7 of acc mean nothing. Else the rests lie rest bytes behind the
-   fragments. */
+   factor: of the lane's columns 2t and 2t + 1. PAIRED: there are up to 4 queries, and the lane's is
+   column t. Else the rests lie rest bytes behind the fragments. */
 template <bool PAIRED, int D>
 __device__ __forceinline__ void rdkv_cuda_tile(rdkv_cuda_acc<D> &a, const uint8_t *tile,
                                                uint32_t widths, int run, uint32_t tokens,
@@ -1151,7 +1147,7 @@ __device__ __forceinline__ void rdkv_cuda_tile(rdkv_cuda_acc<D> &a, const uint8_
   const uint8_t *one[1] = {tile};
   rdkv_cuda__tiles<PAIRED, PAIRED && RDKV_CUDA__BYTES>(a, one, widths, run, tokens, fragments, rest,
                                                        rdkv_cuda__fine(factor), factor,
-                                                       rdkv_cuda__lift_of<PAIRED>(run));
+                                                       rdkv_cuda__lift_of(run));
 }
 
 __device__ __forceinline__ void rdkv_cuda__ldmatrix(uint32_t (&f)[4], uint32_t address) {
@@ -1178,8 +1174,8 @@ __device__ __forceinline__ void rdkv_cuda_dense_keys(rdkv_cuda_acc<D> &a, uint32
                                                      uint32_t tokens, const uint8_t *fragments,
                                                      uint32_t rest, const float2 (&factor)[2],
                                                      uint32_t (&p)[2]) {
-  const uint32_t lane = threadIdx.x & 31, g = lane >> 2, upper = lane & 2;
-  constexpr int N = PAIRED ? 2 : 4;
+  const uint32_t lane = threadIdx.x & 31, g = lane >> 2;
+  constexpr int C = PAIRED ? 1 : 2, N = 2 * C;
   keys += (lane & 15) * pitch + (lane >> 4) * 16u, fragments += 8 * lane;
   float y[4] = {}, x[N];
   uint32_t f[4];
@@ -1193,33 +1189,19 @@ __device__ __forceinline__ void rdkv_cuda_dense_keys(rdkv_cuda_acc<D> &a, uint32
       rdkv_cuda__mma<BF16>(y, f[0], f[1], f[2], f[3], r.x, r.y);
     }
   }
-  /* as in rdkv_cuda_tile, but i is 0 alone: of a pair the lower lane has token g, the upper one g +
-   * 8 */
-  if (PAIRED) {
-    float z[2];
-#pragma unroll
-    for (int c = 0; c < 2; ++c) z[c] = __shfl_xor_sync(RDKV_CUDA__FULL, upper ? y[c] : y[2 + c], 2);
-#pragma unroll
-    for (int c = 0; c < 2; ++c) x[c] = (upper ? y[2 + c] : y[c]) + z[c];
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = y[i];
-  }
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    x[i] = x[i] * factor[i & 1].x + factor[i & 1].y;
-    if (8u * static_cast<uint32_t>(i / 2) + (PAIRED ? 4 * upper : 0) + g >= tokens)
-      x[i] = -INFINITY;
+    x[i] = PAIRED ? y[2 * i] + y[2 * i + 1] : y[i];
+    x[i] = x[i] * factor[i % C].x + factor[i % C].y;
+    if (8u * static_cast<uint32_t>(i / C) + g >= tokens) x[i] = -INFINITY;
   }
-  float one[N / 2], lift[N / 2], e[N], w[N];
+  float one[2], lift[2], e[N], w[N];
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i) one[i] = 1, lift[i] = RDKV_CUDA_LIFT;
+  for (int i = 0; i < 2; ++i) one[i] = 1, lift[i] = RDKV_CUDA_LIFT;
   rdkv_cuda__units(a, true);
   rdkv_cuda__weigh<D, PAIRED, N>(a, x, one, lift, e, w);
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i)
-    p[i] = rdkv_cuda__transpose(rdkv_cuda__pair<BF16>(w[2 * i], w[2 * i + 1]));
-  if (PAIRED) p[1] = __shfl_xor_sync(RDKV_CUDA__FULL, p[0], 16);
+  rdkv_cuda__weights<PAIRED>(rdkv_cuda__pair<BF16>(w[0], w[1]),
+                             PAIRED ? 0 : rdkv_cuda__pair<BF16>(w[C], w[C + 1]), p);
 }
 
 template <bool BF16, int D>
@@ -1237,13 +1219,17 @@ __device__ __forceinline__ void rdkv_cuda_dense_values(rdkv_cuda_acc<D> &a, uint
 
 /* Sums over the warp. Then acc * scale + mid[k] is the sum of 2^(logit - max) * v of the lane's
    column k, scale = 1 / RDKV_CUDA_LIFT, and sum[k] that of 2^(logit - max): out is the first over
-   the second, lse = ln(2) * (max + log2(sum)). */
+   the second, lse = ln(2) * (max + log2(sum)). PAIRED: k is 0, and acc[i][0] and acc[i][2] count.
+ */
 template <bool PAIRED, int D>
 __device__ __forceinline__ void rdkv_cuda_finish(rdkv_cuda_acc<D> &a) {
   rdkv_cuda__units(a, true);
+  if (PAIRED)
 #pragma unroll
-  for (int k = 0; k < 2; ++k)
-    for (int d = PAIRED ? 2 : 4; d < 32; d <<= 1) {
+    for (int i = 0; i < D; ++i) a.acc[i][0] += a.acc[i][1], a.acc[i][2] += a.acc[i][3];
+#pragma unroll
+  for (int k = 0; k < (PAIRED ? 1 : 2); ++k)
+    for (int d = 4; d < 32; d <<= 1) {
       a.sum[k] += __shfl_xor_sync(RDKV_CUDA__FULL, a.sum[k], d);
       a.mid[k] += __shfl_xor_sync(RDKV_CUDA__FULL, a.mid[k], d);
     }
@@ -2080,10 +2066,10 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
   rdkv_cuda__sync();
   if (!(sh->piece[0].flags & RDKV_CUDA__ACTIVE)) return;
 
-  /* PAIRED: groups of up to 4, where the rests of the query are columns 4-7 */
+  /* PAIRED: groups of up to 4, where each column of the query has its rest beside it */
   constexpr uint32_t columns = PAIRED ? 4 : 8;
   const uint32_t k_dim = static_cast<uint32_t>(p.k_dim);
-  const uint32_t rest = PAIRED ? 128u : p.key_fragments / 2;
+  const uint32_t rest = PAIRED ? 32u : p.key_fragments / 2;
   rdkv_cuda_acc<D> a;
   rdkv_cuda_clear(a);
   for (uint32_t turn = 0;; ++turn) {
@@ -2119,7 +2105,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
 #else
     if (turn == 0) rdkv_cuda__sync();
 #endif
-    const uint32_t mine = 2 * (lane & 3) & (columns - 1);
+    const uint32_t mine = columns / 4 * (lane & 3); /* the lane's first column */
     /* first packed K, while the tail's length travels, then the tail: each needs a query of its own
      */
 #pragma unroll 1
@@ -2166,7 +2152,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
       }
       const float2 *factor = sh->factor + mine;
       if (plain) {
-        const float2 own_factor[2] = {factor[0], factor[1]};
+        const float2 own_factor[2] = {factor[0], factor[PAIRED ? 0 : 1]};
         if (p.tail_bf16)
           rdkv_cuda__tail_loop<PAIRED, true>(a, warps[warp], x, k_dim, n_warps, ring, fragments,
                                              rest, own_factor);
@@ -2186,7 +2172,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         const uint32_t run_tokens = rdkv_cuda__uniform(x.head.n_tokens[f.run]);
         /* f.begin is where the run ends by now */
         const uint32_t full = min(f.end, f.begin - (run_tokens % 32 != 0));
-        const rdkv_cuda__lift<PAIRED> lift = rdkv_cuda__lift_of<PAIRED>(static_cast<int>(f.run));
+        const rdkv_cuda__lift lift = rdkv_cuda__lift_of(static_cast<int>(f.run));
         uint32_t slot = 0;
         rdkv_cuda__units(a, f.run == 3);
 #pragma unroll 1
@@ -2217,30 +2203,30 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
 
     if (x.flags & RDKV_CUDA__LAST) {
       /* warps leave their sums as they are, [dim][column], in their rings */
-      const uint32_t g = lane >> 2, c2 = 2 * (lane & 3), n_values = 16 * D * columns;
+      constexpr uint32_t own = PAIRED ? 1 : 2; /* columns of a lane */
+      const uint32_t g = lane >> 2, n_values = 16 * D * columns;
       const float unit = (a.plain ? 1.0f : RDKV_CUDA__CODE_UNIT) / RDKV_CUDA_LIFT;
-      if (c2 < columns) {
-        float2 *to =
-            reinterpret_cast<float2 *>(rings + warp * p.ring_bytes) + (g * columns + c2) / 2;
+      float *to = reinterpret_cast<float *>(rings + warp * p.ring_bytes) + g * columns + mine;
 #pragma unroll
-        for (uint32_t i = 0; i < D; ++i) {
-          to[8 * i * columns] = make_float2(a.acc[i][0], a.acc[i][1]);
-          to[(8 * i + 4) * columns] = make_float2(a.acc[i][2], a.acc[i][3]);
-        }
+      for (uint32_t i = 0; i < 2 * D; ++i) {
+        const float x0 = a.acc[i / 2][2 * (i & 1)], x1 = a.acc[i / 2][2 * (i & 1) + 1];
+        if (PAIRED)
+          to[8 * i * columns] = x0 + x1;
+        else
+          *reinterpret_cast<float2 *>(to + 8 * i * columns) = make_float2(x0, x1);
       }
-      for (uint32_t d = columns / 2; d < 32; d <<= 1)
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
+      for (uint32_t k = 0; k < own; ++k) {
+        for (uint32_t d = 4; d < 32; d <<= 1) {
           a.sum[k] += __shfl_xor_sync(RDKV_CUDA__FULL, a.sum[k], d);
           a.mid[k] += __shfl_xor_sync(RDKV_CUDA__FULL, a.mid[k], d);
         }
-      if (g == 0 && c2 < columns) {
-        rdkv_cuda__warp &w = warps[warp];
-        *reinterpret_cast<float2 *>(&w.max[c2]) = make_float2(a.max[0], a.max[1]);
-        *reinterpret_cast<float2 *>(&w.sum[c2]) = make_float2(a.sum[0], a.sum[1]);
-        *reinterpret_cast<float2 *>(&w.mid[c2]) =
-            make_float2(a.mid[0] - a.centre[0] * unit, a.mid[1] - a.centre[1] * unit);
-        w.unit = unit;
+        if (g == 0) {
+          rdkv_cuda__warp &w = warps[warp];
+          w.max[mine + k] = a.max[k], w.sum[mine + k] = a.sum[k];
+          w.mid[mine + k] = a.mid[k] - (PAIRED ? a.centre[0] + a.centre[1] : a.centre[k]) * unit;
+          w.unit = unit;
+        }
       }
       rdkv_cuda__sync();
       float *partial = p.partials + static_cast<size_t>(x.slot) * (n_values + 2 * columns);
@@ -2406,6 +2392,7 @@ __device__ __forceinline__ void rdkv_cuda__row(uint8_t *row, const uint8_t *q, u
    = their product. That bound may be 2^10 too high without a loss, as high and low half both have
    11 bits. row: of q, in shared memory; e: the first entries. The constant is the sum of constants
    [column][part]. */
+template <bool PAIRED>
 __device__ __forceinline__ void rdkv_cuda__query_part(
     const rdkv_cuda_head &head, rdkv_cuda__entries e, const uint8_t *row, float largest, int dtype,
     float factor_log2, uint32_t column, uint32_t part, uint32_t parts, uint8_t *fragments,
@@ -2437,7 +2424,7 @@ __device__ __forceinline__ void rdkv_cuda__query_part(
       const __half2 low = __floats2half2_rn(y0 - f.x, y1 - f.y);
       const float2 f2 = __half22float2(low);
       centred += (f.x + f.y + (f2.x + f2.y)) * middle;
-      uint8_t *to = fragments + 256 * (i >> 4) + 32 * column + 2 * (i & 15);
+      uint8_t *to = fragments + 256 * (i >> 4) + (PAIRED ? 64 : 32) * column + 2 * (i & 15);
       *reinterpret_cast<uint32_t *>(to) = rdkv_cuda__bits(high);
       *reinterpret_cast<uint32_t *>(to + rest) = rdkv_cuda__bits(low);
     }
@@ -2596,11 +2583,11 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
     if (threadIdx.x == 0) *own_words = set ^ 1u;
     return;
   }
-  const uint32_t key_rest = PAIRED ? 128u : p.key_fragments / 2;
-  const uint32_t tail_rest = PAIRED ? 128u : p.tail_fragments / 2;
+  const uint32_t key_rest = PAIRED ? 32u : p.key_fragments / 2;
+  const uint32_t tail_rest = PAIRED ? 32u : p.tail_fragments / 2;
   float *const constants = reinterpret_cast<float *>(sh->piece); /* [columns][4 parts] of queries */
   const uint32_t parts = max(1u, min(4u, n_warps / columns));
-  const uint32_t k_dim = static_cast<uint32_t>(p.k_dim), mine = 2 * (lane & 3) & (columns - 1);
+  const uint32_t k_dim = static_cast<uint32_t>(p.k_dim), mine = columns / 4 * (lane & 3);
   const uint32_t jobs = columns * parts; /* of making the query, column first */
   /* NULL: a column without a query */
   const auto q_of = [&](uint32_t job) -> const uint8_t * {
@@ -2661,9 +2648,9 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
       if (i != warp && keys) e = rdkv_cuda__entries_at(head, 64 * part + 2 * lane);
       if (!again) rdkv_cuda__row(row, q_of(i), p.row_bytes, q, p.dtype);
       if (keys)
-        rdkv_cuda__query_part(head, e, row, scale * *reinterpret_cast<float *>(row + p.row_bytes),
-                              p.dtype, p.factor_log2, c, part, parts, key_fragments, key_rest,
-                              &sh->factor[c].x, constants);
+        rdkv_cuda__query_part<PAIRED>(
+            head, e, row, scale * *reinterpret_cast<float *>(row + p.row_bytes), p.dtype,
+            p.factor_log2, c, part, parts, key_fragments, key_rest, &sh->factor[c].x, constants);
     }
     bool tail = false;
     rdkv_cuda__warp &w = warps[warp];
@@ -2707,7 +2694,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
     float2 key_factor[2] = {};
     if (keys)
 #pragma unroll
-      for (uint32_t k = 0; k < 2; ++k) {
+      for (uint32_t k = 0; k < (PAIRED ? 1 : 2); ++k) {
         key_factor[k].x = sh->factor[mine + k].x;
         const float4 y = *reinterpret_cast<const float4 *>(constants + 4 * (mine + k));
         key_factor[k].y = y.x + y.y + (y.z + y.w);
@@ -2721,14 +2708,14 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
       const uint8_t *one[1] = {own + slot * s.stride};
       rdkv_cuda__tiles<PAIRED, false, 2>(a, one, widths, run, what >> 8, key_fragments, key_rest,
                                          false, key_factor,
-                                         rdkv_cuda__lift_of<PAIRED>(run)); /* 2: less code */
+                                         rdkv_cuda__lift_of(run)); /* 2: less code */
       __syncwarp();
       if (tile + s.n * n_warps < tile_end)
         rdkv_cuda__fill_slots<false>(ring, head, v_dim, tile_end, n_warps, 1u << slot, false, s);
       slot = slot + 1 == s.n ? 0 : slot + 1;
     }
     if (tail) {
-      const float2 factor[2] = {sh->tail_factor[mine], sh->tail_factor[mine + 1]};
+      const float2 factor[2] = {sh->tail_factor[mine], sh->tail_factor[mine + !PAIRED]};
       if (p.tail_bf16)
         rdkv_cuda__tail_loop<PAIRED, true>(a, w, *piece, k_dim, n_warps, ring, tail_fragments,
                                            tail_rest, factor);
@@ -2747,44 +2734,43 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
   const float unit = (a.plain ? 1.0f : RDKV_CUDA__CODE_UNIT) / RDKV_CUDA_LIFT;
   float *const values = reinterpret_cast<float *>(rings); /* [warps][dims][columns] */
   float2 *const sums = reinterpret_cast<float2 *>(values + n_warps * n_values); /* and mids */
-  float sum = 0; /* lanes 16 to 31: mid; every second 8 lanes: the second column */
+  constexpr uint32_t own_columns = PAIRED ? 1 : 2;                              /* of a lane */
+  float sum = 0; /* lanes 16 to 31: mid; every second 8 lanes: the second column, if there is one */
+  const bool upper = lane & 16, second = !PAIRED && lane & 8;
   if (warp < busy) {
-    if (lane < columns / 2)
+    float pair[2] = {};
 #pragma unroll
-      for (uint32_t k = 0; k < 2; ++k)
-        atomicMax(&sh->max[mine + k], rdkv_cuda__ordered(__float_as_int(a.max[k])));
-    const bool upper = lane & 16, second = lane & 8;
-    float pair[2];
-#pragma unroll
-    for (int k = 0; k < 2; ++k)
+    for (uint32_t k = 0; k < own_columns; ++k) {
+      if (lane < 4) atomicMax(&sh->max[mine + k], rdkv_cuda__ordered(__float_as_int(a.max[k])));
       pair[k] = (upper ? a.mid[k] : a.sum[k]) +
                 __shfl_xor_sync(RDKV_CUDA__FULL, upper ? a.sum[k] : a.mid[k], 16);
+    }
     sum = (second ? pair[1] : pair[0]) +
-          __shfl_xor_sync(RDKV_CUDA__FULL, second ? pair[0] : pair[1], 8);
+          __shfl_xor_sync(RDKV_CUDA__FULL, PAIRED || second ? pair[0] : pair[1], 8);
     sum += __shfl_xor_sync(RDKV_CUDA__FULL, sum, 4);
-    if (PAIRED) sum += __shfl_xor_sync(RDKV_CUDA__FULL, sum, 2);
+    if (PAIRED) a.centre[0] += a.centre[1];
     if (upper) sum -= (second ? a.centre[1] : a.centre[0]) * unit;
   }
   __syncthreads();
   if (warp < busy) {
-    const int2 m = *reinterpret_cast<const int2 *>(&sh->max[mine]);
-    const float top[2] = {__int_as_float(rdkv_cuda__ordered(m.x)),
-                          __int_as_float(rdkv_cuda__ordered(m.y))};
-    float f[2];
+    float f[2] = {};
 #pragma unroll
-    for (int k = 0; k < 2; ++k)
-      f[k] = a.max[k] == top[k] ? 1.0f : rdkv_cuda__exp2(a.max[k] - top[k]);
-    if ((lane & (PAIRED ? 6 : 4)) == 0)
-      reinterpret_cast<float *>(sums + warp * columns + mine)[(lane >> 2 & 2) + (lane >> 4)] =
-          sum * (lane & 8 ? f[1] : f[0]);
+    for (uint32_t k = 0; k < own_columns; ++k) {
+      const float top = __int_as_float(rdkv_cuda__ordered(sh->max[mine + k]));
+      f[k] = a.max[k] == top ? 1.0f : rdkv_cuda__exp2(a.max[k] - top);
+    }
+    if ((lane & (PAIRED ? 12 : 4)) == 0)
+      reinterpret_cast<float *>(sums + warp * columns + mine + second)[upper] =
+          sum * (second ? f[1] : f[0]);
     f[0] *= unit, f[1] *= unit;
-    if (2 * (lane & 3) < columns) {
-      float2 *to =
-          reinterpret_cast<float2 *>(values + warp * n_values) + ((lane >> 2) * columns + mine) / 2;
+    float *to = values + warp * n_values + (lane >> 2) * columns + mine;
 #pragma unroll
-      for (uint32_t i = 0; i < 2 * D; ++i)
-        to[4 * i * columns] =
-            make_float2(a.acc[i / 2][2 * (i & 1)] * f[0], a.acc[i / 2][2 * (i & 1) + 1] * f[1]);
+    for (uint32_t i = 0; i < 2 * D; ++i) {
+      const float x0 = a.acc[i / 2][2 * (i & 1)], x1 = a.acc[i / 2][2 * (i & 1) + 1];
+      if (PAIRED)
+        to[8 * i * columns] = (x0 + x1) * f[0];
+      else
+        *reinterpret_cast<float2 *>(to + 8 * i * columns) = make_float2(x0 * f[0], x1 * f[1]);
     }
   }
   if (threadIdx.x == 0 && seen >> 16 && (seen = rdkv_cuda__look(starts)) >> 16) {
