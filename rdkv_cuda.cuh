@@ -397,11 +397,11 @@ typedef struct rdkv_cuda_head {
 template <int D>
 struct rdkv_cuda_acc {
   float acc[D][4];
-  float centre[4]; /* what the codes' midpoint 2^(b-1) would add up to, in units of acc */
-  float max[2];    /* column's reference: logit + log2 of the V scale stays below max + 7 */
-  float sum[2];    /* this lane's part of the sum of 2^(logit - max) */
-  float mid[2];    /* this lane's part of the sum of 2^(logit - max) * V midpoint */
-  bool plain;      /* acc is in units of 2^9, as for fp16 V; else 2^(9-24), as for codes */
+  float max[2]; /* column's reference: logit + log2 of the V scale stays below max + 7 */
+  float sum[2]; /* this lane's part of the sum of 2^(logit - max) */
+  float mid[2]; /* this lane's part of the sum of 2^(logit - max) * V midpoint, less that of the
+                   codes' midpoint 2^(b-1) in acc */
+  bool plain;   /* acc is in units of 2^9, as for fp16 V; else 2^(9-24), as for codes */
 };
 
 #define RDKV_CUDA__FULL 0xffffffffu
@@ -593,7 +593,6 @@ __device__ __forceinline__ void rdkv_cuda_clear(rdkv_cuda_acc<D> &a) {
 #pragma unroll
   for (int i = 0; i < D; ++i)
     for (int c = 0; c < 4; ++c) a.acc[i][c] = 0;
-  for (int c = 0; c < 4; ++c) a.centre[c] = 0;
   for (int c = 0; c < 2; ++c) a.max[c] = -INFINITY, a.sum[c] = 0, a.mid[c] = 0;
   a.plain = false;
 }
@@ -781,20 +780,19 @@ __device__ __forceinline__ void rdkv_cuda_query(const rdkv_cuda_head *head, bool
                           constant * factor_log2);
 }
 
-/* Logits x (base 2) -> e = 2^(x - max) and p = e * scale * lift; updates sum and, when p comes near
-   the end of fp16, max. x[i] is of the lane's column i % C, its token's V scale is scale[i / C],
-   and lift repeats; logits of tokens that are not there are -Inf. */
-template <int D, bool PAIRED, int N, int L>
+/* Logits x (base 2) -> e = 2^(x - max) and p = e * scale * RDKV_CUDA_LIFT; updates sum and, when p
+   comes near the end of fp16, max. x[i] is of the lane's column i % C, its token's V scale is
+   scale[i / C]; logits of tokens that are not there are -Inf. */
+template <int D, bool PAIRED, int N>
 __device__ __forceinline__ void rdkv_cuda__weigh(rdkv_cuda_acc<D> &a, const float (&x)[N],
                                                  const float (&scale)[PAIRED ? N : N / 2],
-                                                 const float (&lift)[L], float (&e)[N],
-                                                 float (&p)[N]) {
+                                                 float (&e)[N], float (&p)[N]) {
   constexpr int C = PAIRED ? 1 : 2; /* columns of a lane */
   float high = 0, all = 0;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     e[i] = rdkv_cuda__exp2(x[i] - a.max[i % C]);
-    p[i] = e[i] * (scale[i / C] * lift[i / C % L]);
+    p[i] = e[i] * (scale[i / C] * RDKV_CUDA_LIFT);
     high += p[i], all += e[i];
   }
   /* e itself may become large where V scales are small; NaN: the first tokens, max is -Inf */
@@ -812,11 +810,10 @@ __device__ __forceinline__ void rdkv_cuda__weigh(rdkv_cuda_acc<D> &a, const floa
 #pragma unroll
     for (int i = 0; i < D; ++i)
       for (int c = 0; c < 4; ++c) a.acc[i][c] *= f[c & (C - 1)];
-    for (int c = 0; c < 4; ++c) a.centre[c] *= f[c & (C - 1)];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       e[i] = rdkv_cuda__exp2(x[i] - a.max[i % C]);
-      p[i] = e[i] * (scale[i / C] * lift[i / C % L]);
+      p[i] = e[i] * (scale[i / C] * RDKV_CUDA_LIFT);
     }
   }
 #pragma unroll
@@ -830,8 +827,7 @@ __device__ __forceinline__ void rdkv_cuda__units(rdkv_cuda_acc<D> &a, bool plain
   const float f = plain ? RDKV_CUDA__CODE_UNIT : 1.0f / RDKV_CUDA__CODE_UNIT;
 #pragma unroll
   for (int i = 0; i < D; ++i)
-    for (int c = 0; c < 4; ++c) a.acc[i][c] = (a.acc[i][c] - a.centre[c & 1]) * f;
-  for (int c = 0; c < 4; ++c) a.centre[c] = 0;
+    for (int c = 0; c < 4; ++c) a.acc[i][c] *= f;
   a.plain = plain;
 }
 
@@ -974,11 +970,10 @@ __device__ __forceinline__ void rdkv_cuda__byte_products(const uint8_t *(&tile)[
     }
 }
 
-/* acc += V of 32 tokens of one width, weighted by p; centre likewise for the midpoint. */
+/* acc += V of 32 tokens of one width, weighted by p. */
 template <int BITS, int D>
 __device__ __forceinline__ void rdkv_cuda__values(rdkv_cuda_acc<D> &a, const uint8_t *block,
                                                   const uint32_t (&p)[4]) {
-  const uint32_t middle = BITS == 2 ? 0xaaaaaaaau : BITS == 4 ? 0x88888888u : 0x80808080u;
   uint32_t f[4];
 #pragma unroll
   for (int base = 0; base < D; base += 4) { /* sums that depend on each other stand four apart */
@@ -993,27 +988,29 @@ __device__ __forceinline__ void rdkv_cuda__values(rdkv_cuda_acc<D> &a, const uin
         rdkv_cuda__fragment<BITS>(w[i], s, f);
         rdkv_cuda__mma<false>(a.acc[base + i], f[0], f[1], f[2], f[3], p[2 * s], p[2 * s + 1]);
       }
-      if (base == 0) {
-        rdkv_cuda__fragment<BITS>(make_uint4(middle, middle, middle, middle), s, f);
-        rdkv_cuda__mma<false>(a.centre, f[0], f[1], f[2], f[3], p[2 * s], p[2 * s + 1]);
-      }
     }
   }
 }
 
 /* What a V run's probabilities are multiplied by, to undo the factors that stay in its codes: for
-   the lane's tokens, in the order of rdkv_cuda_tile's x. */
+   the lane's tokens, in pairs as rdkv_cuda__tiles has them. */
+template <bool PAIRED>
 struct rdkv_cuda__lift {
-  float of[4];
+  __half2 of[PAIRED ? 2 : 4];
+  float middle; /* of its codes, where a probability of 1 is RDKV_CUDA_LIFT */
 };
 
-__device__ __forceinline__ rdkv_cuda__lift rdkv_cuda__lift_of(int run) {
-  rdkv_cuda__lift l;
+template <bool PAIRED>
+__device__ __forceinline__ rdkv_cuda__lift<PAIRED> rdkv_cuda__lift_of(int run) {
+  rdkv_cuda__lift<PAIRED> l;
   const float odd = run == 0 ? 0.25f : run == 1 ? 0.0625f : 1.0f; /* pr = 1 */
   const float last = run == 0 ? 0.0625f : 1.0f;                   /* the second 16 tokens */
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    l.of[i] = RDKV_CUDA_LIFT * (i >= 2 ? last : 1.0f) * (i & 1 ? odd : 1.0f);
+  for (int i = 0; i < (PAIRED ? 2 : 4); ++i) {
+    const float f = PAIRED ? (i ? last : 1.0f) : (i >= 2 ? last : 1.0f) * (i & 1 ? odd : 1.0f);
+    l.of[i] = __floats2half2_rn(f, PAIRED ? f * odd : f);
+  }
+  l.middle = (run == 0 ? 2 : run == 1 ? 8 : run == 2 ? 128 : 0) / RDKV_CUDA_LIFT;
   return l;
 }
 
@@ -1060,7 +1057,7 @@ __device__ __forceinline__ void rdkv_cuda__tiles(rdkv_cuda_acc<D> &a, const uint
                                                  uint32_t widths, int run, uint32_t tokens,
                                                  const uint8_t *fragments, uint32_t rest, bool fine,
                                                  const float2 *factor,
-                                                 const rdkv_cuda__lift &lift) {
+                                                 const rdkv_cuda__lift<PAIRED> &lift) {
   const uint32_t lane = threadIdx.x & 31, g = lane >> 2;
   constexpr int C = PAIRED ? 1 : 2, N = 4 * C; /* a lane's columns; logits that it has of a tile */
   float x[N * T], e[N * T], p[N * T];
@@ -1090,7 +1087,7 @@ __device__ __forceinline__ void rdkv_cuda__tiles(rdkv_cuda_acc<D> &a, const uint
     for (int i = 0; i < N; ++i)
       if (8u * static_cast<uint32_t>(i / C) + g >= tokens) x[i] = -INFINITY;
 
-  rdkv_cuda__weigh<D, PAIRED, N * T>(a, x, scale, lift.of, e, p);
+  rdkv_cuda__weigh<D, PAIRED, N * T>(a, x, scale, e, p);
 
   /* probabilities times V scale, less the factors that stay in the codes, as B fragments */
   uint32_t b[T][4];
@@ -1098,12 +1095,17 @@ __device__ __forceinline__ void rdkv_cuda__tiles(rdkv_cuda_acc<D> &a, const uint
   for (int t = 0; t < T; ++t) {
 #pragma unroll
     for (int i = 0; i < N; ++i) a.mid[i % C] += e[N * t + i] * mid[4 * t + i / C];
+    uint32_t w[N / 2];
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) { /* two tokens of a column, or two columns of a token */
+      const __half2 h = __floats2half2_rn(p[N * t + 2 * i], p[N * t + 2 * i + 1]);
+      a.mid[0] -= __low2float(h) * lift.middle, a.mid[C - 1] -= __high2float(h) * lift.middle;
+      w[i] = rdkv_cuda__bits(__hmul2(h, lift.of[i]));
+    }
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      const float *w = p + N * t + N / 2 * s;
       uint32_t part[2];
-      rdkv_cuda__weights<PAIRED>(rdkv_cuda__pair<false>(w[0], w[1]),
-                                 PAIRED ? 0 : rdkv_cuda__pair<false>(w[C], w[C + 1]), part);
+      rdkv_cuda__weights<PAIRED>(w[N / 4 * s], w[N / 4 * s + N / 8], part);
       b[t][2 * s] = part[0], b[t][2 * s + 1] = part[1];
     }
   }
@@ -1147,7 +1149,7 @@ __device__ __forceinline__ void rdkv_cuda_tile(rdkv_cuda_acc<D> &a, const uint8_
   const uint8_t *one[1] = {tile};
   rdkv_cuda__tiles<PAIRED, PAIRED && RDKV_CUDA__BYTES>(a, one, widths, run, tokens, fragments, rest,
                                                        rdkv_cuda__fine(factor), factor,
-                                                       rdkv_cuda__lift_of(run));
+                                                       rdkv_cuda__lift_of<PAIRED>(run));
 }
 
 __device__ __forceinline__ void rdkv_cuda__ldmatrix(uint32_t (&f)[4], uint32_t address) {
@@ -1195,11 +1197,10 @@ __device__ __forceinline__ void rdkv_cuda_dense_keys(rdkv_cuda_acc<D> &a, uint32
     x[i] = x[i] * factor[i % C].x + factor[i % C].y;
     if (8u * static_cast<uint32_t>(i / C) + g >= tokens) x[i] = -INFINITY;
   }
-  float one[2], lift[2], e[N], w[N];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) one[i] = 1, lift[i] = RDKV_CUDA_LIFT;
+  const float one[2] = {1, 1};
+  float e[N], w[N];
   rdkv_cuda__units(a, true);
-  rdkv_cuda__weigh<D, PAIRED, N>(a, x, one, lift, e, w);
+  rdkv_cuda__weigh<D, PAIRED, N>(a, x, one, e, w);
   rdkv_cuda__weights<PAIRED>(rdkv_cuda__pair<BF16>(w[0], w[1]),
                              PAIRED ? 0 : rdkv_cuda__pair<BF16>(w[C], w[C + 1]), p);
 }
@@ -2172,7 +2173,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         const uint32_t run_tokens = rdkv_cuda__uniform(x.head.n_tokens[f.run]);
         /* f.begin is where the run ends by now */
         const uint32_t full = min(f.end, f.begin - (run_tokens % 32 != 0));
-        const rdkv_cuda__lift lift = rdkv_cuda__lift_of(static_cast<int>(f.run));
+        const rdkv_cuda__lift<PAIRED> lift = rdkv_cuda__lift_of<PAIRED>(static_cast<int>(f.run));
         uint32_t slot = 0;
         rdkv_cuda__units(a, f.run == 3);
 #pragma unroll 1
@@ -2224,7 +2225,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         if (g == 0) {
           rdkv_cuda__warp &w = warps[warp];
           w.max[mine + k] = a.max[k], w.sum[mine + k] = a.sum[k];
-          w.mid[mine + k] = a.mid[k] - (PAIRED ? a.centre[0] + a.centre[1] : a.centre[k]) * unit;
+          w.mid[mine + k] = a.mid[k];
           w.unit = unit;
         }
       }
@@ -2708,7 +2709,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
       const uint8_t *one[1] = {own + slot * s.stride};
       rdkv_cuda__tiles<PAIRED, false, 2>(a, one, widths, run, what >> 8, key_fragments, key_rest,
                                          false, key_factor,
-                                         rdkv_cuda__lift_of(run)); /* 2: less code */
+                                         rdkv_cuda__lift_of<PAIRED>(run)); /* 2: less code */
       __syncwarp();
       if (tile + s.n * n_warps < tile_end)
         rdkv_cuda__fill_slots<false>(ring, head, v_dim, tile_end, n_warps, 1u << slot, false, s);
@@ -2748,8 +2749,6 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
     sum = (second ? pair[1] : pair[0]) +
           __shfl_xor_sync(RDKV_CUDA__FULL, PAIRED || second ? pair[0] : pair[1], 8);
     sum += __shfl_xor_sync(RDKV_CUDA__FULL, sum, 4);
-    if (PAIRED) a.centre[0] += a.centre[1];
-    if (upper) sum -= (second ? a.centre[1] : a.centre[0]) * unit;
   }
   __syncthreads();
   if (warp < busy) {
@@ -2901,11 +2900,13 @@ static uint32_t rdkv_cuda__ring_bytes(const rdkv_cuda_config *c) {
   return static_cast<uint32_t>((bytes + 383) / 384 * 384); /* slots of whole 128 bytes */
 }
 
-/* Fragments of the query: for groups above 4 the rests lie behind. */
+/* Fragments of the query: for groups above 4 the rests lie behind. Those of bytes have up to 3
+   pairs with one block. */
 static uint32_t rdkv_cuda__fragments(const rdkv_cuda_config *c, int blocks) {
   const uint32_t n = static_cast<uint32_t>(blocks);
+  const uint32_t bytes = (RDKV_CUDA__PAIR * (n + 3) / 2 + 127) / 128 * 128;
   if (c->n_q_heads / c->n_kv_heads > 4) return 512u * n;
-  return 256u * n > RDKV_CUDA__PAIR / 2 * (n + 3) ? 256u * n : RDKV_CUDA__PAIR / 2 * (n + 3);
+  return c->latency > 0 || 256u * n > bytes ? 256u * n : bytes;
 }
 
 /* What fragments are made of: a head's table (runs padded as above) and rows of q. */
