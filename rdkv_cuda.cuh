@@ -397,17 +397,17 @@ typedef struct rdkv_cuda_head {
 template <int D>
 struct rdkv_cuda_acc {
   float acc[D][4];
-  float max[2]; /* column's reference: logit + log2 of the V scale stays below max + 7 */
+  float max[2]; /* column's reference: logit + log2 of the V scale stays below max + 16 */
   float sum[2]; /* this lane's part of the sum of 2^(logit - max) */
   float mid[2]; /* this lane's part of the sum of 2^(logit - max) * V midpoint, less that of the
                    codes' midpoint 2^(b-1) in acc */
-  bool plain;   /* acc is in units of 2^9, as for fp16 V; else 2^(9-24), as for codes */
+  bool plain;   /* acc is in units of 1, as for fp16 V; else 2^-24, as for codes */
 };
 
 #define RDKV_CUDA__FULL 0xffffffffu
-#define RDKV_CUDA_LIFT                                                                           \
-  512.0f /* probabilities are held as 2^9 times their value: far from fp16's underflow, and with \
-             room for the max to grow by 2^7 before anything must be rescaled */
+#define RDKV_CUDA__LIFT                                                                            \
+  9.0f /* the largest probability is held as 2^9: far from fp16's underflow, and with room for the \
+          max to grow by 2^7 before anything must be rescaled */
 /* K of groups of up to 4 by MMAs of bytes: fewer of them, and fewer instructions to unpack. Not
    where these are slow. */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
@@ -780,29 +780,35 @@ __device__ __forceinline__ void rdkv_cuda_query(const rdkv_cuda_head *head, bool
                           constant * factor_log2);
 }
 
-/* Logits x (base 2) -> e = 2^(x - max) and p = e * scale * RDKV_CUDA_LIFT; updates sum and, when p
-   comes near the end of fp16, max. x[i] is of the lane's column i % C, its token's V scale is
-   scale[i / C]; logits of tokens that are not there are -Inf. */
+/* Logits x (base 2) -> e = 2^(x - max) and p = e * scale; updates sum and, when p comes near the
+   end of fp16, max. x[i] is of the lane's column i % C, its token's V scale is scale[i / C]; logits
+   of tokens that are not there are -Inf. */
 template <int D, bool PAIRED, int N>
 __device__ __forceinline__ void rdkv_cuda__weigh(rdkv_cuda_acc<D> &a, const float (&x)[N],
                                                  const float (&scale)[PAIRED ? N : N / 2],
                                                  float (&e)[N], float (&p)[N]) {
   constexpr int C = PAIRED ? 1 : 2; /* columns of a lane */
-  float high = 0, all = 0;
+  float high, all[C];
+  const auto weigh = [&] {
+    high = all[0] = all[C - 1] = 0;
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    e[i] = rdkv_cuda__exp2(x[i] - a.max[i % C]);
-    p[i] = e[i] * (scale[i / C] * RDKV_CUDA_LIFT);
-    high += p[i], all += e[i];
-  }
+    for (int i = 0; i < N; ++i) {
+      e[i] = rdkv_cuda__exp2(x[i] - a.max[i % C]);
+      p[i] = e[i] * scale[i / C];
+      high += p[i], all[i % C] += e[i];
+    }
+  };
+  weigh();
   /* e itself may become large where V scales are small; NaN: the first tokens, max is -Inf */
-  if (__any_sync(RDKV_CUDA__FULL, !(high + all * 3.0517578e-5f <= 65504.0f))) {
+  const float every = PAIRED ? all[0] : all[0] + all[C - 1];
+  if (__any_sync(RDKV_CUDA__FULL, !(high + every * 9.5367432e-7f <= 65504.0f))) {
     float f[2];
 #pragma unroll
     for (int k = 0; k < C; ++k) {
       float m = a.max[k];
       for (int i = k; i < N; i += C) /* a scale of 0 counts as fp16's smallest */
-        m = fmaxf(m, x[i] + rdkv_cuda__log2(fmaxf(scale[i / C], 5.9604645e-8f)));
+        m = fmaxf(m,
+                  x[i] + (rdkv_cuda__log2(fmaxf(scale[i / C], 5.9604645e-8f)) - RDKV_CUDA__LIFT));
       for (int d = 4; d < 32; d <<= 1) m = fmaxf(m, __shfl_xor_sync(RDKV_CUDA__FULL, m, d));
       f[k] = m == a.max[k] ? 1.0f : rdkv_cuda__exp2(a.max[k] - m);
       a.max[k] = m, a.sum[k] *= f[k], a.mid[k] *= f[k];
@@ -810,14 +816,10 @@ __device__ __forceinline__ void rdkv_cuda__weigh(rdkv_cuda_acc<D> &a, const floa
 #pragma unroll
     for (int i = 0; i < D; ++i)
       for (int c = 0; c < 4; ++c) a.acc[i][c] *= f[c & (C - 1)];
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      e[i] = rdkv_cuda__exp2(x[i] - a.max[i % C]);
-      p[i] = e[i] * (scale[i / C] * RDKV_CUDA_LIFT);
-    }
+    weigh();
   }
 #pragma unroll
-  for (int i = 0; i < N; ++i) a.sum[i % C] += e[i];
+  for (int k = 0; k < C; ++k) a.sum[k] += all[k];
 }
 
 /* Brings acc to the units of fp16 V, or to those of codes. */
@@ -997,7 +999,7 @@ __device__ __forceinline__ void rdkv_cuda__values(rdkv_cuda_acc<D> &a, const uin
 template <bool PAIRED>
 struct rdkv_cuda__lift {
   __half2 of[PAIRED ? 2 : 4];
-  float middle; /* of its codes, where a probability of 1 is RDKV_CUDA_LIFT */
+  float middle; /* of its codes */
 };
 
 template <bool PAIRED>
@@ -1010,7 +1012,7 @@ __device__ __forceinline__ rdkv_cuda__lift<PAIRED> rdkv_cuda__lift_of(int run) {
     const float f = PAIRED ? (i ? last : 1.0f) : (i >= 2 ? last : 1.0f) * (i & 1 ? odd : 1.0f);
     l.of[i] = __floats2half2_rn(f, PAIRED ? f * odd : f);
   }
-  l.middle = (run == 0 ? 2 : run == 1 ? 8 : run == 2 ? 128 : 0) / RDKV_CUDA_LIFT;
+  l.middle = run == 0 ? 2.0f : run == 1 ? 8.0f : run == 2 ? 128.0f : 0.0f;
   return l;
 }
 
@@ -1218,10 +1220,9 @@ __device__ __forceinline__ void rdkv_cuda_dense_values(rdkv_cuda_acc<D> &a, uint
   }
 }
 
-/* Sums over the warp. Then acc * scale + mid[k] is the sum of 2^(logit - max) * v of the lane's
-   column k, scale = 1 / RDKV_CUDA_LIFT, and sum[k] that of 2^(logit - max): out is the first over
-   the second, lse = ln(2) * (max + log2(sum)). PAIRED: k is 0, and acc[i][0] and acc[i][2] count.
- */
+/* Sums over the warp. Then acc + mid[k] is the sum of 2^(logit - max) * v of the lane's column k,
+   and sum[k] that of 2^(logit - max): out is the first over the second, lse = ln(2) * (max +
+   log2(sum)). PAIRED: k is 0, and acc[i][0] and acc[i][2] count. */
 template <bool PAIRED, int D>
 __device__ __forceinline__ void rdkv_cuda_finish(rdkv_cuda_acc<D> &a) {
   rdkv_cuda__units(a, true);
@@ -2206,7 +2207,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
       /* warps leave their sums as they are, [dim][column], in their rings */
       constexpr uint32_t own = PAIRED ? 1 : 2; /* columns of a lane */
       const uint32_t g = lane >> 2, n_values = 16 * D * columns;
-      const float unit = (a.plain ? 1.0f : RDKV_CUDA__CODE_UNIT) / RDKV_CUDA_LIFT;
+      const float unit = a.plain ? 1.0f : RDKV_CUDA__CODE_UNIT;
       float *to = reinterpret_cast<float *>(rings + warp * p.ring_bytes) + g * columns + mine;
 #pragma unroll
       for (uint32_t i = 0; i < 2 * D; ++i) {
@@ -2732,7 +2733,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
   clear(part + (sh->set ? 0 : static_cast<size_t>(p.n_blocks) * part_words));
   /* all warps' sums to one scale, that of the block's largest logit */
   const uint32_t n = sh->piece[1].n_parts;
-  const float unit = (a.plain ? 1.0f : RDKV_CUDA__CODE_UNIT) / RDKV_CUDA_LIFT;
+  const float unit = a.plain ? 1.0f : RDKV_CUDA__CODE_UNIT;
   float *const values = reinterpret_cast<float *>(rings); /* [warps][dims][columns] */
   float2 *const sums = reinterpret_cast<float2 *>(values + n_warps * n_values); /* and mids */
   constexpr uint32_t own_columns = PAIRED ? 1 : 2;                              /* of a lane */

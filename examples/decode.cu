@@ -61,7 +61,7 @@ static __global__ void warp_attend(const void *block, const __half *q, float sca
   for (uint32_t i = 0; i < DIM / 16; ++i)
     for (uint32_t k = 0; k < 2; ++k)
       out[(blockIdx.x * GROUP + column) * DIM + 16 * i + g + 8 * k] =
-          (a.acc[i][2 * k] / RDKV_CUDA_LIFT + a.mid[0]) / a.sum[0];
+          (a.acc[i][2 * k] + a.mid[0]) / a.sum[0];
 }
 
 static double distance(const float *a, const float *b, int n) {
