@@ -30,7 +30,8 @@
 
    HOW IT WORKS. Codes go from the packed tile into fp16 tensor-core fragments by AND alone: a code
    left inside the mantissa of a half with exponent 0 is a subnormal number worth code * 4^k *
-   2^-24. Scales are never applied to codes: K's go into the query, V's into the probabilities. One
+   2^-24. K of groups of up to 4 heads goes into fragments of bytes, against a query of two or three
+   bytes. Scales are never applied to codes: K's go into the query, V's into the probabilities. One
    launch attends to segments and tail, appends the new token, and combines the parts of heads that
    were split over blocks, in a fixed order: the result is bitwise the same at every replay.
 
@@ -391,21 +392,33 @@ typedef struct rdkv_cuda_head {
 } rdkv_cuda_head;
 
 /* Running attention of a warp for 8 columns. Lane 4g + t holds dims 16i + g and 16i + g + 8 of
-   columns 2t and 2t + 1: acc[i] = (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1). */
+   columns 2t and 2t + 1: acc[i] = (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1). PAIRED: for 4, column
+   t in two parts: (g, g, g+8, g+8). */
 template <int D>
 struct rdkv_cuda_acc {
   float acc[D][4];
-  float centre[4]; /* what the codes' midpoint 2^(b-1) would add up to, in units of acc */
-  float max[2];    /* column's reference: logit + log2 of the V scale stays below max + 7 */
-  float sum[2];    /* this lane's part of the sum of 2^(logit - max) */
-  float mid[2];    /* this lane's part of the sum of 2^(logit - max) * V midpoint */
-  bool plain;      /* acc is in units of 2^9, as for fp16 V; else 2^(9-24), as for codes */
+  float max[2]; /* column's reference: logit + log2 of the V scale stays below max + 16 */
+  float sum[2]; /* this lane's part of the sum of 2^(logit - max) */
+  float mid[2]; /* this lane's part of the sum of 2^(logit - max) * V midpoint, less that of the
+                   codes' midpoint 2^(b-1) in acc */
+  bool plain;   /* acc is in units of 1, as for fp16 V; else 2^-24, as for codes */
 };
 
 #define RDKV_CUDA__FULL 0xffffffffu
-#define RDKV_CUDA_LIFT                                                                           \
-  512.0f /* probabilities are held as 2^9 times their value: far from fp16's underflow, and with \
-             room for the max to grow by 2^7 before anything must be rescaled */
+#define RDKV_CUDA__LIFT                                                                            \
+  9.0f /* the largest probability is held as 2^9: far from fp16's underflow, and with room for the \
+          max to grow by 2^7 before anything must be rescaled */
+/* K of groups of up to 4 by MMAs of bytes: fewer of them, and fewer instructions to unpack. Not
+   where these are slow. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define RDKV_CUDA__BYTES false
+#else
+#define RDKV_CUDA__BYTES true
+#endif
+#define RDKV_CUDA__PAIR 384 /* bytes of such a query for two blocks of 16 channels */
+#define RDKV_CUDA__FINE                                                                           \
+  1.9073486e-6f /* a factor above this needs the query's third bytes: without them logits are off \
+                   by about 240 factors for 128 channels, so here by 3e-4 */
 #ifdef RDKV_CUDA_MAGIC_UNPACK
 #define RDKV_CUDA__CODE_UNIT 1.0f
 #else
@@ -439,6 +452,15 @@ __device__ __forceinline__ void rdkv_cuda__mma(float (&c)[4], uint32_t a0, uint3
         "{%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+/* c += A (16 x 32, row, unsigned bytes) * B (32 x 8, column, signed bytes). */
+__device__ __forceinline__ void rdkv_cuda__mma_bytes(int (&c)[4], const uint32_t (&a)[4],
+                                                     uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 /* Transposes an 8 x 8 matrix of 16-bit elements, row g in lanes 4g..4g+3. */
@@ -571,7 +593,6 @@ __device__ __forceinline__ void rdkv_cuda_clear(rdkv_cuda_acc<D> &a) {
 #pragma unroll
   for (int i = 0; i < D; ++i)
     for (int c = 0; c < 4; ++c) a.acc[i][c] = 0;
-  for (int c = 0; c < 4; ++c) a.centre[c] = 0;
   for (int c = 0; c < 2; ++c) a.max[c] = -INFINITY, a.sum[c] = 0, a.mid[c] = 0;
   a.plain = false;
 }
@@ -592,12 +613,76 @@ __device__ __forceinline__ void rdkv_cuda__gather(const void *p, const uint32_t 
   }
 }
 
+/* The packed query of groups of up to 4: q' of channel c as an integer of 24 bits, three signed
+   bytes. A unit is worth 4 in a run of 2 bits and 1/16 in one of 8 bits, as then all runs' rounding
+   adds as much to a logit. x[i][k] is q' of channel 128 i + 4 lane + k in these units, largest the
+   largest of all lanes.
+   fragments [pairs of a run's blocks]: [columns][2][4t][pr][block of the pair][e] the first and the
+   second bytes; then [columns][4t][pr]... the third ones, which are 0 where they may be left out.
+ */
+__device__ __forceinline__ void rdkv_cuda__query_bytes(const rdkv_cuda_head &head,
+                                                       const float (&x)[3][4], float largest,
+                                                       float constant, float factor_log2,
+                                                       uint32_t column, uint8_t *fragments,
+                                                       float2 *factor) {
+  const uint32_t lane = threadIdx.x & 31;
+  const uint32_t b2 = head.n_blocks[0], b4 = b2 + head.n_blocks[1], b8 = b4 + head.n_blocks[2];
+  const float most = fmaxf(largest, 1e-30f); /* = 30700 units; 4-bit q' grow by 1/16 at most */
+  const float unit = most * (factor_log2 / (16 * 30700.0f));
+  const bool fine = unit > RDKV_CUDA__FINE;
+  const float up = __fdividef(fine ? 256 * 30700.0f : 30700.0f, most);
+  int sum[2] = {0, 0}; /* of what the codes' midpoints add up to, 256ths apart */
+#pragma unroll
+  for (uint32_t i = 0; i < 3; ++i) {
+    const uint32_t block = 8 * i + (lane >> 2);
+    if (8 * i >= b8 || block >= b8) continue;
+    const bool four = block >= b2 && block < b4;
+    const uint32_t begin = block < b2 ? 0 : four ? b2 : b4, end = block < b2 ? b2 : four ? b4 : b8;
+    const uint32_t pairs = block < b2 ? 0 : (b2 + 1) / 2 + (four ? 0 : (b4 - b2 + 1) / 2);
+    const uint32_t in_run = block - begin;
+    uint8_t *to =
+        fragments + RDKV_CUDA__PAIR * (pairs + in_run / 2) + 8 * (lane & 3) + 2 * (in_run & 1);
+    int v[4];
+#pragma unroll
+    for (int k = 3; k >= 0; --k) /* codes of an odd pair bring those of the even one, as 16ths */
+      v[k] = __float2int_rn(x[i][k] * up - (four && k < 2 ? 0.0625f * v[(k + 2) & 3] : 0.0f));
+#pragma unroll
+    for (int pr = 0; pr < 2; ++pr) {
+      uint32_t bytes[3] = {0, 0, 0};
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int y = v[2 * pr + e] * (fine ? 1 : 256), two = (y + 128) >> 8;
+        const int weight = four && pr ? 136 : 128; /* times its unit, middles of all widths */
+        const int low[3] = {(two + 128) >> 8, two, y};
+        sum[0] += two * weight, sum[1] += (y - two * 256) * weight;
+#pragma unroll
+        for (int j = 0; j < 3; ++j) bytes[j] |= (static_cast<uint32_t>(low[j]) & 255) << (8 * e);
+      }
+#pragma unroll
+      for (int j = 0; j < 3; ++j) {
+        uint16_t *at = reinterpret_cast<uint16_t *>(
+            to + (j < 2 ? 64 * column + 32 * j : 256 + 32 * column) + 4 * pr);
+        at[0] = static_cast<uint16_t>(bytes[j]);
+        if (!(in_run & 1) && block + 1 == end) at[1] = 0;
+      }
+    }
+  }
+  const int two = __reduce_add_sync(RDKV_CUDA__FULL, sum[0]);
+  const int three = __reduce_add_sync(RDKV_CUDA__FULL, sum[1]);
+  if (lane == 0)
+    *factor = make_float2(
+        unit, constant * factor_log2 -
+                  unit * (static_cast<float>(two) + static_cast<float>(three) * (1.0f / 256)));
+}
+
 /* Query of one column -> fragments, and (factor, constant) with logit in base 2 = factor * product
    + constant. head NULL: for plain K (a tail) instead of a segment; bf16: that K is bf16. fragments
    [blocks of 16 channels][8 columns][16] of 2 bytes; every column must be written, those without a
    query with q NULL. What rounding takes away goes to rest, in the same layout: the sum of both is
-   exact to 2^-22. Up to 4 columns, rest may be column + 4 of the same fragments: there rest =
-   fragments + 128 bytes. q the head's k_dim values; factor_log2 = softmax_scale * log2(e). */
+   exact to 2^-22. PAIRED: up to 4 columns, each two of the fragments, with rest = fragments + 32
+   bytes; those of a segment are of other kinds and take 192 * (blocks of 16 channels + 3) bytes. q
+   the head's k_dim values; factor_log2 = softmax_scale * log2(e). */
+template <bool PAIRED>
 __device__ __forceinline__ void rdkv_cuda_query(const rdkv_cuda_head *head, bool bf16,
                                                 const void *q, int dtype, int k_dim,
                                                 float factor_log2, uint32_t column, void *fragments,
@@ -610,6 +695,7 @@ __device__ __forceinline__ void rdkv_cuda_query(const rdkv_cuda_head *head, bool
   const uint16_t *scale = reinterpret_cast<const uint16_t *>(head ? head->table : nullptr);
   const uint16_t *mid = scale + n;
   const uint8_t *channel = reinterpret_cast<const uint8_t *>(mid + all);
+  constexpr bool bytes = PAIRED && RDKV_CUDA__BYTES;
   float x[3][4], constant = 0; /* this lane's channels 128 i + 4 lane + k, k_dim + 45 at most */
   uint32_t largest = 0;
 #pragma unroll
@@ -631,11 +717,19 @@ __device__ __forceinline__ void rdkv_cuda_query(const rdkv_cuda_head *head, bool
       } else {
         if (c + k < all) constant += value[k] * __half2float(__ushort_as_half(mid[c + k]));
         if (c < n) x[i][k] = value[k] * __half2float(__ushort_as_half(scale[c + k]));
+        if (bytes) x[i][k] *= c < n2 ? 0.25f : c < n4 ? 1.0f : 16.0f;
       }
       largest = max(largest, static_cast<uint32_t>(__float_as_int(fabsf(x[i][k]))));
     }
   }
   largest = __reduce_max_sync(RDKV_CUDA__FULL, largest);
+  if (bytes && head) {
+#pragma unroll
+    for (int d = 16; d; d >>= 1) constant += __shfl_xor_sync(RDKV_CUDA__FULL, constant, d);
+    rdkv_cuda__query_bytes(*head, x, __uint_as_float(largest), constant, factor_log2, column,
+                           static_cast<uint8_t *>(fragments), factor);
+    return;
+  }
   /* the largest value is brought to [2^14, 2^15) */
   const int exponent = static_cast<int>(largest >> 23) - 127;
   const int lift = largest > 0 ? max(-100, min(100, 14 - exponent)) : 0;
@@ -669,7 +763,7 @@ __device__ __forceinline__ void rdkv_cuda_query(const rdkv_cuda_head *head, bool
       }
     }
     /* packed channels lie as they come; plain ones are permuted as ldmatrix permutes K */
-    const uint32_t j = c & 15, at = 128 * (c >> 4) + 16 * column; /* in 2 bytes */
+    const uint32_t j = c & 15, at = 128 * (c >> 4) + (PAIRED ? 32 : 16) * column; /* 2 bytes */
     const uint32_t at0 = at + (head ? j : 4 * ((j & 7) >> 1) + 2 * (j >> 3));
     const uint32_t at1 = at + (head ? j + 2 : 4 * (((j + 2) & 7) >> 1) + 2 * (j >> 3));
     uint16_t *f = static_cast<uint16_t *>(fragments), *r = static_cast<uint16_t *>(rest);
@@ -686,46 +780,46 @@ __device__ __forceinline__ void rdkv_cuda_query(const rdkv_cuda_head *head, bool
                           constant * factor_log2);
 }
 
-/* Logits x (base 2) -> e = 2^(x - max) and p = e * scale * lift; updates sum and, when p comes near
-   the end of fp16, max. x[i] is of the lane's column i & 1, its token's V scale is scale[i / 2],
-   and lift repeats; logits of tokens that are not there are -Inf. */
-template <int D, bool PAIRED, int N, int L>
+/* Logits x (base 2) -> e = 2^(x - max) and p = e * scale; updates sum and, when p comes near the
+   end of fp16, max. x[i] is of the lane's column i % C, its token's V scale is scale[i / C]; logits
+   of tokens that are not there are -Inf. */
+template <int D, bool PAIRED, int N>
 __device__ __forceinline__ void rdkv_cuda__weigh(rdkv_cuda_acc<D> &a, const float (&x)[N],
-                                                 const float (&scale)[N / 2],
-                                                 const float (&lift)[L], float (&e)[N],
-                                                 float (&p)[N]) {
-  float high = 0, all = 0;
+                                                 const float (&scale)[PAIRED ? N : N / 2],
+                                                 float (&e)[N], float (&p)[N]) {
+  constexpr int C = PAIRED ? 1 : 2; /* columns of a lane */
+  float high, all[C];
+  const auto weigh = [&] {
+    high = all[0] = all[C - 1] = 0;
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    e[i] = rdkv_cuda__exp2(x[i] - a.max[i & 1]);
-    p[i] = e[i] * (scale[i / 2] * lift[i / 2 % L]);
-    high += p[i], all += e[i];
-  }
+    for (int i = 0; i < N; ++i) {
+      e[i] = rdkv_cuda__exp2(x[i] - a.max[i % C]);
+      p[i] = e[i] * scale[i / C];
+      high += p[i], all[i % C] += e[i];
+    }
+  };
+  weigh();
   /* e itself may become large where V scales are small; NaN: the first tokens, max is -Inf */
-  if (__any_sync(RDKV_CUDA__FULL, !(high + all * 3.0517578e-5f <= 65504.0f))) {
+  const float every = PAIRED ? all[0] : all[0] + all[C - 1];
+  if (__any_sync(RDKV_CUDA__FULL, !(high + every * 9.5367432e-7f <= 65504.0f))) {
     float f[2];
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
+    for (int k = 0; k < C; ++k) {
       float m = a.max[k];
-      for (int i = k; i < N; i += 2) /* a scale of 0 counts as fp16's smallest */
-        m = fmaxf(m, x[i] + rdkv_cuda__log2(fmaxf(scale[i / 2], 5.9604645e-8f)));
-      for (int d = PAIRED ? 2 : 4; d < 32; d <<= 1)
-        m = fmaxf(m, __shfl_xor_sync(RDKV_CUDA__FULL, m, d));
+      for (int i = k; i < N; i += C) /* a scale of 0 counts as fp16's smallest */
+        m = fmaxf(m,
+                  x[i] + (rdkv_cuda__log2(fmaxf(scale[i / C], 5.9604645e-8f)) - RDKV_CUDA__LIFT));
+      for (int d = 4; d < 32; d <<= 1) m = fmaxf(m, __shfl_xor_sync(RDKV_CUDA__FULL, m, d));
       f[k] = m == a.max[k] ? 1.0f : rdkv_cuda__exp2(a.max[k] - m);
       a.max[k] = m, a.sum[k] *= f[k], a.mid[k] *= f[k];
     }
 #pragma unroll
     for (int i = 0; i < D; ++i)
-      for (int c = 0; c < 4; ++c) a.acc[i][c] *= f[c & 1];
-    for (int c = 0; c < 4; ++c) a.centre[c] *= f[c & 1];
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      e[i] = rdkv_cuda__exp2(x[i] - a.max[i & 1]);
-      p[i] = e[i] * (scale[i / 2] * lift[i / 2 % L]);
-    }
+      for (int c = 0; c < 4; ++c) a.acc[i][c] *= f[c & (C - 1)];
+    weigh();
   }
 #pragma unroll
-  for (int i = 0; i < N; ++i) a.sum[i & 1] += e[i];
+  for (int k = 0; k < C; ++k) a.sum[k] += all[k];
 }
 
 /* Brings acc to the units of fp16 V, or to those of codes. */
@@ -735,8 +829,7 @@ __device__ __forceinline__ void rdkv_cuda__units(rdkv_cuda_acc<D> &a, bool plain
   const float f = plain ? RDKV_CUDA__CODE_UNIT : 1.0f / RDKV_CUDA__CODE_UNIT;
 #pragma unroll
   for (int i = 0; i < D; ++i)
-    for (int c = 0; c < 4; ++c) a.acc[i][c] = (a.acc[i][c] - a.centre[c & 1]) * f;
-  for (int c = 0; c < 4; ++c) a.centre[c] = 0;
+    for (int c = 0; c < 4; ++c) a.acc[i][c] *= f;
   a.plain = plain;
 }
 
@@ -798,11 +891,91 @@ __device__ __forceinline__ void rdkv_cuda__keys(float (&x)[T][2][4], const uint8
   if (n & 1) rdkv_cuda__key_blocks<BITS, 1, PAIRED>(x, block, query, rest);
 }
 
-/* acc += V of 32 tokens of one width, weighted by p; centre likewise for the midpoint. */
+/* The same by bytes: of two blocks of K the A fragment of 16 of their 32 rows, four channels of a
+   row in a register. Codes are worth 4 (first half of 2 bits), 64 (second half) or 16 (4 bits)
+   times as much; of 4 bits those of an odd pair bring their even pair's with them. */
+template <int BITS>
+__device__ __forceinline__ void rdkv_cuda__byte_fragment(uint4 x, uint4 y, int sub,
+                                                         uint32_t (&a)[4]) {
+  if (BITS == 2) {
+    const uint32_t u = __byte_perm(x.x, y.x, 0x6420), v = __byte_perm(x.x, y.x, 0x7531);
+    const uint32_t mask = sub ? 0xc0c0c0c0u : 0x0c0c0c0cu;
+    a[0] = u << 2 & mask, a[1] = v << 2 & mask, a[2] = u & mask, a[3] = v & mask;
+  } else if (BITS == 4) {
+    const uint32_t p = sub ? x.y : x.x, q = sub ? y.y : y.x;
+    a[2] = __byte_perm(p, q, 0x6420), a[3] = __byte_perm(p, q, 0x7531);
+    a[0] = a[2] << 4 & 0xf0f0f0f0u, a[1] = a[3] << 4 & 0xf0f0f0f0u;
+  } else {
+    const uint32_t p = sub ? x.z : x.x, q = sub ? y.z : y.x;
+    const uint32_t r = sub ? x.w : x.y, s = sub ? y.w : y.y;
+    a[0] = __byte_perm(p, q, 0x5410), a[1] = __byte_perm(p, q, 0x7632);
+    a[2] = __byte_perm(r, s, 0x5410), a[3] = __byte_perm(r, s, 0x7632);
+  }
+}
+
+/* Adds n blocks of K of T tiles to the products x, and with FINE those with the query's third bytes
+   to z. Behind an odd last block the next bytes of the tile stand in for another one: the query is
+   0 there. */
+template <int BITS, bool FINE, int T>
+__device__ __forceinline__ void rdkv_cuda__byte_keys(int (&x)[T][2][4], int (&z)[T][2][4],
+                                                     const uint8_t *(&block)[T],
+                                                     const uint8_t *&query, uint32_t n) {
+  const uint32_t lane = threadIdx.x & 31;
+#pragma unroll 1
+  for (uint32_t i = 0; i < n; i += 2) {
+    uint4 w[T][2]; /* all loads first */
+    const uint2 q = reinterpret_cast<const uint2 *>(query)[lane];
+    const uint2 r =
+        FINE ? reinterpret_cast<const uint2 *>(query + 256)[(lane >> 1 & 12) + (lane & 3)]
+             : uint2();
+#pragma unroll
+    for (int t = 0; t < T; ++t) {
+      w[t][0] = rdkv_cuda__words<BITS>(block[t]),
+      w[t][1] = rdkv_cuda__words<BITS>(block[t] + 64 * BITS);
+      block[t] += 128 * BITS;
+    }
+    query += RDKV_CUDA__PAIR;
+    asm volatile("" ::: "memory");
+#pragma unroll
+    for (int t = 0; t < T; ++t)
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        uint32_t f[4];
+        rdkv_cuda__byte_fragment<BITS>(w[t][0], w[t][1], s, f);
+        rdkv_cuda__mma_bytes(x[t][s], f, q.x, q.y);
+        if (FINE) rdkv_cuda__mma_bytes(z[t][s], f, r.x, r.y);
+      }
+  }
+#pragma unroll
+  for (int t = 0; t < T; ++t) block[t] -= (n & 1) * (64 * BITS);
+}
+
+/* The lane's products of T tiles with the query, in bytes: of its two columns the first bytes and
+   the second ones. */
+template <bool FINE, int T, int N>
+__device__ __forceinline__ void rdkv_cuda__byte_products(const uint8_t *(&tile)[T], uint32_t widths,
+                                                         const uint8_t *query, float (&x)[N]) {
+  int y[T][2][4] = {}, z[T][2][4] = {};
+  rdkv_cuda__byte_keys<2, FINE>(y, z, tile, query, widths & 255);
+#pragma unroll
+  for (int t = 0; t < T; ++t)
+    for (int c = 0; c < 4; ++c) y[t][0][c] *= 16, z[t][0][c] *= 16;
+  rdkv_cuda__byte_keys<4, FINE>(y, z, tile, query, widths >> 8 & 255);
+  rdkv_cuda__byte_keys<8, FINE>(y, z, tile, query, widths >> 16);
+#pragma unroll
+  for (int t = 0; t < T; ++t)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int c = 2 * (i & 1);
+      x[4 * t + i] = static_cast<float>(y[t][i / 2][c] * 256 + y[t][i / 2][c + 1]);
+      if (FINE) x[4 * t + i] += static_cast<float>(z[t][i / 2][c]) * (1.0f / 256);
+    }
+}
+
+/* acc += V of 32 tokens of one width, weighted by p. */
 template <int BITS, int D>
 __device__ __forceinline__ void rdkv_cuda__values(rdkv_cuda_acc<D> &a, const uint8_t *block,
                                                   const uint32_t (&p)[4]) {
-  const uint32_t middle = BITS == 2 ? 0xaaaaaaaau : BITS == 4 ? 0x88888888u : 0x80808080u;
   uint32_t f[4];
 #pragma unroll
   for (int base = 0; base < D; base += 4) { /* sums that depend on each other stand four apart */
@@ -817,19 +990,16 @@ __device__ __forceinline__ void rdkv_cuda__values(rdkv_cuda_acc<D> &a, const uin
         rdkv_cuda__fragment<BITS>(w[i], s, f);
         rdkv_cuda__mma<false>(a.acc[base + i], f[0], f[1], f[2], f[3], p[2 * s], p[2 * s + 1]);
       }
-      if (base == 0) {
-        rdkv_cuda__fragment<BITS>(make_uint4(middle, middle, middle, middle), s, f);
-        rdkv_cuda__mma<false>(a.centre, f[0], f[1], f[2], f[3], p[2 * s], p[2 * s + 1]);
-      }
     }
   }
 }
 
 /* What a V run's probabilities are multiplied by, to undo the factors that stay in its codes: for
-   the lane's tokens, in the order of rdkv_cuda_tile's x. */
+   the lane's tokens, in pairs as rdkv_cuda__tiles has them. */
 template <bool PAIRED>
 struct rdkv_cuda__lift {
-  float of[PAIRED ? 2 : 4];
+  __half2 of[PAIRED ? 2 : 4];
+  float middle; /* of its codes */
 };
 
 template <bool PAIRED>
@@ -838,85 +1008,110 @@ __device__ __forceinline__ rdkv_cuda__lift<PAIRED> rdkv_cuda__lift_of(int run) {
   const float odd = run == 0 ? 0.25f : run == 1 ? 0.0625f : 1.0f; /* pr = 1 */
   const float last = run == 0 ? 0.0625f : 1.0f;                   /* the second 16 tokens */
 #pragma unroll
-  for (int i = 0; i < (PAIRED ? 2 : 4); ++i)
-    l.of[i] = RDKV_CUDA_LIFT * ((PAIRED ? (threadIdx.x & 2) != 0 : i >= 2) ? last : 1.0f) *
-              (i & 1 ? odd : 1.0f);
+  for (int i = 0; i < (PAIRED ? 2 : 4); ++i) {
+    const float f = PAIRED ? (i ? last : 1.0f) : (i >= 2 ? last : 1.0f) * (i & 1 ? odd : 1.0f);
+    l.of[i] = __floats2half2_rn(f, PAIRED ? f * odd : f);
+  }
+  l.middle = run == 0 ? 2.0f : run == 1 ? 8.0f : run == 2 ? 128.0f : 0.0f;
   return l;
 }
 
-/* rdkv_cuda_tile for T tiles of a run, with acc in the run's units already and its lift. K: blocks
-   of 16 channels at a time, here as many as registers allow. */
-template <bool PAIRED, int K = 0, int T, int D>
-__device__ __forceinline__ void rdkv_cuda__tiles(rdkv_cuda_acc<D> &a, const uint8_t *(&tile)[T],
-                                                 uint32_t widths, int run, uint32_t tokens,
-                                                 const uint8_t *fragments, uint32_t rest,
-                                                 const float2 *factor,
-                                                 const rdkv_cuda__lift<PAIRED> &lift) {
-  const uint32_t lane = threadIdx.x & 31, g = lane >> 2, upper = lane & 2;
-  constexpr int N = PAIRED ? 4 : 8; /* logits that a lane has of a tile */
-  constexpr int KEYS = K ? K : T == 1 ? 4 : 2;
-  float y[T][2][4] = {}, x[N * T], e[N * T], p[N * T];
-  rdkv_cuda__keys<2, PAIRED, KEYS>(y, tile, fragments, rest, widths & 255);
+/* Probabilities of 8 tokens and of the 8 behind them as B fragments. PAIRED: those are two parts of
+   a column, with 0 for the other tokens. */
+template <bool PAIRED>
+__device__ __forceinline__ void rdkv_cuda__weights(uint32_t low, uint32_t high, uint32_t (&b)[2]) {
+  b[0] = rdkv_cuda__transpose(low);
+  if (PAIRED)
+    b[1] = threadIdx.x & 4 ? b[0] : 0, b[0] = threadIdx.x & 4 ? 0 : b[0];
+  else
+    b[1] = rdkv_cuda__transpose(high);
+}
+
+/* The lane's products of T tiles with the query, N blocks of 16 channels at a time. Its
+   tokens: g, g + 8, g + 16, g + 24. PAIRED: the lane's columns are a query and its rest. */
+template <bool PAIRED, int N, int T>
+__device__ __forceinline__ void rdkv_cuda__products(const uint8_t *(&tile)[T], uint32_t widths,
+                                                    const uint8_t *fragments, uint32_t rest,
+                                                    float (&x)[(PAIRED ? 4 : 8) * T]) {
+  float y[T][2][4] = {};
+  rdkv_cuda__keys<2, PAIRED, N>(y, tile, fragments, rest, widths & 255);
 #pragma unroll
   for (int t = 0; t < T; ++t)
     for (int c = 0; c < 4; ++c) y[t][1][c] *= 0.0625f; /* 4^2 of the second half of 2-bit codes */
-  rdkv_cuda__keys<4, PAIRED, KEYS>(y, tile, fragments, rest, widths >> 8 & 255);
-  rdkv_cuda__keys<8, PAIRED, KEYS>(y, tile, fragments, rest, widths >> 16);
-  /* A lane's tokens: 16 i + g and 16 i + g + 8, for i = 0 and 1; paired, lanes t and t + 2 hold a
-     product and its rest: they exchange halves, then the lower one has i = 0, the upper one i = 1.
-   */
-  float scale[N / 2 * T], mid[N / 2 * T];
+  rdkv_cuda__keys<4, PAIRED, N>(y, tile, fragments, rest, widths >> 8 & 255);
+  rdkv_cuda__keys<8, PAIRED, N>(y, tile, fragments, rest, widths >> 16);
+#pragma unroll
+  for (int t = 0; t < T; ++t)
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (!PAIRED)
+        x[8 * t + i] = y[t][i >> 2][i & 3];
+      else if (i & 1)
+        x[4 * t + i / 2] = y[t][i >> 2][i & 2] + y[t][i >> 2][(i & 2) + 1];
+}
+
+/* rdkv_cuda_tile for T tiles of a run, more than one only where V has 2 or 4 bits and the query is
+   not fine, with acc in the run's units already and its lift. BYTES: the query is of bytes; fine:
+   its third ones count. K: blocks of 16 channels at a time where it is not, here as many as
+   registers allow. */
+template <bool PAIRED, bool BYTES, int K = 0, int T, int D>
+__device__ __forceinline__ void rdkv_cuda__tiles(rdkv_cuda_acc<D> &a, const uint8_t *(&tile)[T],
+                                                 uint32_t widths, int run, uint32_t tokens,
+                                                 const uint8_t *fragments, uint32_t rest, bool fine,
+                                                 const float2 *factor,
+                                                 const rdkv_cuda__lift<PAIRED> &lift) {
+  const uint32_t lane = threadIdx.x & 31, g = lane >> 2;
+  constexpr int C = PAIRED ? 1 : 2, N = 4 * C; /* a lane's columns; logits that it has of a tile */
+  float x[N * T], e[N * T], p[N * T];
+  if (!BYTES)
+    rdkv_cuda__products<PAIRED, K ? K : T == 1 ? 4 : 2>(tile, widths, fragments, rest, x);
+  else if (T == 1 && fine)
+    rdkv_cuda__byte_products<true>(tile, widths, fragments, x);
+  else
+    rdkv_cuda__byte_products<false>(tile, widths, fragments, x);
+  float scale[4 * T], mid[4 * T];
 #pragma unroll
   for (int t = 0; t < T; ++t) {
-    uint32_t params[4];
-    if (PAIRED) {
-      float z[4];
+    const uint4 raw = *reinterpret_cast<const uint4 *>(tile[t] + 16 * g);
+    const uint32_t params[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-      for (int c = 0; c < 4; ++c)
-        z[c] = __shfl_xor_sync(RDKV_CUDA__FULL, upper ? y[t][0][c] : y[t][1][c], 2);
-#pragma unroll
-      for (int c = 0; c < 4; ++c) x[N * t + c] = (upper ? y[t][1][c] : y[t][0][c]) + z[c];
-      const uint2 raw = *reinterpret_cast<const uint2 *>(tile[t] + 16 * g + 4 * upper);
-      params[0] = raw.x, params[1] = raw.y;
-    } else {
-      const uint4 raw = *reinterpret_cast<const uint4 *>(tile[t] + 16 * g);
-      params[0] = raw.x, params[1] = raw.y, params[2] = raw.z, params[3] = raw.w;
-#pragma unroll
-      for (int i = 0; i < N; ++i) x[N * t + i] = y[t][i >> 2][i & 3];
-    }
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) { /* 1 and 0 for V of 16 bits */
-      const __half2 v = rdkv_cuda__halves(run == 3 ? 0x3c00u : params[i]);
-      scale[N / 2 * t + i] = __low2float(v), mid[N / 2 * t + i] = __high2float(v);
+    for (int i = 0; i < 4; ++i) { /* 1 and 0 for V of 16 bits */
+      const __half2 v = rdkv_cuda__halves(T == 1 && run == 3 ? 0x3c00u : params[i]);
+      scale[4 * t + i] = __low2float(v), mid[4 * t + i] = __high2float(v);
     }
     tile[t] += 128;
   }
-  const float2 factor2[2] = {factor[0], factor[1]};
+  const float2 factor2[2] = {factor[0], factor[C - 1]};
 #pragma unroll
-  for (int i = 0; i < N * T; ++i) x[i] = x[i] * factor2[i & 1].x + factor2[i & 1].y;
+  for (int i = 0; i < N * T; ++i) x[i] = x[i] * factor2[i % C].x + factor2[i % C].y;
   if (T == 1 && tokens < 32)
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      if (8u * static_cast<uint32_t>(i / 2) + (PAIRED ? 8 * upper : 0) + g >= tokens)
-        x[i] = -INFINITY;
+      if (8u * static_cast<uint32_t>(i / C) + g >= tokens) x[i] = -INFINITY;
 
-  rdkv_cuda__weigh<D, PAIRED, N * T>(a, x, scale, lift.of, e, p);
+  rdkv_cuda__weigh<D, PAIRED, N * T>(a, x, scale, e, p);
 
   /* probabilities times V scale, less the factors that stay in the codes, as B fragments */
   uint32_t b[T][4];
 #pragma unroll
   for (int t = 0; t < T; ++t) {
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-      const int k = N / 2 * t + i;
-      a.mid[0] += e[2 * k] * mid[k], a.mid[1] += e[2 * k + 1] * mid[k];
-      b[t][i] = rdkv_cuda__transpose(rdkv_cuda__pair<false>(p[2 * k], p[2 * k + 1]));
-    }
-    if (PAIRED) /* rows 4-7 of what was transposed are the second 16 tokens */
+    for (int i = 0; i < N; ++i) a.mid[i % C] += e[N * t + i] * mid[4 * t + i / C];
+    uint32_t w[N / 2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) b[t][2 + i] = __shfl_xor_sync(RDKV_CUDA__FULL, b[t][i], 16);
+    for (int i = 0; i < N / 2; ++i) { /* two tokens of a column, or two columns of a token */
+      const __half2 h = __floats2half2_rn(p[N * t + 2 * i], p[N * t + 2 * i + 1]);
+      a.mid[0] -= __low2float(h) * lift.middle, a.mid[C - 1] -= __high2float(h) * lift.middle;
+      w[i] = rdkv_cuda__bits(__hmul2(h, lift.of[i]));
+    }
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      uint32_t part[2];
+      rdkv_cuda__weights<PAIRED>(w[N / 4 * s], w[N / 4 * s + N / 8], part);
+      b[t][2 * s] = part[0], b[t][2 * s + 1] = part[1];
+    }
   }
-  if (run < 2) {
+  if (T > 1 || run < 2) {
 #pragma unroll
     for (int t = 0; t < T; ++t)
       if (run == 0)
@@ -938,11 +1133,15 @@ __device__ __forceinline__ void rdkv_cuda__tiles(rdkv_cuda_acc<D> &a, const uint
   }
 }
 
+/* Whether the third bytes of a query count, for one of all lanes' columns. */
+__device__ __forceinline__ bool rdkv_cuda__fine(const float2 *factor) {
+  return __any_sync(RDKV_CUDA__FULL, factor->x > RDKV_CUDA__FINE);
+}
+
 /* Attends to one packed tile. tile 16-byte aligned; run and tokens as rdkv_cuda_tile_at gives them;
    widths from rdkv_cuda_key_widths; fragments as rdkv_cuda_query wrote them, 8-byte aligned;
-   factor: of the lane's two columns. PAIRED: the rests are columns 4-7 of the fragments, there are
-   up to 4 queries, and columns 4-7 of acc mean nothing. Else the rests lie rest bytes behind the
-   fragments. */
+   factor: of the lane's columns 2t and 2t + 1. PAIRED: there are up to 4 queries, and the lane's is
+   column t. Else the rests lie rest bytes behind the fragments. */
 template <bool PAIRED, int D>
 __device__ __forceinline__ void rdkv_cuda_tile(rdkv_cuda_acc<D> &a, const uint8_t *tile,
                                                uint32_t widths, int run, uint32_t tokens,
@@ -950,8 +1149,9 @@ __device__ __forceinline__ void rdkv_cuda_tile(rdkv_cuda_acc<D> &a, const uint8_
                                                const float2 (&factor)[2]) {
   rdkv_cuda__units(a, run == 3);
   const uint8_t *one[1] = {tile};
-  rdkv_cuda__tiles<PAIRED>(a, one, widths, run, tokens, fragments, rest, factor,
-                           rdkv_cuda__lift_of<PAIRED>(run));
+  rdkv_cuda__tiles<PAIRED, PAIRED && RDKV_CUDA__BYTES>(a, one, widths, run, tokens, fragments, rest,
+                                                       rdkv_cuda__fine(factor), factor,
+                                                       rdkv_cuda__lift_of<PAIRED>(run));
 }
 
 __device__ __forceinline__ void rdkv_cuda__ldmatrix(uint32_t (&f)[4], uint32_t address) {
@@ -978,8 +1178,8 @@ __device__ __forceinline__ void rdkv_cuda_dense_keys(rdkv_cuda_acc<D> &a, uint32
                                                      uint32_t tokens, const uint8_t *fragments,
                                                      uint32_t rest, const float2 (&factor)[2],
                                                      uint32_t (&p)[2]) {
-  const uint32_t lane = threadIdx.x & 31, g = lane >> 2, upper = lane & 2;
-  constexpr int N = PAIRED ? 2 : 4;
+  const uint32_t lane = threadIdx.x & 31, g = lane >> 2;
+  constexpr int C = PAIRED ? 1 : 2, N = 2 * C;
   keys += (lane & 15) * pitch + (lane >> 4) * 16u, fragments += 8 * lane;
   float y[4] = {}, x[N];
   uint32_t f[4];
@@ -993,33 +1193,18 @@ __device__ __forceinline__ void rdkv_cuda_dense_keys(rdkv_cuda_acc<D> &a, uint32
       rdkv_cuda__mma<BF16>(y, f[0], f[1], f[2], f[3], r.x, r.y);
     }
   }
-  /* as in rdkv_cuda_tile, but i is 0 alone: of a pair the lower lane has token g, the upper one g +
-   * 8 */
-  if (PAIRED) {
-    float z[2];
-#pragma unroll
-    for (int c = 0; c < 2; ++c) z[c] = __shfl_xor_sync(RDKV_CUDA__FULL, upper ? y[c] : y[2 + c], 2);
-#pragma unroll
-    for (int c = 0; c < 2; ++c) x[c] = (upper ? y[2 + c] : y[c]) + z[c];
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = y[i];
-  }
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    x[i] = x[i] * factor[i & 1].x + factor[i & 1].y;
-    if (8u * static_cast<uint32_t>(i / 2) + (PAIRED ? 4 * upper : 0) + g >= tokens)
-      x[i] = -INFINITY;
+    x[i] = PAIRED ? y[2 * i] + y[2 * i + 1] : y[i];
+    x[i] = x[i] * factor[i % C].x + factor[i % C].y;
+    if (8u * static_cast<uint32_t>(i / C) + g >= tokens) x[i] = -INFINITY;
   }
-  float one[N / 2], lift[N / 2], e[N], w[N];
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i) one[i] = 1, lift[i] = RDKV_CUDA_LIFT;
+  const float one[2] = {1, 1};
+  float e[N], w[N];
   rdkv_cuda__units(a, true);
-  rdkv_cuda__weigh<D, PAIRED, N>(a, x, one, lift, e, w);
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i)
-    p[i] = rdkv_cuda__transpose(rdkv_cuda__pair<BF16>(w[2 * i], w[2 * i + 1]));
-  if (PAIRED) p[1] = __shfl_xor_sync(RDKV_CUDA__FULL, p[0], 16);
+  rdkv_cuda__weigh<D, PAIRED, N>(a, x, one, e, w);
+  rdkv_cuda__weights<PAIRED>(rdkv_cuda__pair<BF16>(w[0], w[1]),
+                             PAIRED ? 0 : rdkv_cuda__pair<BF16>(w[C], w[C + 1]), p);
 }
 
 template <bool BF16, int D>
@@ -1035,15 +1220,18 @@ __device__ __forceinline__ void rdkv_cuda_dense_values(rdkv_cuda_acc<D> &a, uint
   }
 }
 
-/* Sums over the warp. Then acc * scale + mid[k] is the sum of 2^(logit - max) * v of the lane's
-   column k, scale = 1 / RDKV_CUDA_LIFT, and sum[k] that of 2^(logit - max): out is the first over
-   the second, lse = ln(2) * (max + log2(sum)). */
+/* Sums over the warp. Then acc + mid[k] is the sum of 2^(logit - max) * v of the lane's column k,
+   and sum[k] that of 2^(logit - max): out is the first over the second, lse = ln(2) * (max +
+   log2(sum)). PAIRED: k is 0, and acc[i][0] and acc[i][2] count. */
 template <bool PAIRED, int D>
 __device__ __forceinline__ void rdkv_cuda_finish(rdkv_cuda_acc<D> &a) {
   rdkv_cuda__units(a, true);
+  if (PAIRED)
 #pragma unroll
-  for (int k = 0; k < 2; ++k)
-    for (int d = PAIRED ? 2 : 4; d < 32; d <<= 1) {
+    for (int i = 0; i < D; ++i) a.acc[i][0] += a.acc[i][1], a.acc[i][2] += a.acc[i][3];
+#pragma unroll
+  for (int k = 0; k < (PAIRED ? 1 : 2); ++k)
+    for (int d = 4; d < 32; d <<= 1) {
       a.sum[k] += __shfl_xor_sync(RDKV_CUDA__FULL, a.sum[k], d);
       a.mid[k] += __shfl_xor_sync(RDKV_CUDA__FULL, a.mid[k], d);
     }
@@ -1880,10 +2068,10 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
   rdkv_cuda__sync();
   if (!(sh->piece[0].flags & RDKV_CUDA__ACTIVE)) return;
 
-  /* PAIRED: groups of up to 4, where the rests of the query are columns 4-7 */
+  /* PAIRED: groups of up to 4, where each column of the query has its rest beside it */
   constexpr uint32_t columns = PAIRED ? 4 : 8;
   const uint32_t k_dim = static_cast<uint32_t>(p.k_dim);
-  const uint32_t rest = PAIRED ? 128u : p.key_fragments / 2;
+  const uint32_t rest = PAIRED ? 32u : p.key_fragments / 2;
   rdkv_cuda_acc<D> a;
   rdkv_cuda_clear(a);
   for (uint32_t turn = 0;; ++turn) {
@@ -1919,7 +2107,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
 #else
     if (turn == 0) rdkv_cuda__sync();
 #endif
-    const uint32_t mine = 2 * (lane & 3) & (columns - 1);
+    const uint32_t mine = columns / 4 * (lane & 3); /* the lane's first column */
     /* first packed K, while the tail's length travels, then the tail: each needs a query of its own
      */
 #pragma unroll 1
@@ -1933,8 +2121,9 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
 #pragma unroll 1
         for (uint32_t c = warp; c < columns; c += n_warps) {
           const uint8_t *row = c < x.columns ? source + p.table_bytes + c * p.row_bytes : nullptr;
-          rdkv_cuda_query(plain ? nullptr : &x.head, plain && p.tail_bf16, row, p.dtype, p.k_dim,
-                          p.factor_log2, c, fragments, fragments + rest, &sh->factor[c]);
+          rdkv_cuda_query<PAIRED>(plain ? nullptr : &x.head, plain && p.tail_bf16, row, p.dtype,
+                                  p.k_dim, p.factor_log2, c, fragments, fragments + rest,
+                                  &sh->factor[c]);
         }
       if (!plain && x.flags & RDKV_CUDA__LAST) {
         rdkv_cuda__rows rows;
@@ -1965,7 +2154,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
       }
       const float2 *factor = sh->factor + mine;
       if (plain) {
-        const float2 own_factor[2] = {factor[0], factor[1]};
+        const float2 own_factor[2] = {factor[0], factor[PAIRED ? 0 : 1]};
         if (p.tail_bf16)
           rdkv_cuda__tail_loop<PAIRED, true>(a, warps[warp], x, k_dim, n_warps, ring, fragments,
                                              rest, own_factor);
@@ -1979,6 +2168,8 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         rdkv_cuda__fill(ring, f, n_warps, RDKV_CUDA__HASTE, f.slots - RDKV_CUDA__HASTE);
       const uint32_t widths = rdkv_cuda__uniform(rdkv_cuda_key_widths(x.head));
       const uint8_t *own = rings + warp * p.ring_bytes;
+      constexpr bool bytes = PAIRED && RDKV_CUDA__BYTES;
+      const bool fine = bytes && rdkv_cuda__fine(factor);
       while (tiles) {
         const uint32_t run_tokens = rdkv_cuda__uniform(x.head.n_tokens[f.run]);
         /* f.begin is where the run ends by now */
@@ -1990,19 +2181,19 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         while (f.tile < f.end) {
           const uint32_t second = slot + 1 == f.slots ? 0 : slot + 1;
           rdkv_cuda__take(ring, slot);
-          if (PAIRED && f.slots >= 4 && f.tile + n_warps < full) {
+          if (PAIRED && !fine && f.run < 2 && f.slots >= 4 && f.tile + n_warps < full) {
             rdkv_cuda__take(ring, second);
             const uint8_t *at[2] = {own + slot * f.bytes, own + second * f.bytes};
-            rdkv_cuda__tiles<PAIRED>(a, at, widths, static_cast<int>(f.run), 32, fragments, rest,
-                                     factor, lift);
+            rdkv_cuda__tiles<PAIRED, bytes>(a, at, widths, static_cast<int>(f.run), 32, fragments,
+                                            rest, fine, factor, lift);
             __syncwarp();
             rdkv_cuda__fill(ring, f, n_warps, slot, 2);
             slot = second + 1 == f.slots ? 0 : second + 1, f.tile += 2 * n_warps;
           } else {
             const uint8_t *at[1] = {own + slot * f.bytes};
-            rdkv_cuda__tiles<PAIRED>(a, at, widths, static_cast<int>(f.run),
-                                     f.tile < full ? 32 : run_tokens % 32, fragments, rest, factor,
-                                     lift);
+            rdkv_cuda__tiles<PAIRED, bytes>(a, at, widths, static_cast<int>(f.run),
+                                            f.tile < full ? 32 : run_tokens % 32, fragments, rest,
+                                            fine, factor, lift);
             __syncwarp();
             rdkv_cuda__fill(ring, f, n_warps, slot, 1);
             slot = second, f.tile += n_warps;
@@ -2014,30 +2205,30 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
 
     if (x.flags & RDKV_CUDA__LAST) {
       /* warps leave their sums as they are, [dim][column], in their rings */
-      const uint32_t g = lane >> 2, c2 = 2 * (lane & 3), n_values = 16 * D * columns;
-      const float unit = (a.plain ? 1.0f : RDKV_CUDA__CODE_UNIT) / RDKV_CUDA_LIFT;
-      if (c2 < columns) {
-        float2 *to =
-            reinterpret_cast<float2 *>(rings + warp * p.ring_bytes) + (g * columns + c2) / 2;
+      constexpr uint32_t own = PAIRED ? 1 : 2; /* columns of a lane */
+      const uint32_t g = lane >> 2, n_values = 16 * D * columns;
+      const float unit = a.plain ? 1.0f : RDKV_CUDA__CODE_UNIT;
+      float *to = reinterpret_cast<float *>(rings + warp * p.ring_bytes) + g * columns + mine;
 #pragma unroll
-        for (uint32_t i = 0; i < D; ++i) {
-          to[8 * i * columns] = make_float2(a.acc[i][0], a.acc[i][1]);
-          to[(8 * i + 4) * columns] = make_float2(a.acc[i][2], a.acc[i][3]);
-        }
+      for (uint32_t i = 0; i < 2 * D; ++i) {
+        const float x0 = a.acc[i / 2][2 * (i & 1)], x1 = a.acc[i / 2][2 * (i & 1) + 1];
+        if (PAIRED)
+          to[8 * i * columns] = x0 + x1;
+        else
+          *reinterpret_cast<float2 *>(to + 8 * i * columns) = make_float2(x0, x1);
       }
-      for (uint32_t d = columns / 2; d < 32; d <<= 1)
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
+      for (uint32_t k = 0; k < own; ++k) {
+        for (uint32_t d = 4; d < 32; d <<= 1) {
           a.sum[k] += __shfl_xor_sync(RDKV_CUDA__FULL, a.sum[k], d);
           a.mid[k] += __shfl_xor_sync(RDKV_CUDA__FULL, a.mid[k], d);
         }
-      if (g == 0 && c2 < columns) {
-        rdkv_cuda__warp &w = warps[warp];
-        *reinterpret_cast<float2 *>(&w.max[c2]) = make_float2(a.max[0], a.max[1]);
-        *reinterpret_cast<float2 *>(&w.sum[c2]) = make_float2(a.sum[0], a.sum[1]);
-        *reinterpret_cast<float2 *>(&w.mid[c2]) =
-            make_float2(a.mid[0] - a.centre[0] * unit, a.mid[1] - a.centre[1] * unit);
-        w.unit = unit;
+        if (g == 0) {
+          rdkv_cuda__warp &w = warps[warp];
+          w.max[mine + k] = a.max[k], w.sum[mine + k] = a.sum[k];
+          w.mid[mine + k] = a.mid[k];
+          w.unit = unit;
+        }
       }
       rdkv_cuda__sync();
       float *partial = p.partials + static_cast<size_t>(x.slot) * (n_values + 2 * columns);
@@ -2203,6 +2394,7 @@ __device__ __forceinline__ void rdkv_cuda__row(uint8_t *row, const uint8_t *q, u
    = their product. That bound may be 2^10 too high without a loss, as high and low half both have
    11 bits. row: of q, in shared memory; e: the first entries. The constant is the sum of constants
    [column][part]. */
+template <bool PAIRED>
 __device__ __forceinline__ void rdkv_cuda__query_part(
     const rdkv_cuda_head &head, rdkv_cuda__entries e, const uint8_t *row, float largest, int dtype,
     float factor_log2, uint32_t column, uint32_t part, uint32_t parts, uint8_t *fragments,
@@ -2234,7 +2426,7 @@ __device__ __forceinline__ void rdkv_cuda__query_part(
       const __half2 low = __floats2half2_rn(y0 - f.x, y1 - f.y);
       const float2 f2 = __half22float2(low);
       centred += (f.x + f.y + (f2.x + f2.y)) * middle;
-      uint8_t *to = fragments + 256 * (i >> 4) + 32 * column + 2 * (i & 15);
+      uint8_t *to = fragments + 256 * (i >> 4) + (PAIRED ? 64 : 32) * column + 2 * (i & 15);
       *reinterpret_cast<uint32_t *>(to) = rdkv_cuda__bits(high);
       *reinterpret_cast<uint32_t *>(to + rest) = rdkv_cuda__bits(low);
     }
@@ -2393,11 +2585,11 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
     if (threadIdx.x == 0) *own_words = set ^ 1u;
     return;
   }
-  const uint32_t key_rest = PAIRED ? 128u : p.key_fragments / 2;
-  const uint32_t tail_rest = PAIRED ? 128u : p.tail_fragments / 2;
+  const uint32_t key_rest = PAIRED ? 32u : p.key_fragments / 2;
+  const uint32_t tail_rest = PAIRED ? 32u : p.tail_fragments / 2;
   float *const constants = reinterpret_cast<float *>(sh->piece); /* [columns][4 parts] of queries */
   const uint32_t parts = max(1u, min(4u, n_warps / columns));
-  const uint32_t k_dim = static_cast<uint32_t>(p.k_dim), mine = 2 * (lane & 3) & (columns - 1);
+  const uint32_t k_dim = static_cast<uint32_t>(p.k_dim), mine = columns / 4 * (lane & 3);
   const uint32_t jobs = columns * parts; /* of making the query, column first */
   /* NULL: a column without a query */
   const auto q_of = [&](uint32_t job) -> const uint8_t * {
@@ -2458,9 +2650,9 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
       if (i != warp && keys) e = rdkv_cuda__entries_at(head, 64 * part + 2 * lane);
       if (!again) rdkv_cuda__row(row, q_of(i), p.row_bytes, q, p.dtype);
       if (keys)
-        rdkv_cuda__query_part(head, e, row, scale * *reinterpret_cast<float *>(row + p.row_bytes),
-                              p.dtype, p.factor_log2, c, part, parts, key_fragments, key_rest,
-                              &sh->factor[c].x, constants);
+        rdkv_cuda__query_part<PAIRED>(
+            head, e, row, scale * *reinterpret_cast<float *>(row + p.row_bytes), p.dtype,
+            p.factor_log2, c, part, parts, key_fragments, key_rest, &sh->factor[c].x, constants);
     }
     bool tail = false;
     rdkv_cuda__warp &w = warps[warp];
@@ -2482,10 +2674,10 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         __syncwarp();
 #pragma unroll 1
         for (uint32_t c = warp; c < columns; c += n_warps)
-          rdkv_cuda_query(nullptr, p.tail_bf16,
-                          c < x.columns ? rows + c * (p.row_bytes + 16) : nullptr, p.dtype, p.k_dim,
-                          p.factor_log2, c, tail_fragments, tail_fragments + tail_rest,
-                          &sh->tail_factor[c]);
+          rdkv_cuda_query<PAIRED>(nullptr, p.tail_bf16,
+                                  c < x.columns ? rows + c * (p.row_bytes + 16) : nullptr, p.dtype,
+                                  p.k_dim, p.factor_log2, c, tail_fragments,
+                                  tail_fragments + tail_rest, &sh->tail_factor[c]);
       }
     }
     if (threadIdx.x == 0 && !again) { /* the last to start has what others left to it */
@@ -2504,7 +2696,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
     float2 key_factor[2] = {};
     if (keys)
 #pragma unroll
-      for (uint32_t k = 0; k < 2; ++k) {
+      for (uint32_t k = 0; k < (PAIRED ? 1 : 2); ++k) {
         key_factor[k].x = sh->factor[mine + k].x;
         const float4 y = *reinterpret_cast<const float4 *>(constants + 4 * (mine + k));
         key_factor[k].y = y.x + y.y + (y.z + y.w);
@@ -2516,16 +2708,16 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
       rdkv_cuda__take(ring, slot);
       rdkv_cuda__units(a, run == 3);
       const uint8_t *one[1] = {own + slot * s.stride};
-      rdkv_cuda__tiles<PAIRED, 2>(a, one, widths, run, what >> 8, key_fragments, key_rest,
-                                  key_factor,
-                                  rdkv_cuda__lift_of<PAIRED>(run)); /* 2: less code to fetch */
+      rdkv_cuda__tiles<PAIRED, false, 2>(a, one, widths, run, what >> 8, key_fragments, key_rest,
+                                         false, key_factor,
+                                         rdkv_cuda__lift_of<PAIRED>(run)); /* 2: less code */
       __syncwarp();
       if (tile + s.n * n_warps < tile_end)
         rdkv_cuda__fill_slots<false>(ring, head, v_dim, tile_end, n_warps, 1u << slot, false, s);
       slot = slot + 1 == s.n ? 0 : slot + 1;
     }
     if (tail) {
-      const float2 factor[2] = {sh->tail_factor[mine], sh->tail_factor[mine + 1]};
+      const float2 factor[2] = {sh->tail_factor[mine], sh->tail_factor[mine + !PAIRED]};
       if (p.tail_bf16)
         rdkv_cuda__tail_loop<PAIRED, true>(a, w, *piece, k_dim, n_warps, ring, tail_fragments,
                                            tail_rest, factor);
@@ -2541,47 +2733,44 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
   clear(part + (sh->set ? 0 : static_cast<size_t>(p.n_blocks) * part_words));
   /* all warps' sums to one scale, that of the block's largest logit */
   const uint32_t n = sh->piece[1].n_parts;
-  const float unit = (a.plain ? 1.0f : RDKV_CUDA__CODE_UNIT) / RDKV_CUDA_LIFT;
+  const float unit = a.plain ? 1.0f : RDKV_CUDA__CODE_UNIT;
   float *const values = reinterpret_cast<float *>(rings); /* [warps][dims][columns] */
   float2 *const sums = reinterpret_cast<float2 *>(values + n_warps * n_values); /* and mids */
-  float sum = 0; /* lanes 16 to 31: mid; every second 8 lanes: the second column */
+  constexpr uint32_t own_columns = PAIRED ? 1 : 2;                              /* of a lane */
+  float sum = 0; /* lanes 16 to 31: mid; every second 8 lanes: the second column, if there is one */
+  const bool upper = lane & 16, second = !PAIRED && lane & 8;
   if (warp < busy) {
-    if (lane < columns / 2)
+    float pair[2] = {};
 #pragma unroll
-      for (uint32_t k = 0; k < 2; ++k)
-        atomicMax(&sh->max[mine + k], rdkv_cuda__ordered(__float_as_int(a.max[k])));
-    const bool upper = lane & 16, second = lane & 8;
-    float pair[2];
-#pragma unroll
-    for (int k = 0; k < 2; ++k)
+    for (uint32_t k = 0; k < own_columns; ++k) {
+      if (lane < 4) atomicMax(&sh->max[mine + k], rdkv_cuda__ordered(__float_as_int(a.max[k])));
       pair[k] = (upper ? a.mid[k] : a.sum[k]) +
                 __shfl_xor_sync(RDKV_CUDA__FULL, upper ? a.sum[k] : a.mid[k], 16);
+    }
     sum = (second ? pair[1] : pair[0]) +
-          __shfl_xor_sync(RDKV_CUDA__FULL, second ? pair[0] : pair[1], 8);
+          __shfl_xor_sync(RDKV_CUDA__FULL, PAIRED || second ? pair[0] : pair[1], 8);
     sum += __shfl_xor_sync(RDKV_CUDA__FULL, sum, 4);
-    if (PAIRED) sum += __shfl_xor_sync(RDKV_CUDA__FULL, sum, 2);
-    if (upper) sum -= (second ? a.centre[1] : a.centre[0]) * unit;
   }
   __syncthreads();
   if (warp < busy) {
-    const int2 m = *reinterpret_cast<const int2 *>(&sh->max[mine]);
-    const float top[2] = {__int_as_float(rdkv_cuda__ordered(m.x)),
-                          __int_as_float(rdkv_cuda__ordered(m.y))};
-    float f[2];
+    float f[2] = {};
 #pragma unroll
-    for (int k = 0; k < 2; ++k)
-      f[k] = a.max[k] == top[k] ? 1.0f : rdkv_cuda__exp2(a.max[k] - top[k]);
-    if ((lane & (PAIRED ? 6 : 4)) == 0)
-      reinterpret_cast<float *>(sums + warp * columns + mine)[(lane >> 2 & 2) + (lane >> 4)] =
-          sum * (lane & 8 ? f[1] : f[0]);
+    for (uint32_t k = 0; k < own_columns; ++k) {
+      const float top = __int_as_float(rdkv_cuda__ordered(sh->max[mine + k]));
+      f[k] = a.max[k] == top ? 1.0f : rdkv_cuda__exp2(a.max[k] - top);
+    }
+    if ((lane & (PAIRED ? 12 : 4)) == 0)
+      reinterpret_cast<float *>(sums + warp * columns + mine + second)[upper] =
+          sum * (second ? f[1] : f[0]);
     f[0] *= unit, f[1] *= unit;
-    if (2 * (lane & 3) < columns) {
-      float2 *to =
-          reinterpret_cast<float2 *>(values + warp * n_values) + ((lane >> 2) * columns + mine) / 2;
+    float *to = values + warp * n_values + (lane >> 2) * columns + mine;
 #pragma unroll
-      for (uint32_t i = 0; i < 2 * D; ++i)
-        to[4 * i * columns] =
-            make_float2(a.acc[i / 2][2 * (i & 1)] * f[0], a.acc[i / 2][2 * (i & 1) + 1] * f[1]);
+    for (uint32_t i = 0; i < 2 * D; ++i) {
+      const float x0 = a.acc[i / 2][2 * (i & 1)], x1 = a.acc[i / 2][2 * (i & 1) + 1];
+      if (PAIRED)
+        to[8 * i * columns] = (x0 + x1) * f[0];
+      else
+        *reinterpret_cast<float2 *>(to + 8 * i * columns) = make_float2(x0 * f[0], x1 * f[1]);
     }
   }
   if (threadIdx.x == 0 && seen >> 16 && (seen = rdkv_cuda__look(starts)) >> 16) {
@@ -2712,9 +2901,13 @@ static uint32_t rdkv_cuda__ring_bytes(const rdkv_cuda_config *c) {
   return static_cast<uint32_t>((bytes + 383) / 384 * 384); /* slots of whole 128 bytes */
 }
 
-/* Fragments of the query: for groups above 4 the rests lie behind. */
+/* Fragments of the query: for groups above 4 the rests lie behind. Those of bytes have up to 3
+   pairs with one block. */
 static uint32_t rdkv_cuda__fragments(const rdkv_cuda_config *c, int blocks) {
-  return static_cast<uint32_t>(blocks) * (c->n_q_heads / c->n_kv_heads <= 4 ? 256u : 512u);
+  const uint32_t n = static_cast<uint32_t>(blocks);
+  const uint32_t bytes = (RDKV_CUDA__PAIR * (n + 3) / 2 + 127) / 128 * 128;
+  if (c->n_q_heads / c->n_kv_heads > 4) return 512u * n;
+  return c->latency > 0 || 256u * n > bytes ? 256u * n : bytes;
 }
 
 /* What fragments are made of: a head's table (runs padded as above) and rows of q. */

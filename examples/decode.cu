@@ -42,11 +42,11 @@ static __global__ void warp_attend(const void *block, const __half *q, float sca
   rdkv_cuda_head head;
   rdkv_cuda_head_of(block, 0, static_cast<int>(blockIdx.x), &head);
   for (uint32_t c = 0; c < GROUP; ++c)
-    rdkv_cuda_query(&head, false, q + (blockIdx.x * GROUP + c) * DIM, RDKV_F16, DIM,
-                    scale * 1.442695f, c, fragments, fragments + 128, &factors[c]);
+    rdkv_cuda_query<true>(&head, false, q + (blockIdx.x * GROUP + c) * DIM, RDKV_F16, DIM,
+                    scale * 1.442695f, c, fragments, fragments + 32, &factors[c]);
   __syncwarp();
-  const uint32_t lane = threadIdx.x, g = lane >> 2, column = 2 * (lane & 3) % GROUP;
-  const float2 factor[2] = {factors[column], factors[column + 1]};
+  const uint32_t lane = threadIdx.x, g = lane >> 2, column = lane & 3;
+  const float2 factor[2] = {factors[column], factors[column]};
   rdkv_cuda_acc<DIM / 16> a;
   rdkv_cuda_clear(a);
   for (uint32_t i = 0; i < rdkv_cuda_tiles(head); ++i) {
@@ -58,11 +58,10 @@ static __global__ void warp_attend(const void *block, const __half *q, float sca
                          0, factor);
   }
   rdkv_cuda_finish<true>(a);
-  if ((lane & 3) < 2)
-    for (uint32_t i = 0; i < DIM / 16; ++i)
-      for (uint32_t k = 0; k < 4; ++k)
-        out[(blockIdx.x * GROUP + column + (k & 1)) * DIM + 16 * i + g + 8 * (k >> 1)] =
-            (a.acc[i][k] / RDKV_CUDA_LIFT + a.mid[k & 1]) / a.sum[k & 1];
+  for (uint32_t i = 0; i < DIM / 16; ++i)
+    for (uint32_t k = 0; k < 2; ++k)
+      out[(blockIdx.x * GROUP + column) * DIM + 16 * i + g + 8 * k] =
+          (a.acc[i][2 * k] + a.mid[0]) / a.sum[0];
 }
 
 static double distance(const float *a, const float *b, int n) {
