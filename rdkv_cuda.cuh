@@ -190,7 +190,7 @@ cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *kv, const r
                               size_t workspace_bytes, cudaStream_t stream);
 
 /* rdkv_allocate; the threshold that was used goes to lambda [n_layers] on the device, 0 with
-   RDKV_PAPER. One cooperative launch. */
+   RDKV_PAPER. One launch, cooperative but for RDKV_PAPER without budget_bytes. */
 cudaError_t rdkv_cuda_allocate(const rdkv_config *cfg, const rdkv_layer *layers, int n_layers,
                                double *lambda, uint32_t *status, void *workspace,
                                size_t workspace_bytes, cudaStream_t stream);
@@ -6655,21 +6655,22 @@ struct solve_state {
   double sum[3];    /* used in turn, the next one being cleared */
 };
 
-struct solve_team { /* of blocks that have a head of RDKV_PAPER */
-  u64 sum[2];
-  int top;
-};
-
 enum { VIEWS = 8 }; /* layers that go with the launch itself */
 struct solve_views {
   layer_view view[VIEWS];
+};
+
+/* From which weight up, over lambda, a level may be chosen, and from which it is; the bits that it
+   has more than the one below. */
+struct paper_edges {
+  float from[4], sure[4];
+  uint32_t width[4];
 };
 
 struct solve_args {
   solve_views few;
   layer_view *layers; /* where there are more than VIEWS */
   solve_head *heads;  /* [n_layers][n_kv_heads] */
-  solve_team *teams;  /* [heads] */
   uint32_t *bins[3];  /* [heads][BINS], used in turn: counted in, read, cleared */
   u64 *hist[3];       /* [BINS] */
   u64 *list;          /* [heads][4][capacity] slope above inverted index: greater is better */
@@ -6683,8 +6684,9 @@ struct solve_args {
   uint64_t budget, fixed, most; /* most: no block is larger */
   double given_lambda, tokens, k_share, max_error;
   float eps_k[5], eps_v[5];
+  paper_edges edges; /* of eps_v */
   uint32_t n, n_heads, n_kv_heads, capacity, max_offers;
-  int n_layers, k_dim, v_dim, positions, scope, paper, search;
+  int n_layers, k_dim, v_dim, positions, scope;
 };
 
 struct solve_pin {
@@ -7935,25 +7937,79 @@ __device__ inline void solve_error(solver &s, double *used) {
   if (mid != hi) solve(s, hi * 128, used);
 }
 
-/* ---- the authors' solver: some blocks a head, which keep their part of the weights at hand */
+/* ---- the authors' solver: a cluster of blocks a head, one block where there are no clusters.
+   rdkv__paper_solve asks where the mean width at a lambda lies: below, within 1 % of or above the
+   budget. Counts of the weights by size mostly tell; else all widths are worked out. */
 
-__device__ __forceinline__ int paper_level(float w, const float *eps, const float *rate) {
-  float best = __fadd_rn(__fmul_rn(w, eps[0]), rate[0]);
-  int level = 0;
-#pragma unroll
-  for (int l = 1; l < 5; ++l) {
-    const float cost = __fadd_rn(__fmul_rn(w, eps[l]), rate[l]);
-    if (cost < best) best = cost, level = l;
+enum {
+  CLUSTER = 8,         /* blocks at most */
+  CLUSTER_PART = 2048, /* weights from which a block has company */
+  WEIGHTS = 16384,     /* of a block that stay in shared memory */
+  SIZES = 2048,        /* bins of weights, 1/64 of an octave each, from the largest one down */
+  SIZE_SHIFT = 17,
+  PAPER_WORDS = 2 * SIZES + 4 + WEIGHTS, /* of shared memory */
+  LEAST_SIZE = (127 - 60) << 6, /* 2^-60: from there up a product with an eps is no subnormal */
+  CHAIN = 32
+};
+
+/* By the hull of eps against width. The margin is for costs that are rounded twice. */
+static paper_edges paper_edges_of(const float *eps) {
+  paper_edges e = paper_edges();
+  for (int l = 0, next; l < 4; l = next) {
+    double at = 0;
+    next = 4;
+    for (int m = l + 1; m < 5; ++m) {
+      const double gain = static_cast<double>(eps[l]) - static_cast<double>(eps[m]);
+      const double x = (width_of(m) - width_of(l)) / gain;
+      if (gain > 0 && (at == 0 || x < at)) at = x, next = m;
+    }
+    if (at == 0) break; /* no level above is any better */
+    const double cost = at * static_cast<double>(eps[l]) + width_of(l);
+    const double margin = (1 + cost / (width_of(next) - width_of(next - 1))) / (1 << 20);
+    const bool known = margin < 0.25 && static_cast<double>(eps[l]) > 1e-15;
+    for (int m = l; m < next; ++m) {
+      e.from[m] = known ? static_cast<float>(at * (1 - margin)) : 0;
+      e.sure[m] = known ? static_cast<float>(at * (1 + margin)) : INFINITY;
+    }
+    e.width[next - 1] = static_cast<uint32_t>(width_of(next) - width_of(l));
+    if (!known)
+      for (int m = l; m < next; ++m)
+        e.width[m] = static_cast<uint32_t>(width_of(m + 1) - width_of(m));
   }
-  return level;
+  return e;
 }
 
-/* Where rdkv__paper_solve stops: mean(lambda) is the mean width, top the largest weight. */
+/* rate[l] = lambda * width */
+__device__ __forceinline__ uint32_t paper_width(float w, const float *eps, const float *rate) {
+  float best = w; /* eps 1, no bits */
+  uint32_t width = 0;
+#pragma unroll
+  for (int l = 1; l < 5; ++l) {
+    const float cost = l < 4 ? __fadd_rn(__fmul_rn(w, eps[l]), rate[l]) : rate[l]; /* eps 0 */
+    if (cost < best) best = cost, width = 1u << l;
+  }
+  return width;
+}
+
+/* The mean as rdkv.h rounds it: to double and then to float is as to float at once. */
+__device__ __forceinline__ float mean_width(u64 sum, uint32_t n) {
+  if (n <= 1u << 20) return __fdiv_rn(static_cast<float>(sum), static_cast<float>(n));
+  return __double2float_rn(__ddiv_rn(static_cast<double>(sum), static_cast<double>(n)));
+}
+
+/* Where rdkv__paper_solve begins and stops: mean(lambda) is the mean width, top the largest
+   weight. */
+__device__ __forceinline__ float paper_ceiling(float top) {
+  const float hi = __fmul_rn(top, 0.375f);
+  return hi > 1e-8f ? hi : 1e-8f;
+}
+__device__ __forceinline__ bool close_to(float mean, float budget) {
+  return fabsf(__fsub_rn(mean, budget)) <= __fmul_rn(0.01f, budget);
+}
 template <typename Mean>
 __device__ __forceinline__ float paper_lambda(float top, float budget, Mean mean) {
-  float lo = 0, hi = __fmul_rn(top, 0.375f), mid = 0;
+  float lo = 0, hi = paper_ceiling(top), mid = 0;
   if (mean(0.0f) <= budget) return 0;
-  hi = hi > 1e-8f ? hi : 1e-8f;
   for (int step = 0; step < 64; ++step) {
     if (mean(hi) <= budget) break;
     hi = __fmul_rn(hi, 2);
@@ -7961,7 +8017,7 @@ __device__ __forceinline__ float paper_lambda(float top, float budget, Mean mean
   for (int step = 0; step < 64; ++step) {
     mid = __fmul_rn(__fadd_rn(lo, hi), 0.5f);
     const float m = mean(mid);
-    if (fabsf(__fsub_rn(m, budget)) <= __fmul_rn(0.01f, budget)) break;
+    if (close_to(m, budget)) break;
     if (m > budget)
       lo = mid;
     else
@@ -7970,179 +8026,356 @@ __device__ __forceinline__ float paper_lambda(float top, float budget, Mean mean
   return mid;
 }
 
+/* Midpoints are ceiling / 2^k until one is over the budget: k, or CHAIN and more if it is none. */
+__device__ __forceinline__ uint32_t chain_place(float x, float ceiling) {
+  const uint32_t d = __float_as_uint(ceiling) - __float_as_uint(x);
+  return d & 0x7fffffu ? CHAIN : d >> 23;
+}
+__device__ __forceinline__ float chain_lambda(float ceiling, uint32_t k) {
+  return __fmul_rn(ceiling, __uint_as_float((127 - k) << 23));
+}
+
 /* This block's place among those of a head. */
 struct paper_team {
-  solve_team *shared;
-  uint32_t size, member, turn;
-  u64 base[2];
+  uint32_t size, rank, turn;
 
-  /* Sum over the blocks, which all see what the others wrote before. Arrivals are counted in the
-     same word, which is used at every other turn: a block is at most one turn ahead. */
-  __device__ u64 sum(u64 x) {
-    __shared__ u64 team_warp[SOLVE / 32], team_total[1];
-    x = warp_sum(x);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) team_warp[threadIdx.x / 32] = x;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      u64 all = 0;
-      for (int w = 0; w < SOLVE / 32; ++w) all += team_warp[w];
-      if (size > 1) {
-        volatile u64 *word = &shared->sum[turn & 1];
-        const u64 from = base[turn & 1];
-        __threadfence();
-        atomicAdd(&shared->sum[turn & 1], (1ull << 40) + all);
-        u64 now = *word;
-        while ((now - from) >> 40 < size) now = *word;
-        __threadfence();
-        all = (now - from) & ((1ull << 40) - 1);
-        base[turn & 1] = now;
-      }
-      team_total[0] = all;
+  __device__ paper_team() : size(1), rank(0), turn(0) {
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  }
+
+  /* All blocks meet, and see what the others wrote to shared memory. */
+  __device__ void sync() const {
+#if __CUDA_ARCH__ >= 900
+    if (size > 1) {
+      asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+      asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+      return;
     }
-    ++turn;
+#endif
     __syncthreads();
-    return team_total[0];
+  }
+
+  /* A variable of shared memory in another block. */
+  __device__ static uint32_t address(const void *p, uint32_t of) {
+    uint32_t at = rdkv_cuda__shared_address(p);
+#if __CUDA_ARCH__ >= 900
+    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(at) : "r"(of));
+#endif
+    (void)of;
+    return at;
+  }
+#if __CUDA_ARCH__ >= 900
+#define RDKV_CUDA__CLUSTER "shared::cluster"
+#else
+#define RDKV_CUDA__CLUSTER "shared"
+#endif
+  __device__ static uint32_t get(const uint32_t *p, uint32_t of) {
+    uint32_t x;
+    asm volatile("ld." RDKV_CUDA__CLUSTER ".u32 %0, [%1];" : "=r"(x) : "r"(address(p, of)));
+    return x;
+  }
+  __device__ static void put(uint32_t *p, uint32_t of, uint32_t x) {
+    asm volatile("st." RDKV_CUDA__CLUSTER ".u32 [%0], %1;" ::"r"(address(p, of)), "r"(x)
+                 : "memory");
+  }
+  __device__ static void put(uint2 *p, uint32_t of, uint2 x) {
+    asm volatile("st." RDKV_CUDA__CLUSTER ".v2.u32 [%0], {%1, %2};" ::"r"(address(p, of)), "r"(x.x),
+                 "r"(x.y)
+                 : "memory");
+  }
+#undef RDKV_CUDA__CLUSTER
+
+  /* What each warp of each block hands in: size * SOLVE / 32, for all, until the turn after the
+     next. */
+  __device__ const uint2 *share(uint32_t x, uint32_t y) {
+    __shared__ uint2 shares[2][CLUSTER * SOLVE / 32];
+    uint2 *const at = shares[turn++ & 1];
+    const uint32_t lane = threadIdx.x & 31, mine = rank * (SOLVE / 32) + threadIdx.x / 32;
+    if (lane < size) put(at + mine, lane, make_uint2(x, y));
+    sync();
+    return at;
   }
 };
 
-/* rdkv__paper_solve for a head's channels, by a warp. */
-__device__ __noinline__ void paper_channels(const solver &s, uint32_t i, float budget) {
-  const uint32_t lane = threadIdx.x & 31, kd = static_cast<uint32_t>(s.a.k_dim);
-  const layer_view &layer = s.layer_of(i);
-  float w[MAX_DIM / 32], top = 0, rate[5];
+/* rdkv__paper_solve for a head's channels: one block. */
+__device__ inline void paper_channels(const solve_args &a, const float *w, float budget,
+                                      uint8_t *bits, uint32_t *channels) {
+  __shared__ float chain[CHAIN];
+  const uint32_t lane = threadIdx.x & 31, kd = static_cast<uint32_t>(a.k_dim);
+  float top = 0;
 #pragma unroll
-  for (uint32_t j = 0; j < MAX_DIM / 32; ++j) {
-    const size_t at = s.row(i) * kd + lane + 32 * j;
-    w[j] = lane + 32 * j < kd ? __fmul_rn(layer.q_square[at], layer.k_square[at]) : 0;
-    top = fmaxf(top, w[j]);
-  }
-  for (int m = 16; m; m >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, m));
-  const float lambda = paper_lambda(top, budget, [&](float x) {
+  for (uint32_t j = 0; j < MAX_DIM / 32; ++j) top = fmaxf(top, w[j]);
+  top = __uint_as_float(__reduce_max_sync(FULL, __float_as_uint(top)));
+  const float ceiling = paper_ceiling(top);
+  float rate[5];
+  auto mean = [&](float x) {
     uint32_t sum = 0;
-    for (int l = 0; l < 5; ++l) rate[l] = __fmul_rn(x, static_cast<float>(width_of(l)));
+    for (int l = 1; l < 5; ++l) rate[l] = __fmul_rn(x, static_cast<float>(width_of(l)));
 #pragma unroll
     for (uint32_t j = 0; j < MAX_DIM / 32; ++j)
-      if (lane + 32 * j < kd)
-        sum += static_cast<uint32_t>(width_of(paper_level(w[j], s.a.eps_k, rate)));
-    sum = __reduce_add_sync(FULL, sum);
-    return __double2float_rn(__ddiv_rn(static_cast<double>(sum), static_cast<double>(kd)));
+      if (32 * j < kd) sum += paper_width(w[j], a.eps_k, rate);
+    return mean_width(__reduce_add_sync(FULL, sum), kd);
+  };
+  for (uint32_t k = threadIdx.x / 32; k < CHAIN; k += SOLVE / 32) {
+    const float m = mean(chain_lambda(ceiling, k));
+    if (lane == 0) chain[k] = m;
+  }
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  const float lambda = paper_lambda(top, budget, [&](float x) {
+    const uint32_t k = chain_place(x, ceiling);
+    return k < CHAIN ? chain[k] : mean(x);
   });
-  for (int l = 0; l < 5; ++l) rate[l] = __fmul_rn(lambda, static_cast<float>(width_of(l)));
+  for (int l = 1; l < 5; ++l) rate[l] = __fmul_rn(lambda, static_cast<float>(width_of(l)));
+#pragma unroll
   for (uint32_t j = 0; j < MAX_DIM / 32; ++j) {
     if (lane + 32 * j >= kd) continue;
-    const int level = paper_level(w[j], s.a.eps_k, rate);
-    s.k_bits(i)[lane + 32 * j] = static_cast<uint8_t>(width_of(level));
-    atomicAdd(&s.head(i)->channels[level > 3 ? 3 : level], 1u);
+    const uint32_t width = paper_width(w[j], a.eps_k, rate);
+    bits[lane + 32 * j] = static_cast<uint8_t>(width);
+    if (channels) atomicAdd(&channels[width > 4 ? 3 : width / 2], 1u);
   }
 }
 
-/* rdkv__paper_layer for every head. */
-__device__ __noinline__ void paper_all(solver &s, paper_team &team, double tokens) {
-  __shared__ uint32_t paper_count[5];
-  __shared__ int paper_top[1];
-  const uint32_t n = s.a.n, kd = static_cast<uint32_t>(s.a.k_dim);
-  const uint32_t n_teams = gridDim.x / team.size, each = (n + team.size - 1) / team.size;
-  const uint32_t t0 = least(team.member * each, n), t1 = least(t0 + each, n);
-  for (uint32_t i = blockIdx.x / team.size; i < s.n_heads; i += n_teams) {
-    solve_head *h = s.head(i);
-    const float *w = s.layer_of(i).token + s.row(i) * n + t0;
-    float rate[5];
-    int top = 0;
-    team.shared = s.a.teams + i;
-    __syncthreads();
-    if (threadIdx.x < 5) paper_count[threadIdx.x] = 0;
-    if (threadIdx.x == 0) paper_top[0] = 0;
-    if (team.member == 0) {
-      if (threadIdx.x == 0) {
-        for (int l = 0; l < 5; ++l) h->count[l] = 0;
-        for (int l = 0; l < 4; ++l) h->channels[l] = 0;
-      }
-    }
-    __syncthreads();
-    /* the part's weights, in shared memory if there is room */
-    float *at_hand = reinterpret_cast<float *>(solve_shared);
-    for (uint32_t t = threadIdx.x; t < t1 - t0; t += SOLVE) {
-      const float x = w[t];
-      top = max(top, __float_as_int(x));
-      if (t1 - t0 <= SOLVE_WORDS) at_hand[t] = x;
-    }
-    if (t1 - t0 <= SOLVE_WORDS) w = at_hand;
-    atomicMax(&paper_top[0], top);
-    __syncthreads();
-    if (threadIdx.x == 0 && team.size > 1) atomicMax(&team.shared->top, paper_top[0]);
-    team.sum(0);
-    if (team.size > 1) {
-      if (threadIdx.x == 0) paper_top[0] = *static_cast<volatile int *>(&team.shared->top);
-      __syncthreads();
-    }
-    float lambda = 0;
-    if (n > 0)
-      lambda = paper_lambda(
-          __int_as_float(paper_top[0]),
-          __double2float_rn((1 - s.a.k_share) * 2 * tokens * 16 / static_cast<double>(n)),
-          [&](float x) {
-            u64 sum = 0;
-            for (int l = 0; l < 5; ++l) rate[l] = __fmul_rn(x, static_cast<float>(width_of(l)));
-#pragma unroll 4
-            for (uint32_t t = threadIdx.x; t < t1 - t0; t += SOLVE)
-              sum += static_cast<u64>(width_of(paper_level(w[t], s.a.eps_v, rate)));
-            return __double2float_rn(
-                __ddiv_rn(static_cast<double>(team.sum(sum)), static_cast<double>(n)));
-          });
-    for (int l = 0; l < 5; ++l) rate[l] = __fmul_rn(lambda, static_cast<float>(width_of(l)));
-    uint32_t mine[5] = {0, 0, 0, 0, 0};
-    for (uint32_t t = threadIdx.x; t < t1 - t0; t += SOLVE) {
-      const int level = paper_level(w[t], s.a.eps_v, rate);
-      s.v_bits(i)[t0 + t] = static_cast<uint8_t>(width_of(level));
+/* rdkv__paper_layer for a head. count: its solve_head, if that is wanted. False: no weights. */
+__device__ inline bool paper_head(const solve_args &a, uint32_t head, double tokens,
+                                  paper_team &team, solve_head *count) {
+  __shared__ uint32_t scratch[SOLVE / 32];
+  uint32_t *const sizes = reinterpret_cast<uint32_t *>(solve_shared); /* [SIZES] */
+  uint32_t *const above = sizes + SIZES; /* [SIZES + 4] weights in this bin and those above */
+  float *const at_hand = reinterpret_cast<float *>(above + SIZES + 4); /* [WEIGHTS] */
+  const uint32_t tid = threadIdx.x, lane = tid & 31, warp = tid / 32, n = a.n;
+  const uint32_t kd = static_cast<uint32_t>(a.k_dim);
+  const uint32_t layer = head / a.n_kv_heads;
+  const layer_view &view = a.n_layers <= VIEWS ? a.few.view[layer] : a.layers[layer];
+  const size_t row = head % a.n_kv_heads;
+  /* this block's weights, four a thread */
+  const uint32_t part = (n + 4 * team.size - 1) / (4 * team.size) * 4;
+  const uint32_t t0 = least(team.rank * part, n), len = least(part, n - t0);
+  const float *const w = view.token + row * n + t0;
+  uint8_t *const bits = view.v_bits + row * n + t0;
+  const bool whole = (reinterpret_cast<uintptr_t>(w) & 15) == 0;
+  const bool words = (reinterpret_cast<uintptr_t>(bits) & 3) == 0;
+  const bool stay = part <= WEIGHTS;
+  auto from_memory = [&](uint32_t t) {
+    if (whole && t + 4 <= len) return *reinterpret_cast<const float4 *>(w + t);
+    float4 x = make_float4(w[t], 0, 0, 0);
+    if (t + 1 < len) x.y = w[t + 1];
+    if (t + 2 < len) x.z = w[t + 2];
+    if (t + 3 < len) x.w = w[t + 3];
+    return x;
+  };
+  auto four = [&](uint32_t t) {
+    return stay ? *reinterpret_cast<const float4 *>(at_hand + t) : from_memory(t);
+  };
+  const uint32_t error = *a.status;
+  float q[MAX_DIM / 32], k[MAX_DIM / 32];
 #pragma unroll
-      for (int l = 0; l < 5; ++l) mine[l] += level == l;
-    }
-    for (int l = 0; l < 5; ++l)
-      if (mine[l]) atomicAdd(&paper_count[l], mine[l]);
-    __syncthreads();
-    if (threadIdx.x < 5 && paper_count[threadIdx.x])
-      atomicAdd(&h->count[threadIdx.x], paper_count[threadIdx.x]);
-    const u64 dropped = team.sum(threadIdx.x == 0 ? paper_count[0] : 0);
-    const double kept = static_cast<double>(n - dropped);
-    if (team.member == 0 && threadIdx.x < 32) {
-      if (kept > 0) {
-        paper_channels(s, i, __double2float_rn(s.a.k_share * 2 * tokens * 16 / kept));
-      } else {
-        for (uint32_t c = threadIdx.x; c < kd; c += 32) s.k_bits(i)[c] = 0;
-        if (threadIdx.x == 0) h->channels[0] = kd;
-      }
-    }
+  for (uint32_t j = 0; j < MAX_DIM / 32; ++j) {
+    const size_t c = lane + 32 * j;
+    const bool there = c < kd && team.rank == 0;
+    q[j] = there ? view.q_square[row * kd + c] : 0, k[j] = there ? view.k_square[row * kd + c] : 0;
   }
+  for (uint32_t b = 4 * tid; b < SIZES; b += 4 * SOLVE)
+    *reinterpret_cast<uint4 *>(sizes + b) = make_uint4(0, 0, 0, 0);
+  if (count && tid < 5) count->count[tid] = 0;
+  if (count && tid < 4) count->channels[tid] = 0;
+  uint32_t top = 0; /* bits: of what is no number >= 0 they are larger */
+#pragma unroll 4
+  for (uint32_t t = 4 * tid; t < len; t += 4 * SOLVE) {
+    const float4 x = from_memory(t);
+    if (stay) *reinterpret_cast<float4 *>(at_hand + t) = x;
+    top = most(
+        most(most(top, __float_as_uint(x.x)), most(__float_as_uint(x.y), __float_as_uint(x.z))),
+        __float_as_uint(x.w));
+  }
+#pragma unroll
+  for (uint32_t j = 0; j < MAX_DIM / 32; ++j) {
+    if (most(__float_as_uint(q[j]), __float_as_uint(k[j])) >= 0x7f800000u) top = FULL;
+    q[j] = __fmul_rn(q[j], k[j]);
+  }
+  const uint2 *const tops = team.share(__reduce_max_sync(FULL, top), __reduce_or_sync(FULL, error));
+  uint32_t odd = 0;
+  top = 0;
+  for (uint32_t i = lane; i < team.size * (SOLVE / 32); i += 32)
+    top = most(top, tops[i].x), odd |= tops[i].y;
+  top = __reduce_max_sync(FULL, top), odd = __reduce_or_sync(FULL, odd);
+  if (odd || top >= 0x7f800000u) {
+    if (tid == 0) fail(a.status, RDKV_ERR_NONFINITE);
+    return false;
+  }
+  const uint32_t base = most(most(top >> SIZE_SHIFT, SIZES - 1) - (SIZES - 1), LEAST_SIZE);
+  auto size_of = [&](float x) { /* bin 0: all that are smaller, too */
+                                const uint32_t b = __float_as_uint(x) >> SIZE_SHIFT;
+                                return least(most(b, base) - base, SIZES);
+  };
+#pragma unroll 2
+  for (uint32_t t = 4 * tid; t < len; t += 4 * SOLVE) {
+    const float4 x = four(t);
+    atomicAdd(&sizes[size_of(x.x)], 1u);
+    if (t + 1 < len) atomicAdd(&sizes[size_of(x.y)], 1u);
+    if (t + 2 < len) atomicAdd(&sizes[size_of(x.z)], 1u);
+    if (t + 3 < len) atomicAdd(&sizes[size_of(x.w)], 1u);
+  }
+  team.sync();
+  const uint32_t *sum_of = sizes;
+  if (team.size > 1) { /* each block adds up its part of the bins, for all */
+    const uint32_t slice = SIZES / team.size;
+    for (uint32_t b = team.rank * slice + tid; b < (team.rank + 1) * slice; b += SOLVE) {
+      uint32_t x[CLUSTER], sum = 0;
+#pragma unroll
+      for (uint32_t i = 0; i < CLUSTER; ++i) x[i] = i < team.size ? team.get(sizes + b, i) : 0;
+#pragma unroll
+      for (uint32_t i = 0; i < CLUSTER; ++i) sum += x[i];
+#pragma unroll
+      for (uint32_t i = 0; i < CLUSTER; ++i)
+        if (i < team.size) team.put(above + b, i, sum);
+    }
+    team.sync();
+    sum_of = above;
+  }
+  {
+    const uint32_t b = SIZES - 4 - 4 * tid;
+    uint4 x = *reinterpret_cast<const uint4 *>(sum_of + b);
+    x.z += x.w, x.y += x.z, x.x += x.y;
+    uint32_t sum = x.x;
+#pragma unroll
+    for (int d = 1; d < 32; d <<= 1) {
+      const uint32_t y = __shfl_up_sync(FULL, sum, d);
+      if (lane >= static_cast<uint32_t>(d)) sum += y;
+    }
+    if (lane == 31) scratch[warp] = sum;
+    __syncthreads();
+    const uint32_t before = __reduce_add_sync(FULL, lane < warp ? scratch[lane] : 0) + sum - x.x;
+    *reinterpret_cast<uint4 *>(above + b) =
+        make_uint4(x.x + before, x.y + before, x.z + before, x.w + before);
+    if (tid < 4) above[SIZES + tid] = 0;
+    __syncthreads();
+  }
+  auto bounds = [&](float lambda) { /* of the mean width */
+                                    u64 low = 0, high = 0;
+#pragma unroll
+                                    for (int l = 0; l < 4; ++l) {
+                                      const uint32_t from =
+                                          size_of(__fmul_rn(lambda, a.edges.from[l]));
+                                      const uint32_t sure = least(
+                                          size_of(__fmul_rn(lambda, a.edges.sure[l])) + 1, SIZES);
+                                      high += static_cast<u64>(a.edges.width[l]) * above[from];
+                                      low += static_cast<u64>(a.edges.width[l]) * above[sure];
+                                    }
+                                    return make_float2(mean_width(low, n), mean_width(high, n));
+  };
+  float lambda = 0, done = -1; /* where widths were last worked out */
+  uint32_t kept = 0;
+  auto exact = [&](float x) {
+    float rate[5];
+    uint32_t sum = 0, some = 0;
+    for (int l = 1; l < 5; ++l) rate[l] = __fmul_rn(x, static_cast<float>(width_of(l)));
+    done = x;
+#pragma unroll 2
+    for (uint32_t t = 4 * tid; t < len; t += 4 * SOLVE) {
+      const float4 y = four(t);
+      const uint32_t four_widths =
+          paper_width(y.x, a.eps_v, rate) | paper_width(y.y, a.eps_v, rate) << 8 |
+          paper_width(y.z, a.eps_v, rate) << 16 | paper_width(y.w, a.eps_v, rate) << 24;
+      sum = __dp4a(four_widths, 0x01010101u, sum), some += __popc(four_widths);
+      if (words && t + 4 <= len)
+        *reinterpret_cast<uint32_t *>(bits + t) = four_widths;
+      else
+        for (uint32_t i = 0; i < 4 && t + i < len; ++i)
+          bits[t + i] = static_cast<uint8_t>(four_widths >> (8 * i));
+    }
+    const uint2 *const sums =
+        team.share(__reduce_add_sync(FULL, sum), __reduce_add_sync(FULL, some));
+    uint32_t low = 0, high = 0;
+    kept = 0;
+    for (uint32_t i = lane; i < team.size * (SOLVE / 32); i += 32)
+      low += sums[i].x & 0xffffu, high += sums[i].x >> 16, kept += sums[i].y;
+    low = __reduce_add_sync(FULL, low), high = __reduce_add_sync(FULL, high);
+    kept = __reduce_add_sync(FULL, kept);
+    return mean_width(low + (static_cast<u64>(high) << 16), n);
+  };
+  if (n > 0) {
+    const float budget =
+        __double2float_rn((1 - a.k_share) * 2 * tokens * 16 / static_cast<double>(n));
+    const float ceiling = paper_ceiling(__uint_as_float(top));
+    const float2 chain = bounds(chain_lambda(ceiling, lane));
+    lambda = paper_lambda(__uint_as_float(top), budget, [&](float x) {
+      const uint32_t k = chain_place(x, ceiling);
+      float2 m;
+      if (k < CHAIN)
+        m.x = __shfl_sync(FULL, chain.x, k), m.y = __shfl_sync(FULL, chain.y, k);
+      else
+        m = bounds(x);
+      const bool in = close_to(m.x, budget);
+      const bool tells = in == close_to(m.y, budget) && (in || m.x > budget == m.y > budget);
+      return tells ? m.x : exact(x);
+    });
+    if (done != lambda) exact(lambda);
+  }
+  if (count) {
+    for (uint32_t t = 4 * tid; t < len; t += 4 * SOLVE)
+      for (uint32_t i = 0; i < 4 && t + i < len; ++i)
+        atomicAdd(&count->count[level_of(bits[t + i])], 1u);
+  }
+  if (team.rank != 0) return true;
+  uint8_t *const k_bits = view.k_bits + row * kd;
+  if (kept > 0) {
+    paper_channels(a, q, __double2float_rn(a.k_share * 2 * tokens * 16 / static_cast<double>(kept)),
+                   k_bits, count ? count->channels : nullptr);
+  } else {
+    for (uint32_t c = tid; c < kd; c += SOLVE) k_bits[c] = 0;
+    if (count && tid == 0) count->channels[0] = kd;
+  }
+  return true;
 }
 
-__device__ inline void solve_paper(solver &s, uint64_t budget) {
-  const bool search = s.a.search && budget > 0;
-  double lo = 0, hi = 2 * static_cast<double>(s.a.n) + 1, tokens = s.a.tokens;
-  /* a block has so many weights that going through them takes as long as meeting the others */
-  paper_team team = {
-      nullptr, most(least(gridDim.x / s.n_heads, (s.a.n + 8191) / 8192), 1), 0, 0, {0, 0}};
-  team.member = blockIdx.x % team.size;
-  if (search) { /* most tokens whose block fits */
-    for (int step = 0; step < 24; ++step) {
-      const double mid = (lo + hi) / 2;
-      paper_all(s, team, mid);
-      s.sync();
-      if (s.a.fixed + bytes_now(s) <= budget)
-        lo = mid;
-      else
-        hi = mid;
-      s.sync();
+static __global__ void __launch_bounds__(SOLVE, 1)
+    paper_kernel(const __grid_constant__ solve_args a) {
+  paper_team team;
+  if (!paper_head(a, blockIdx.x / team.size, a.tokens, team, nullptr)) return;
+  for (int l = static_cast<int>(threadIdx.x); l < a.n_layers && blockIdx.x == 0; l += SOLVE)
+    a.lambda[l] = 0;
+}
+
+/* For a budget of bytes: most tokens whose block fits. A cooperative launch without clusters. */
+static __global__ void __launch_bounds__(SOLVE, 1)
+    paper_search_kernel(const __grid_constant__ solve_args a) {
+  solver s(a);
+  paper_team team;
+  const uint64_t budget = a.given_budget ? *a.given_budget : a.budget;
+  const bool failed = *a.status != RDKV_OK;
+  double lo = 0, hi = 2 * static_cast<double>(a.n) + 1;
+  auto fits = [&](double tokens) {
+    for (uint32_t i = blockIdx.x; i < a.n_heads; i += gridDim.x) {
+      __syncthreads();
+      paper_head(a, i, tokens, team, a.heads + i);
     }
-    tokens = lo;
+    s.sync();
+    const bool fit = a.fixed + bytes_now(s) <= budget;
+    s.sync();
+    return fit;
+  };
+  s.sync();
+  if (failed) return;
+  for (int step = 0; step <= 24; ++step) {
+    const double mid = budget == 0 ? a.tokens : step < 24 ? (lo + hi) / 2 : lo;
+    const bool fit = fits(mid);
+    if (budget == 0) break;
+    if (step == 24 && !fit) {
+      clear_widths(s);
+      if (blockIdx.x == 0 && threadIdx.x == 0) fail(a.status, RDKV_ERR_BUDGET);
+      return;
+    }
+    if (fit)
+      lo = mid;
+    else
+      hi = mid;
   }
-  paper_all(s, team, tokens);
-  if (!search) return;
-  s.sync();
-  if (s.a.fixed + bytes_now(s) <= budget) return;
-  s.sync();
-  clear_widths(s);
-  if (blockIdx.x == 0 && threadIdx.x == 0) fail(s.a.status, RDKV_ERR_BUDGET);
+  for (int l = static_cast<int>(threadIdx.x); l < a.n_layers && blockIdx.x == 0; l += SOLVE)
+    a.lambda[l] = 0;
 }
 
 static __global__ void __launch_bounds__(SOLVE, 1)
@@ -8151,7 +8384,7 @@ static __global__ void __launch_bounds__(SOLVE, 1)
   solver s(a);
   const uint32_t first = blockIdx.x * SOLVE + threadIdx.x, step = gridDim.x * SOLVE;
   const uint32_t kd = static_cast<uint32_t>(a.k_dim);
-  const bool by_budget = !a.paper && a.scope != RDKV_SCOPE_LAMBDA && a.max_error == 0;
+  const bool by_budget = a.scope != RDKV_SCOPE_LAMBDA && a.max_error == 0;
   const uint32_t n_parts = !by_budget || a.scope == RDKV_SCOPE_MODEL ? 1u
                            : a.scope == RDKV_SCOPE_LAYER ? static_cast<uint32_t>(a.n_layers)
                                                          : a.n_heads;
@@ -8167,23 +8400,18 @@ static __global__ void __launch_bounds__(SOLVE, 1)
     too_little = (budget - a.fixed) / n_parts / 128 * 128 < least_bytes(s, i * each, each);
   /* Weights and distortions must be finite and >= 0. Where all heads go through one solve its first
      pass over V sees that, before anything is written. */
-  const bool look = a.paper || n_parts > 1 || too_little;
+  const bool look = n_parts > 1 || too_little;
   bool odd = false;
   for (int l = 0; l < a.n_layers && look; ++l) {
     const layer_view &layer = a.n_layers <= VIEWS ? a.few.view[l] : a.layers[l];
-    const float *v = a.paper ? layer.token : layer.v_distortion;
-    const size_t n = static_cast<size_t>(a.n) * a.n_kv_heads * (a.paper ? 1 : 5);
+    const size_t n = static_cast<size_t>(a.n) * a.n_kv_heads * 5;
 #pragma unroll 4
-    for (size_t t = first; t < n; t += step) odd |= __float_as_uint(v[t]) >= 0x7f800000u;
+    for (size_t t = first; t < n; t += step)
+      odd |= __float_as_uint(layer.v_distortion[t]) >= 0x7f800000u;
   }
-  const uint32_t each_k = a.paper ? kd : 4 * kd;
-  for (uint32_t j = first; j < a.n_heads * each_k; j += step) {
-    const uint32_t i = j / each_k, c = j - i * each_k;
-    if (a.paper)
-      odd |= __float_as_uint(s.layer_of(i).q_square[s.row(i) * kd + c]) >= 0x7f800000u ||
-             __float_as_uint(s.layer_of(i).k_square[s.row(i) * kd + c]) >= 0x7f800000u;
-    else
-      odd |= __float_as_uint(s.k_distortion(i)[c]) >= 0x7f800000u;
+  for (uint32_t j = first; j < a.n_heads * 4 * kd; j += step) {
+    const uint32_t i = j / (4 * kd), c = j - i * (4 * kd);
+    odd |= __float_as_uint(s.k_distortion(i)[c]) >= 0x7f800000u;
   }
   if (odd) atomicOr(&a.state->odd, 1u);
   if (look) {
@@ -8195,9 +8423,7 @@ static __global__ void __launch_bounds__(SOLVE, 1)
     return;
   }
   double used = 0;
-  if (a.paper) {
-    solve_paper(s, budget);
-  } else if (a.scope == RDKV_SCOPE_LAMBDA) {
+  if (a.scope == RDKV_SCOPE_LAMBDA) {
     used = a.device_lambda ? *a.device_lambda : a.given_lambda;
     solve_at(s, used > 3.4028234663852886e38 ? __uint_as_float(PINNED) : __double2float_rn(used));
   } else if (a.max_error > 0) {
@@ -8818,7 +9044,6 @@ static void layout_solve(const rdkv_config *cfg, int n_layers, uint32_t n, void 
   s->a.capacity = n < 2 ? 2 : n < 1024 ? n : n / 4 < 1024 ? 1024 : n / 4;
   s->m.take(&s->a.pin, cfg->n_pins > 0 ? heads * n : 0);
   s->m.take(&s->a.state, 1);
-  s->m.take(&s->a.teams, paper ? heads : 0);
   s->m.take(&s->a.hist[0], paper ? 0 : BINS);
   s->m.take(&s->a.bins[0], paper ? 0 : heads * BINS);
   s->m.take(&s->a.hist[1], paper ? 0 : BINS); /* up to here it is zeroed */
@@ -8843,13 +9068,16 @@ static cudaError_t allocate(const rdkv_config *cfg, const rdkv_layer *layers, in
   layout_solve(cfg, n_layers, n, workspace, &s);
   if (bytes < s.m.bytes) return cudaErrorInvalidValue;
   solve_args &a = s.a;
+  const bool paper = cfg->profile == RDKV_PAPER;
+  const bool search = paper && cfg->token_budget == 0 && cfg->budget_bytes > 0;
   const bool alone = cfg->scope == RDKV_SCOPE_LAMBDA && cfg->profile == RDKV_JOINT &&
                      cfg->max_error == 0 && n <= AT_TOKENS; /* each head by itself */
   uint8_t *const zero = cfg->n_pins > 0 ? a.pin : reinterpret_cast<uint8_t *>(a.state);
   uint8_t *const used =
       reinterpret_cast<uint8_t *>(alone ? static_cast<void *>(a.state) : a.hist[1]);
   cudaError_t e = cudaSuccess;
-  if (used > zero) e = cudaMemsetAsync(zero, 0, static_cast<size_t>(used - zero), stream);
+  if (used > zero && (!paper || search))
+    e = cudaMemsetAsync(zero, 0, static_cast<size_t>(used - zero), stream);
   if (e) return e;
   for (int first = 0; first < n_layers; first += VIEWS) {
     solve_views views;
@@ -8868,15 +9096,15 @@ static cudaError_t allocate(const rdkv_config *cfg, const rdkv_layer *layers, in
   a.n_kv_heads = static_cast<uint32_t>(cfg->n_kv_heads);
   a.n_heads = static_cast<uint32_t>(n_layers) * a.n_kv_heads, a.n_layers = n_layers;
   a.k_dim = cfg->k_dim, a.v_dim = cfg->v_dim, a.positions = cfg->positions;
-  a.scope = cfg->scope, a.paper = cfg->profile == RDKV_PAPER;
+  a.scope = cfg->scope;
   a.budget = budget_of(cfg, n, n_layers), a.fixed = fixed_bytes(a.n_heads);
   a.most = max_block(cfg, n, n_layers), a.max_error = cfg->max_error;
   a.given_lambda = cfg->lambda, a.k_share = cfg->k_share;
   a.tokens = cfg->token_budget;
-  a.search = cfg->token_budget == 0 && cfg->budget_bytes > 0;
   if (cfg->token_budget == 0) a.tokens = cfg->keep * static_cast<double>(n); /* or searched */
   a.eps_k[0] = a.eps_v[0] = 1, a.eps_k[4] = a.eps_v[4] = 0;
   for (int i = 0; i < 3; ++i) a.eps_k[i + 1] = cfg->eps_k[i], a.eps_v[i + 1] = cfg->eps_v[i];
+  a.edges = paper_edges_of(a.eps_v);
   for (int first = 0; first < cfg->n_pins; first += 64) {
     solve_pins pins;
     int i = 0;
@@ -8894,21 +9122,44 @@ static cudaError_t allocate(const rdkv_config *cfg, const rdkv_layer *layers, in
     at_kernel<<<a.n_heads, threads, 0, stream>>>(a);
     return cudaGetLastError();
   }
+  if (paper && !search) {
+    cudaFuncAttributes is;
+    const void *f = reinterpret_cast<const void *>(paper_kernel);
+    e = cudaFuncGetAttributes(&is, f);
+    if (!e)
+      e = cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, PAPER_WORDS * 4);
+    if (e) return e;
+    uint32_t size = 1;
+    while (is.ptxVersion >= 90 && size < CLUSTER && size * CLUSTER_PART < n &&
+           2 * size * a.n_heads <= 128)
+      size *= 2;
+    cudaLaunchConfig_t launch = cudaLaunchConfig_t();
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = size;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    launch.gridDim = dim3(size * a.n_heads), launch.blockDim = dim3(SOLVE);
+    launch.dynamicSmemBytes = PAPER_WORDS * 4, launch.stream = stream;
+    launch.attrs = &attribute, launch.numAttrs = size > 1;
+    return cudaLaunchKernelEx(&launch, paper_kernel, a);
+  }
+  const void *const kernel = search ? reinterpret_cast<const void *>(paper_search_kernel)
+                                    : reinterpret_cast<const void *>(solve_kernel);
+  const int shared = 4 * (search ? static_cast<int>(PAPER_WORDS) : static_cast<int>(SOLVE_WORDS));
   /* at most a block on every multiprocessor: all are resident, as their barriers want; and no more
      than there is work for, as barriers take longer the more meet there */
   int device = 0, most_blocks = 0;
   e = cudaGetDevice(&device);
   if (!e) e = cudaDeviceGetAttribute(&most_blocks, cudaDevAttrMultiProcessorCount, device);
-  if (!e)
-    e = cudaFuncSetAttribute(reinterpret_cast<const void *>(solve_kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, SOLVE_WORDS * 4);
+  if (!e) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (e) return e;
   const uint64_t work = static_cast<uint64_t>(n) * a.n_heads / (SOLVE * BATCH) + 1;
   uint32_t blocks = static_cast<uint32_t>(most_blocks);
+  if (search && blocks > a.n_heads) blocks = a.n_heads;
   if (blocks > work) blocks = most(static_cast<uint32_t>(work), least(a.n_heads, blocks));
   void *pack[] = {&a};
-  e = cudaLaunchCooperativeKernel(reinterpret_cast<const void *>(solve_kernel), dim3(blocks),
-                                  dim3(SOLVE), pack, SOLVE_WORDS * 4, stream);
+  e = cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(SOLVE), pack,
+                                  static_cast<size_t>(shared), stream);
   return e ? e : cudaGetLastError();
 }
 
