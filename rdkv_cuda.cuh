@@ -7943,13 +7943,12 @@ __device__ inline void solve_error(solver &s, double *used) {
 
 enum {
   CLUSTER = 8,         /* blocks at most */
-  CLUSTER_PART = 2048, /* weights from which a block has company */
+  CLUSTER_PART = 8192, /* weights from which a block has company */
   WEIGHTS = 16384,     /* of a block that stay in shared memory */
   SIZES = 2048,        /* bins of weights, 1/64 of an octave each, from the largest one down */
   SIZE_SHIFT = 17,
   PAPER_WORDS = 2 * SIZES + 4 + WEIGHTS, /* of shared memory */
   LEAST_SIZE = (127 - 60) << 6, /* 2^-60: from there up a product with an eps is no subnormal */
-  CHAIN = 32
 };
 
 /* By the hull of eps against width. The margin is for costs that are rounded twice. */
@@ -7997,43 +7996,98 @@ __device__ __forceinline__ float mean_width(u64 sum, uint32_t n) {
   return __double2float_rn(__ddiv_rn(static_cast<double>(sum), static_cast<double>(n)));
 }
 
-/* Where rdkv__paper_solve begins and stops: mean(lambda) is the mean width, top the largest
-   weight. */
-__device__ __forceinline__ float paper_ceiling(float top) {
-  const float hi = __fmul_rn(top, 0.375f);
-  return hi > 1e-8f ? hi : 1e-8f;
-}
-__device__ __forceinline__ bool close_to(float mean, float budget) {
-  return fabsf(__fsub_rn(mean, budget)) <= __fmul_rn(0.01f, budget);
-}
-template <typename Mean>
-__device__ __forceinline__ float paper_lambda(float top, float budget, Mean mean) {
-  float lo = 0, hi = paper_ceiling(top), mid = 0;
-  if (mean(0.0f) <= budget) return 0;
-  for (int step = 0; step < 64; ++step) {
-    if (mean(hi) <= budget) break;
-    hi = __fmul_rn(hi, 2);
-  }
-  for (int step = 0; step < 64; ++step) {
-    mid = __fmul_rn(__fadd_rn(lo, hi), 0.5f);
-    const float m = mean(mid);
-    if (close_to(m, budget)) break;
-    if (m > budget)
-      lo = mid;
-    else
-      hi = mid;
-  }
-  return mid;
-}
+/* rdkv__paper_solve, which asks for the mean width at x. */
+struct paper_search {
+  float budget, lo, hi, x;
+  int stage, step; /* at 0, at the ceiling, at midpoints */
 
-/* Midpoints are ceiling / 2^k until one is over the budget: k, or CHAIN and more if it is none. */
-__device__ __forceinline__ uint32_t chain_place(float x, float ceiling) {
-  const uint32_t d = __float_as_uint(ceiling) - __float_as_uint(x);
-  return d & 0x7fffffu ? CHAIN : d >> 23;
-}
-__device__ __forceinline__ float chain_lambda(float ceiling, uint32_t k) {
-  return __fmul_rn(ceiling, __uint_as_float((127 - k) << 23));
-}
+  __device__ paper_search(float top, float mean)
+      : budget(mean), lo(0), hi(paper_ceiling(top)), x(0), stage(0), step(0) {}
+
+  __device__ static float paper_ceiling(float top) {
+    const float hi = __fmul_rn(top, 0.375f);
+    return hi > 1e-8f ? hi : 1e-8f;
+  }
+  __device__ static float middle(float lo, float hi) { return __fmul_rn(__fadd_rn(lo, hi), 0.5f); }
+  __device__ bool over(float mean) const { return mean > budget; }
+  __device__ bool close(float mean) const {
+    return fabsf(__fsub_rn(mean, budget)) <= __fmul_rn(0.01f, budget);
+  }
+
+  /* On, from what the mean at x is; false: x it is. */
+  __device__ bool next(bool is_over, bool is_close) {
+    if (stage == 0) {
+      if (!is_over) return false;
+      x = hi, stage = 1;
+      return true;
+    }
+    if (stage == 1) {
+      if (is_over) {
+        x = hi = __fmul_rn(hi, 2);
+        if (++step < 64) return true;
+      }
+      stage = 2, step = 0;
+    } else {
+      if (is_close || ++step == 64) return false;
+      if (is_over)
+        lo = x;
+      else
+        hi = x;
+    }
+    x = middle(lo, hi);
+    return true;
+  }
+};
+
+/* A warp's walk through a search. Each lane has a lambda that may be asked for: those of the next
+   steps in a chain of halves, or in a tree of midpoints. */
+struct paper_walk {
+  paper_search s;
+  float lambda;
+  uint32_t over, close, known; /* lanes where the mean is so, and where that is certain */
+  enum { DONE, LOOK, COUNT };
+
+  __device__ paper_walk(float top, float mean)
+      : s(top, mean), lambda(-1), over(0), close(0), known(0) {}
+
+  __device__ void propose() {
+    const uint32_t lane = threadIdx.x & 31;
+    if (s.lo == 0) { /* halves, and 0 */
+      const float at = s.x > 0 ? s.x : s.hi;
+      lambda = lane < 31 ? __fmul_rn(at, __uint_as_float((127 - lane) << 23)) : 0;
+      return;
+    }
+    const uint32_t node = most(lane, 1); /* n has 2n, below it, and 2n + 1 */
+    float lo = s.lo, hi = s.hi;
+    lambda = s.x;
+#pragma unroll
+    for (int depth = 3; depth >= 0; --depth) {
+      if (node >> depth < 2) continue;
+      if (node >> depth & 1)
+        lo = lambda;
+      else
+        hi = lambda;
+      lambda = paper_search::middle(lo, hi);
+    }
+  }
+
+  /* Bounds of the mean at the lane's lambda. */
+  __device__ void judge(float low, float high) {
+    over = __ballot_sync(FULL, s.over(low)), close = __ballot_sync(FULL, s.close(low));
+    known = __ballot_sync(
+        FULL, s.close(low) == s.close(high) && (s.close(low) || s.over(low) == s.over(high)));
+  }
+
+  /* COUNT: the mean at s.x has to be worked out; LOOK: the lanes want other lambdas. */
+  __device__ int go() {
+    for (;;) {
+      const int at = __ffs(static_cast<int>(__ballot_sync(FULL, lambda == s.x))) - 1;
+      if (at < 0) return LOOK;
+      if (!(known >> at & 1)) return COUNT;
+      if (!s.next(over >> at & 1, close >> at & 1)) return DONE;
+    }
+  }
+};
 
 /* This block's place among those of a head. */
 struct paper_team {
@@ -8100,41 +8154,54 @@ struct paper_team {
   }
 };
 
-/* rdkv__paper_solve for a head's channels: one block. */
-__device__ inline void paper_channels(const solve_args &a, const float *w, float budget,
-                                      uint8_t *bits, uint32_t *channels) {
-  __shared__ float chain[CHAIN];
-  const uint32_t lane = threadIdx.x & 31, kd = static_cast<uint32_t>(a.k_dim);
-  float top = 0;
-#pragma unroll
-  for (uint32_t j = 0; j < MAX_DIM / 32; ++j) top = fmaxf(top, w[j]);
-  top = __uint_as_float(__reduce_max_sync(FULL, __float_as_uint(top)));
-  const float ceiling = paper_ceiling(top);
+/* The channels of a head: its first block. */
+struct paper_channels {
+  float weight[MAX_DIM], lambda[32];
+  uint32_t sum[SOLVE / 32 - 1][32];
+  int more;
+};
+
+/* Sums of widths at a lambda a lane, each warp but the first over some of the channels. */
+__device__ inline void add_channels(const solve_args &a, paper_channels &c, float lambda) {
   float rate[5];
-  auto mean = [&](float x) {
-    uint32_t sum = 0;
-    for (int l = 1; l < 5; ++l) rate[l] = __fmul_rn(x, static_cast<float>(width_of(l)));
-#pragma unroll
-    for (uint32_t j = 0; j < MAX_DIM / 32; ++j)
-      if (32 * j < kd) sum += paper_width(w[j], a.eps_k, rate);
-    return mean_width(__reduce_add_sync(FULL, sum), kd);
-  };
-  for (uint32_t k = threadIdx.x / 32; k < CHAIN; k += SOLVE / 32) {
-    const float m = mean(chain_lambda(ceiling, k));
-    if (lane == 0) chain[k] = m;
-  }
-  __syncthreads();
-  if (threadIdx.x >= 32) return;
-  const float lambda = paper_lambda(top, budget, [&](float x) {
-    const uint32_t k = chain_place(x, ceiling);
-    return k < CHAIN ? chain[k] : mean(x);
-  });
+  uint32_t sum = 0;
   for (int l = 1; l < 5; ++l) rate[l] = __fmul_rn(lambda, static_cast<float>(width_of(l)));
+  const uint32_t warp = threadIdx.x / 32 - 1;
+#pragma unroll 3
+  for (uint32_t i = warp; i < static_cast<uint32_t>(a.k_dim); i += SOLVE / 32 - 1)
+    sum += paper_width(c.weight[i], a.eps_k, rate);
+  c.sum[warp][threadIdx.x & 31] = sum;
+}
+
+/* rdkv__paper_solve for them, the sums of the first lambdas being there. */
+__device__ inline void solve_channels(const solve_args &a, paper_channels &c, float top,
+                                      float budget, uint8_t *bits, uint32_t *channels) {
+  const uint32_t lane = threadIdx.x & 31, kd = static_cast<uint32_t>(a.k_dim);
+  paper_walk walk(top, budget);
+  walk.propose();
+  for (;;) {
+    if (threadIdx.x < 32) {
+      uint32_t sum = 0;
 #pragma unroll
-  for (uint32_t j = 0; j < MAX_DIM / 32; ++j) {
-    if (lane + 32 * j >= kd) continue;
-    const uint32_t width = paper_width(w[j], a.eps_k, rate);
-    bits[lane + 32 * j] = static_cast<uint8_t>(width);
+      for (int w = 0; w < SOLVE / 32 - 1; ++w) sum += c.sum[w][lane];
+      const float mean = mean_width(sum, kd);
+      walk.judge(mean, mean);
+      const bool more = walk.go() != paper_walk::DONE;
+      if (more) walk.propose();
+      c.lambda[lane] = walk.lambda;
+      if (lane == 0) c.more = more;
+    }
+    __syncthreads();
+    if (!c.more) break;
+    if (threadIdx.x >= 32) add_channels(a, c, c.lambda[lane]);
+    __syncthreads();
+  }
+  if (threadIdx.x >= 32) return;
+  float rate[5];
+  for (int l = 1; l < 5; ++l) rate[l] = __fmul_rn(walk.s.x, static_cast<float>(width_of(l)));
+  for (uint32_t i = lane; i < kd; i += 32) {
+    const uint32_t width = paper_width(c.weight[i], a.eps_k, rate);
+    bits[i] = static_cast<uint8_t>(width);
     if (channels) atomicAdd(&channels[width > 4 ? 3 : width / 2], 1u);
   }
 }
@@ -8143,6 +8210,8 @@ __device__ inline void paper_channels(const solve_args &a, const float *w, float
 __device__ inline bool paper_head(const solve_args &a, uint32_t head, double tokens,
                                   paper_team &team, solve_head *count) {
   __shared__ uint32_t scratch[SOLVE / 32];
+  __shared__ paper_channels channels;
+  __shared__ float order[1]; /* where widths are wanted, or -1 */
   uint32_t *const sizes = reinterpret_cast<uint32_t *>(solve_shared); /* [SIZES] */
   uint32_t *const above = sizes + SIZES; /* [SIZES + 4] weights in this bin and those above */
   float *const at_hand = reinterpret_cast<float *>(above + SIZES + 4); /* [WEIGHTS] */
@@ -8171,30 +8240,27 @@ __device__ inline bool paper_head(const solve_args &a, uint32_t head, double tok
     return stay ? *reinterpret_cast<const float4 *>(at_hand + t) : from_memory(t);
   };
   const uint32_t error = *a.status;
-  float q[MAX_DIM / 32], k[MAX_DIM / 32];
-#pragma unroll
-  for (uint32_t j = 0; j < MAX_DIM / 32; ++j) {
-    const size_t c = lane + 32 * j;
-    const bool there = c < kd && team.rank == 0;
-    q[j] = there ? view.q_square[row * kd + c] : 0, k[j] = there ? view.k_square[row * kd + c] : 0;
+  uint32_t top = 0; /* bits: of what is no number >= 0 they are larger */
+  for (uint32_t t = 4 * tid; t < len && stay; t += 4 * SOLVE)
+    if (whole && t + 4 <= len)
+      copy_16(rdkv_cuda__shared_address(at_hand + t), reinterpret_cast<const char *>(w + t));
+    else
+      *reinterpret_cast<float4 *>(at_hand + t) = from_memory(t);
+  for (uint32_t c = tid; c < kd && team.rank == 0; c += SOLVE) {
+    const float q = view.q_square[row * kd + c], k = view.k_square[row * kd + c];
+    if (most(__float_as_uint(q), __float_as_uint(k)) >= 0x7f800000u) top = FULL;
+    channels.weight[c] = __fmul_rn(q, k);
   }
   for (uint32_t b = 4 * tid; b < SIZES; b += 4 * SOLVE)
     *reinterpret_cast<uint4 *>(sizes + b) = make_uint4(0, 0, 0, 0);
   if (count && tid < 5) count->count[tid] = 0;
   if (count && tid < 4) count->channels[tid] = 0;
-  uint32_t top = 0; /* bits: of what is no number >= 0 they are larger */
+  asm volatile("cp.async.wait_all;" ::: "memory");
 #pragma unroll 4
   for (uint32_t t = 4 * tid; t < len; t += 4 * SOLVE) {
-    const float4 x = from_memory(t);
-    if (stay) *reinterpret_cast<float4 *>(at_hand + t) = x;
-    top = most(
-        most(most(top, __float_as_uint(x.x)), most(__float_as_uint(x.y), __float_as_uint(x.z))),
-        __float_as_uint(x.w));
-  }
-#pragma unroll
-  for (uint32_t j = 0; j < MAX_DIM / 32; ++j) {
-    if (most(__float_as_uint(q[j]), __float_as_uint(k[j])) >= 0x7f800000u) top = FULL;
-    q[j] = __fmul_rn(q[j], k[j]);
+    const float4 x = four(t);
+    top = most(most(top, most(__float_as_uint(x.x), __float_as_uint(x.y))),
+               most(__float_as_uint(x.z), __float_as_uint(x.w)));
   }
   const uint2 *const tops = team.share(__reduce_max_sync(FULL, top), __reduce_or_sync(FULL, error));
   uint32_t odd = 0;
@@ -8267,13 +8333,40 @@ __device__ inline bool paper_head(const solve_args &a, uint32_t head, double tok
                                     }
                                     return make_float2(mean_width(low, n), mean_width(high, n));
   };
-  float lambda = 0, done = -1; /* where widths were last worked out */
+  float k_top = 0;
+  for (uint32_t c = lane; c < kd && team.rank == 0; c += 32)
+    k_top = fmaxf(k_top, channels.weight[c]);
+  k_top = __uint_as_float(__reduce_max_sync(FULL, __float_as_uint(k_top)));
+  /* the first warp decides, all work */
+  paper_walk walk(
+      __uint_as_float(top),
+      n == 0 ? 0 : __double2float_rn((1 - a.k_share) * 2 * tokens * 16 / static_cast<double>(n)));
+  float done = -1; /* where widths were worked out */
+  bool on = n > 0;
   uint32_t kept = 0;
-  auto exact = [&](float x) {
+  if (warp > 0 && team.rank == 0) {
+    paper_walk first(k_top, 0);
+    first.propose();
+    add_channels(a, channels, first.lambda);
+  }
+  for (;;) {
+    if (warp == 0) {
+      int how = paper_walk::DONE;
+      while (on && (how = walk.go()) == paper_walk::LOOK) {
+        walk.propose();
+        const float2 m = bounds(walk.lambda);
+        walk.judge(m.x, m.y);
+      }
+      on = how == paper_walk::COUNT;
+      /* a search that asks the same twice does so until its end */
+      order[0] = n == 0 || done == walk.s.x ? -1 : walk.s.x;
+    }
+    __syncthreads();
+    if (order[0] < 0) break;
+    done = order[0];
     float rate[5];
     uint32_t sum = 0, some = 0;
-    for (int l = 1; l < 5; ++l) rate[l] = __fmul_rn(x, static_cast<float>(width_of(l)));
-    done = x;
+    for (int l = 1; l < 5; ++l) rate[l] = __fmul_rn(done, static_cast<float>(width_of(l)));
 #pragma unroll 2
     for (uint32_t t = 4 * tid; t < len; t += 4 * SOLVE) {
       const float4 y = four(t);
@@ -8295,25 +8388,8 @@ __device__ inline bool paper_head(const solve_args &a, uint32_t head, double tok
       low += sums[i].x & 0xffffu, high += sums[i].x >> 16, kept += sums[i].y;
     low = __reduce_add_sync(FULL, low), high = __reduce_add_sync(FULL, high);
     kept = __reduce_add_sync(FULL, kept);
-    return mean_width(low + (static_cast<u64>(high) << 16), n);
-  };
-  if (n > 0) {
-    const float budget =
-        __double2float_rn((1 - a.k_share) * 2 * tokens * 16 / static_cast<double>(n));
-    const float ceiling = paper_ceiling(__uint_as_float(top));
-    const float2 chain = bounds(chain_lambda(ceiling, lane));
-    lambda = paper_lambda(__uint_as_float(top), budget, [&](float x) {
-      const uint32_t k = chain_place(x, ceiling);
-      float2 m;
-      if (k < CHAIN)
-        m.x = __shfl_sync(FULL, chain.x, k), m.y = __shfl_sync(FULL, chain.y, k);
-      else
-        m = bounds(x);
-      const bool in = close_to(m.x, budget);
-      const bool tells = in == close_to(m.y, budget) && (in || m.x > budget == m.y > budget);
-      return tells ? m.x : exact(x);
-    });
-    if (done != lambda) exact(lambda);
+    const float mean = mean_width(low + (static_cast<u64>(high) << 16), n);
+    if (warp == 0 && on) on = walk.s.next(walk.s.over(mean), walk.s.close(mean));
   }
   if (count) {
     for (uint32_t t = 4 * tid; t < len; t += 4 * SOLVE)
@@ -8323,7 +8399,8 @@ __device__ inline bool paper_head(const solve_args &a, uint32_t head, double tok
   if (team.rank != 0) return true;
   uint8_t *const k_bits = view.k_bits + row * kd;
   if (kept > 0) {
-    paper_channels(a, q, __double2float_rn(a.k_share * 2 * tokens * 16 / static_cast<double>(kept)),
+    solve_channels(a, channels, k_top,
+                   __double2float_rn(a.k_share * 2 * tokens * 16 / static_cast<double>(kept)),
                    k_bits, count ? count->channels : nullptr);
   } else {
     for (uint32_t c = tid; c < kd; c += SOLVE) k_bits[c] = 0;
