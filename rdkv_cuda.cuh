@@ -8206,213 +8206,240 @@ __device__ inline void solve_channels(const solve_args &a, paper_channels &c, fl
   }
 }
 
-/* rdkv__paper_layer for a head. count: its solve_head, if that is wanted. False: no weights. */
+/* A head's weights, or this block's part of them: a thread has four in turn, which it alone reads
+   and writes. In shared memory: counts by size, their sums, weights. */
+struct paper_part {
+  const solve_args &a;
+  const layer_view &view;
+  const size_t row;
+  paper_team team;
+  const float *weight;
+  uint8_t *bits;
+  uint32_t begin, n, staged, base;
+
+  __device__ paper_part(const solve_args &args, uint32_t head)
+      : a(args),
+        view(a.n_layers <= VIEWS ? a.few.view[head / a.n_kv_heads] : a.layers[head / a.n_kv_heads]),
+        row(head % a.n_kv_heads),
+        staged(FULL),
+        base(0) {
+    const uint32_t each = (a.n + 4 * team.size - 1) / (4 * team.size) * 4;
+    begin = least(team.rank * each, a.n), n = least(each, a.n - begin);
+    weight = view.token + row * a.n + begin, bits = view.v_bits + row * a.n + begin;
+  }
+
+  __device__ static uint32_t *sizes() { return reinterpret_cast<uint32_t *>(solve_shared); }
+  __device__ static uint32_t *above() { return sizes() + SIZES; } /* [SIZES + 4] */
+  __device__ static float *weights() { return reinterpret_cast<float *>(above() + SIZES + 4); }
+
+  /* f(t, weights t to t + 3, zeroes beyond the end) */
+  template <typename F>
+  __device__ __forceinline__ void each(F f) {
+    for (uint32_t first = 0; first < n; first += WEIGHTS) {
+      const uint32_t m = least(WEIGHTS, n - first);
+      if (staged != first) stage(weight + first, m), staged = first;
+#pragma unroll 2
+      for (uint32_t t = 4 * threadIdx.x; t < m; t += 4 * SOLVE)
+        f(first + t, *reinterpret_cast<const float4 *>(weights() + t));
+    }
+  }
+  __device__ __noinline__ static void stage(const float *from, uint32_t m) {
+    const bool whole = (reinterpret_cast<uintptr_t>(from) & 15) == 0;
+    for (uint32_t t = 4 * threadIdx.x; t < m; t += 4 * SOLVE) {
+      if (whole && t + 4 <= m) {
+        copy_16(rdkv_cuda__shared_address(weights() + t), reinterpret_cast<const char *>(from + t));
+        continue;
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < 4; ++i) weights()[t + i] = t + i < m ? from[t + i] : 0;
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+  }
+
+  /* Largest bits; of what is no number >= 0 they are larger than of infinity. */
+  __device__ uint32_t top() {
+    uint32_t x = 0;
+    each([&](uint32_t, float4 w) {
+      x = most(most(x, most(__float_as_uint(w.x), __float_as_uint(w.y))),
+               most(__float_as_uint(w.z), __float_as_uint(w.w)));
+    });
+    return __reduce_max_sync(FULL, x);
+  }
+
+  /* Bin; 0 has all that are smaller, too. */
+  __device__ uint32_t size_of(float x) const {
+    return least(most(__float_as_uint(x) >> SIZE_SHIFT, base) - base, SIZES);
+  }
+
+  /* Counts of the head's weights in each bin and above, for the largest of them. sizes() is zero.
+   */
+  __device__ void count(uint32_t top) {
+    __shared__ uint32_t scratch[SOLVE / 32];
+    const uint32_t tid = threadIdx.x, lane = tid & 31, warp = tid / 32;
+    base = most(most(top >> SIZE_SHIFT, SIZES - 1) - (SIZES - 1), LEAST_SIZE);
+    each([&](uint32_t, float4 w) {
+      atomicAdd(sizes() + size_of(w.x), 1u), atomicAdd(sizes() + size_of(w.y), 1u);
+      atomicAdd(sizes() + size_of(w.z), 1u), atomicAdd(sizes() + size_of(w.w), 1u);
+    });
+    if (tid == 0) atomicSub(sizes(), -n & 3u); /* the zeroes beyond the end */
+    team.sync();
+    if (team.size > 1) { /* each block adds up its part of the bins, for all */
+      const uint32_t slice = SIZES / team.size;
+      for (uint32_t b = team.rank * slice + tid; b < (team.rank + 1) * slice; b += SOLVE) {
+        uint32_t x[CLUSTER], sum = 0;
+#pragma unroll
+        for (uint32_t i = 0; i < CLUSTER; ++i) x[i] = i < team.size ? team.get(sizes() + b, i) : 0;
+#pragma unroll
+        for (uint32_t i = 0; i < CLUSTER; ++i) sum += x[i];
+#pragma unroll
+        for (uint32_t i = 0; i < CLUSTER; ++i)
+          if (i < team.size) team.put(above() + b, i, sum);
+      }
+      team.sync();
+    }
+    static_assert(SIZES == 4 * SOLVE, "four bins a thread, from above");
+    const uint32_t b = SIZES - 4 - 4 * tid;
+    uint4 x = *reinterpret_cast<const uint4 *>((team.size > 1 ? above() : sizes()) + b);
+    x.z += x.w, x.y += x.z, x.x += x.y;
+    uint32_t sum = x.x;
+#pragma unroll
+    for (uint32_t d = 1; d < 32; d <<= 1) {
+      const uint32_t y = __shfl_up_sync(FULL, sum, d);
+      if (lane >= d) sum += y;
+    }
+    if (lane == 31) scratch[warp] = sum;
+    __syncthreads();
+    sum += __reduce_add_sync(FULL, lane < warp ? scratch[lane] : 0) - x.x;
+    *reinterpret_cast<uint4 *>(above() + b) =
+        make_uint4(x.x + sum, x.y + sum, x.z + sum, x.w + sum);
+    if (tid == 0) above()[SIZES] = 0;
+    __syncthreads();
+  }
+
+  /* Of the head's mean width at lambda. */
+  __device__ float2 bounds(float lambda) const {
+    u64 low = 0, high = 0;
+#pragma unroll
+    for (int l = 0; l < 4; ++l) {
+      const uint32_t from = size_of(__fmul_rn(lambda, a.edges.from[l]));
+      const uint32_t sure = size_of(__fmul_rn(lambda, a.edges.sure[l]));
+      high += static_cast<u64>(a.edges.width[l]) * above()[from];
+      low += static_cast<u64>(a.edges.width[l]) * above()[least(sure + 1, SIZES)];
+    }
+    return make_float2(mean_width(low, a.n), mean_width(high, a.n));
+  }
+
+  /* The head's widths at lambda: their mean, and how many are not 0. */
+  __device__ float widths(float lambda, uint32_t *kept) {
+    const bool words = (reinterpret_cast<uintptr_t>(bits) & 3) == 0;
+    float rate[5];
+    uint32_t sum = 0, some = 0, high = 0;
+    for (int l = 1; l < 5; ++l) rate[l] = __fmul_rn(lambda, static_cast<float>(width_of(l)));
+    each([&](uint32_t t, float4 w) {
+      const uint32_t four = paper_width(w.x, a.eps_v, rate) | paper_width(w.y, a.eps_v, rate) << 8 |
+                            paper_width(w.z, a.eps_v, rate) << 16 |
+                            paper_width(w.w, a.eps_v, rate) << 24;
+      sum = __dp4a(four, 0x01010101u, sum), some += static_cast<uint32_t>(__popc(four));
+      if (words && t + 4 <= n)
+        *reinterpret_cast<uint32_t *>(bits + t) = four;
+      else
+        for (uint32_t i = 0; i < 4 && t + i < n; ++i)
+          bits[t + i] = static_cast<uint8_t>(four >> (8 * i));
+    });
+    const uint2 *const all =
+        team.share(__reduce_add_sync(FULL, sum), __reduce_add_sync(FULL, some));
+    sum = some = 0;
+    for (uint32_t i = threadIdx.x & 31; i < team.size * (SOLVE / 32); i += 32)
+      sum += all[i].x & 0xffffu, high += all[i].x >> 16, some += all[i].y;
+    sum = __reduce_add_sync(FULL, sum), high = __reduce_add_sync(FULL, high);
+    *kept = __reduce_add_sync(FULL, some);
+    return mean_width(sum + (static_cast<u64>(high) << 16), a.n);
+  }
+};
+
+/* rdkv__paper_layer for a head. counts: its solve_head, if that is wanted. False: no weights. */
 __device__ inline bool paper_head(const solve_args &a, uint32_t head, double tokens,
-                                  paper_team &team, solve_head *count) {
-  __shared__ uint32_t scratch[SOLVE / 32];
+                                  solve_head *counts) {
   __shared__ paper_channels channels;
   __shared__ float order[1]; /* where widths are wanted, or -1 */
-  uint32_t *const sizes = reinterpret_cast<uint32_t *>(solve_shared); /* [SIZES] */
-  uint32_t *const above = sizes + SIZES; /* [SIZES + 4] weights in this bin and those above */
-  float *const at_hand = reinterpret_cast<float *>(above + SIZES + 4); /* [WEIGHTS] */
-  const uint32_t tid = threadIdx.x, lane = tid & 31, warp = tid / 32, n = a.n;
+  const uint32_t tid = threadIdx.x, lane = tid & 31, warp = tid / 32;
   const uint32_t kd = static_cast<uint32_t>(a.k_dim);
-  const uint32_t layer = head / a.n_kv_heads;
-  const layer_view &view = a.n_layers <= VIEWS ? a.few.view[layer] : a.layers[layer];
-  const size_t row = head % a.n_kv_heads;
-  /* this block's weights, four a thread */
-  const uint32_t part = (n + 4 * team.size - 1) / (4 * team.size) * 4;
-  const uint32_t t0 = least(team.rank * part, n), len = least(part, n - t0);
-  const float *const w = view.token + row * n + t0;
-  uint8_t *const bits = view.v_bits + row * n + t0;
-  const bool whole = (reinterpret_cast<uintptr_t>(w) & 15) == 0;
-  const bool words = (reinterpret_cast<uintptr_t>(bits) & 3) == 0;
-  const bool stay = part <= WEIGHTS;
-  auto from_memory = [&](uint32_t t) {
-    if (whole && t + 4 <= len) return *reinterpret_cast<const float4 *>(w + t);
-    float4 x = make_float4(w[t], 0, 0, 0);
-    if (t + 1 < len) x.y = w[t + 1];
-    if (t + 2 < len) x.z = w[t + 2];
-    if (t + 3 < len) x.w = w[t + 3];
-    return x;
-  };
-  auto four = [&](uint32_t t) {
-    return stay ? *reinterpret_cast<const float4 *>(at_hand + t) : from_memory(t);
-  };
+  paper_part part(a, head);
+  const bool first_block = part.team.rank == 0;
   const uint32_t error = *a.status;
-  uint32_t top = 0; /* bits: of what is no number >= 0 they are larger */
-  for (uint32_t t = 4 * tid; t < len && stay; t += 4 * SOLVE)
-    if (whole && t + 4 <= len)
-      copy_16(rdkv_cuda__shared_address(at_hand + t), reinterpret_cast<const char *>(w + t));
-    else
-      *reinterpret_cast<float4 *>(at_hand + t) = from_memory(t);
-  for (uint32_t c = tid; c < kd && team.rank == 0; c += SOLVE) {
-    const float q = view.q_square[row * kd + c], k = view.k_square[row * kd + c];
+  uint32_t top = 0, odd = 0;
+  float k_top = 0;
+  for (uint32_t c = tid; c < kd && first_block; c += SOLVE) {
+    const float q = part.view.q_square[part.row * kd + c];
+    const float k = part.view.k_square[part.row * kd + c];
     if (most(__float_as_uint(q), __float_as_uint(k)) >= 0x7f800000u) top = FULL;
     channels.weight[c] = __fmul_rn(q, k);
   }
   for (uint32_t b = 4 * tid; b < SIZES; b += 4 * SOLVE)
-    *reinterpret_cast<uint4 *>(sizes + b) = make_uint4(0, 0, 0, 0);
-  if (count && tid < 5) count->count[tid] = 0;
-  if (count && tid < 4) count->channels[tid] = 0;
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#pragma unroll 4
-  for (uint32_t t = 4 * tid; t < len; t += 4 * SOLVE) {
-    const float4 x = four(t);
-    top = most(most(top, most(__float_as_uint(x.x), __float_as_uint(x.y))),
-               most(__float_as_uint(x.z), __float_as_uint(x.w)));
-  }
-  const uint2 *const tops = team.share(__reduce_max_sync(FULL, top), __reduce_or_sync(FULL, error));
-  uint32_t odd = 0;
-  top = 0;
-  for (uint32_t i = lane; i < team.size * (SOLVE / 32); i += 32)
+    *reinterpret_cast<uint4 *>(part.sizes() + b) = make_uint4(0, 0, 0, 0);
+  if (counts && tid < 5) counts->count[tid] = 0;
+  if (counts && tid < 4) counts->channels[tid] = 0;
+  top = most(__reduce_max_sync(FULL, top), part.top());
+  const uint2 *const tops = part.team.share(top, __reduce_or_sync(FULL, error));
+  for (uint32_t i = lane; i < part.team.size * (SOLVE / 32); i += 32)
     top = most(top, tops[i].x), odd |= tops[i].y;
-  top = __reduce_max_sync(FULL, top), odd = __reduce_or_sync(FULL, odd);
-  if (odd || top >= 0x7f800000u) {
+  top = __reduce_max_sync(FULL, top);
+  if (top >= 0x7f800000u || __any_sync(FULL, odd)) { /* for all blocks of the head */
     if (tid == 0) fail(a.status, RDKV_ERR_NONFINITE);
     return false;
   }
-  const uint32_t base = most(most(top >> SIZE_SHIFT, SIZES - 1) - (SIZES - 1), LEAST_SIZE);
-  auto size_of = [&](float x) { /* bin 0: all that are smaller, too */
-                                const uint32_t b = __float_as_uint(x) >> SIZE_SHIFT;
-                                return least(most(b, base) - base, SIZES);
-  };
-#pragma unroll 2
-  for (uint32_t t = 4 * tid; t < len; t += 4 * SOLVE) {
-    const float4 x = four(t);
-    atomicAdd(&sizes[size_of(x.x)], 1u);
-    if (t + 1 < len) atomicAdd(&sizes[size_of(x.y)], 1u);
-    if (t + 2 < len) atomicAdd(&sizes[size_of(x.z)], 1u);
-    if (t + 3 < len) atomicAdd(&sizes[size_of(x.w)], 1u);
-  }
-  team.sync();
-  const uint32_t *sum_of = sizes;
-  if (team.size > 1) { /* each block adds up its part of the bins, for all */
-    const uint32_t slice = SIZES / team.size;
-    for (uint32_t b = team.rank * slice + tid; b < (team.rank + 1) * slice; b += SOLVE) {
-      uint32_t x[CLUSTER], sum = 0;
-#pragma unroll
-      for (uint32_t i = 0; i < CLUSTER; ++i) x[i] = i < team.size ? team.get(sizes + b, i) : 0;
-#pragma unroll
-      for (uint32_t i = 0; i < CLUSTER; ++i) sum += x[i];
-#pragma unroll
-      for (uint32_t i = 0; i < CLUSTER; ++i)
-        if (i < team.size) team.put(above + b, i, sum);
-    }
-    team.sync();
-    sum_of = above;
-  }
-  {
-    const uint32_t b = SIZES - 4 - 4 * tid;
-    uint4 x = *reinterpret_cast<const uint4 *>(sum_of + b);
-    x.z += x.w, x.y += x.z, x.x += x.y;
-    uint32_t sum = x.x;
-#pragma unroll
-    for (int d = 1; d < 32; d <<= 1) {
-      const uint32_t y = __shfl_up_sync(FULL, sum, d);
-      if (lane >= static_cast<uint32_t>(d)) sum += y;
-    }
-    if (lane == 31) scratch[warp] = sum;
-    __syncthreads();
-    const uint32_t before = __reduce_add_sync(FULL, lane < warp ? scratch[lane] : 0) + sum - x.x;
-    *reinterpret_cast<uint4 *>(above + b) =
-        make_uint4(x.x + before, x.y + before, x.z + before, x.w + before);
-    if (tid < 4) above[SIZES + tid] = 0;
-    __syncthreads();
-  }
-  auto bounds = [&](float lambda) { /* of the mean width */
-                                    u64 low = 0, high = 0;
-#pragma unroll
-                                    for (int l = 0; l < 4; ++l) {
-                                      const uint32_t from =
-                                          size_of(__fmul_rn(lambda, a.edges.from[l]));
-                                      const uint32_t sure = least(
-                                          size_of(__fmul_rn(lambda, a.edges.sure[l])) + 1, SIZES);
-                                      high += static_cast<u64>(a.edges.width[l]) * above[from];
-                                      low += static_cast<u64>(a.edges.width[l]) * above[sure];
-                                    }
-                                    return make_float2(mean_width(low, n), mean_width(high, n));
-  };
-  float k_top = 0;
-  for (uint32_t c = lane; c < kd && team.rank == 0; c += 32)
-    k_top = fmaxf(k_top, channels.weight[c]);
+  part.count(top);
+  paper_walk walk(__uint_as_float(top), a.n > 0 ? __double2float_rn((1 - a.k_share) * 2 * tokens *
+                                                                    16 / static_cast<double>(a.n))
+                                                : 0);
+  for (uint32_t c = lane; c < kd && first_block; c += 32) k_top = fmaxf(k_top, channels.weight[c]);
   k_top = __uint_as_float(__reduce_max_sync(FULL, __float_as_uint(k_top)));
-  /* the first warp decides, all work */
-  paper_walk walk(
-      __uint_as_float(top),
-      n == 0 ? 0 : __double2float_rn((1 - a.k_share) * 2 * tokens * 16 / static_cast<double>(n)));
-  float done = -1; /* where widths were worked out */
-  bool on = n > 0;
-  uint32_t kept = 0;
-  if (warp > 0 && team.rank == 0) {
+  if (warp > 0 && first_block) { /* while the first warp begins */
     paper_walk first(k_top, 0);
     first.propose();
     add_channels(a, channels, first.lambda);
   }
-  for (;;) {
+  float done = -1;
+  uint32_t kept = 0;
+  for (bool on = a.n > 0;;) { /* the first warp decides, all work */
     if (warp == 0) {
       int how = paper_walk::DONE;
       while (on && (how = walk.go()) == paper_walk::LOOK) {
         walk.propose();
-        const float2 m = bounds(walk.lambda);
+        const float2 m = part.bounds(walk.lambda);
         walk.judge(m.x, m.y);
       }
       on = how == paper_walk::COUNT;
       /* a search that asks the same twice does so until its end */
-      order[0] = n == 0 || done == walk.s.x ? -1 : walk.s.x;
+      order[0] = a.n == 0 || done == walk.s.x ? -1 : walk.s.x;
     }
     __syncthreads();
-    if (order[0] < 0) break;
     done = order[0];
-    float rate[5];
-    uint32_t sum = 0, some = 0;
-    for (int l = 1; l < 5; ++l) rate[l] = __fmul_rn(done, static_cast<float>(width_of(l)));
-#pragma unroll 2
-    for (uint32_t t = 4 * tid; t < len; t += 4 * SOLVE) {
-      const float4 y = four(t);
-      const uint32_t four_widths =
-          paper_width(y.x, a.eps_v, rate) | paper_width(y.y, a.eps_v, rate) << 8 |
-          paper_width(y.z, a.eps_v, rate) << 16 | paper_width(y.w, a.eps_v, rate) << 24;
-      sum = __dp4a(four_widths, 0x01010101u, sum), some += __popc(four_widths);
-      if (words && t + 4 <= len)
-        *reinterpret_cast<uint32_t *>(bits + t) = four_widths;
-      else
-        for (uint32_t i = 0; i < 4 && t + i < len; ++i)
-          bits[t + i] = static_cast<uint8_t>(four_widths >> (8 * i));
-    }
-    const uint2 *const sums =
-        team.share(__reduce_add_sync(FULL, sum), __reduce_add_sync(FULL, some));
-    uint32_t low = 0, high = 0;
-    kept = 0;
-    for (uint32_t i = lane; i < team.size * (SOLVE / 32); i += 32)
-      low += sums[i].x & 0xffffu, high += sums[i].x >> 16, kept += sums[i].y;
-    low = __reduce_add_sync(FULL, low), high = __reduce_add_sync(FULL, high);
-    kept = __reduce_add_sync(FULL, kept);
-    const float mean = mean_width(low + (static_cast<u64>(high) << 16), n);
+    if (done < 0) break;
+    const float mean = part.widths(done, &kept);
     if (warp == 0 && on) on = walk.s.next(walk.s.over(mean), walk.s.close(mean));
   }
-  if (count) {
-    for (uint32_t t = 4 * tid; t < len; t += 4 * SOLVE)
-      for (uint32_t i = 0; i < 4 && t + i < len; ++i)
-        atomicAdd(&count->count[level_of(bits[t + i])], 1u);
+  if (counts) {
+    for (uint32_t t = 4 * tid; t < part.n; t += 4 * SOLVE)
+      for (uint32_t i = t; i < t + 4 && i < part.n; ++i)
+        atomicAdd(&counts->count[level_of(part.bits[i])], 1u);
   }
-  if (team.rank != 0) return true;
-  uint8_t *const k_bits = view.k_bits + row * kd;
+  if (!first_block) return true;
+  uint8_t *const k_bits = part.view.k_bits + part.row * kd;
   if (kept > 0) {
     solve_channels(a, channels, k_top,
                    __double2float_rn(a.k_share * 2 * tokens * 16 / static_cast<double>(kept)),
-                   k_bits, count ? count->channels : nullptr);
+                   k_bits, counts ? counts->channels : nullptr);
   } else {
     for (uint32_t c = tid; c < kd; c += SOLVE) k_bits[c] = 0;
-    if (count && tid == 0) count->channels[0] = kd;
+    if (counts && tid == 0) counts->channels[0] = kd;
   }
   return true;
 }
 
 static __global__ void __launch_bounds__(SOLVE, 1)
     paper_kernel(const __grid_constant__ solve_args a) {
-  paper_team team;
-  if (!paper_head(a, blockIdx.x / team.size, a.tokens, team, nullptr)) return;
+  if (!paper_head(a, blockIdx.x / paper_team().size, a.tokens, nullptr)) return;
   for (int l = static_cast<int>(threadIdx.x); l < a.n_layers && blockIdx.x == 0; l += SOLVE)
     a.lambda[l] = 0;
 }
@@ -8421,14 +8448,13 @@ static __global__ void __launch_bounds__(SOLVE, 1)
 static __global__ void __launch_bounds__(SOLVE, 1)
     paper_search_kernel(const __grid_constant__ solve_args a) {
   solver s(a);
-  paper_team team;
   const uint64_t budget = a.given_budget ? *a.given_budget : a.budget;
   const bool failed = *a.status != RDKV_OK;
   double lo = 0, hi = 2 * static_cast<double>(a.n) + 1;
   auto fits = [&](double tokens) {
     for (uint32_t i = blockIdx.x; i < a.n_heads; i += gridDim.x) {
       __syncthreads();
-      paper_head(a, i, tokens, team, a.heads + i);
+      paper_head(a, i, tokens, a.heads + i);
     }
     s.sync();
     const bool fit = a.fixed + bytes_now(s) <= budget;
