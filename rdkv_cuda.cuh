@@ -8039,53 +8039,71 @@ struct paper_search {
   }
 };
 
-/* A warp's walk through a search. Each lane has a lambda that may be asked for: those of the next
-   steps in a chain of halves, or in a tree of midpoints. */
+/* A warp's walk through a search. Each lane has a lambda that may be asked for next: in a chain of
+   halves, or in a tree of midpoints where node n has 2n below and 2n + 1 above. All of them are
+   judged at once. */
 struct paper_walk {
   paper_search s;
-  float lambda;
-  uint32_t over, close, known; /* lanes where the mean is so, and where that is certain */
-  enum { DONE, LOOK, COUNT };
+  float lo, hi, lambda;              /* the lane's */
+  uint32_t depth, if_over, if_under; /* lanes on the way to it, by which side of them it is */
+  bool over, close, known;           /* the mean at s.x, and whether that is certain */
 
-  __device__ paper_walk(float top, float mean)
-      : s(top, mean), lambda(-1), over(0), close(0), known(0) {}
+  __device__ paper_walk(float top, float mean) : s(top, mean) { propose(); }
 
   __device__ void propose() {
     const uint32_t lane = threadIdx.x & 31;
-    if (s.lo == 0) { /* halves, and 0 */
-      const float at = s.x > 0 ? s.x : s.hi;
-      lambda = lane < 31 ? __fmul_rn(at, __uint_as_float((127 - lane) << 23)) : 0;
+    const bool start = s.stage == 0; /* at 0, then the ceiling */
+    if (s.lo == 0) {
+      depth = start && lane > 0 ? lane - 1 : lane;
+      lambda = __fmul_rn(start ? s.hi : s.x, __uint_as_float((127 - depth) << 23));
+      lo = 0, hi = __fmul_rn(lambda, 2);
+      if (depth == 0) hi = s.hi;
+      if (start && lane == 0) lambda = 0;
+      if_over = start && lane > 0, if_under = ((1u << lane) - 1) & ~if_over;
+      if (s.stage == 1 && lane > 0) if_over = if_under = FULL; /* never */
       return;
     }
-    const uint32_t node = most(lane, 1); /* n has 2n, below it, and 2n + 1 */
-    float lo = s.lo, hi = s.hi;
-    lambda = s.x;
+    const uint32_t node = most(lane, 1);
+    depth = 31 - __clz(static_cast<int>(node));
+    lo = s.lo, hi = s.hi, lambda = s.x, if_over = if_under = 0;
 #pragma unroll
-    for (int depth = 3; depth >= 0; --depth) {
-      if (node >> depth < 2) continue;
-      if (node >> depth & 1)
-        lo = lambda;
+    for (uint32_t d = 4; d-- > 0;) {
+      if (d >= depth) continue;
+      const uint32_t up = node >> d & 1, way = 1u << (node >> (d + 1));
+      if (up)
+        lo = lambda, if_over |= way;
       else
-        hi = lambda;
+        hi = lambda, if_under |= way;
       lambda = paper_search::middle(lo, hi);
     }
   }
 
-  /* Bounds of the mean at the lane's lambda. */
+  /* By bounds of the mean at the lane's lambda: s goes on to the last one that is sure to be asked
+     for. */
   __device__ void judge(float low, float high) {
-    over = __ballot_sync(FULL, s.over(low)), close = __ballot_sync(FULL, s.close(low));
-    known = __ballot_sync(
-        FULL, s.close(low) == s.close(high) && (s.close(low) || s.over(low) == s.over(high)));
+    const bool o = s.over(low), c = s.close(low);
+    const bool sure = c == s.close(high) && o == s.over(high);
+    const uint32_t overs = __ballot_sync(FULL, sure && !c && o);
+    const uint32_t unders = __ballot_sync(FULL, sure && !c && !o);
+    const int at = 31 - __clz(static_cast<int>(__ballot_sync(
+                            FULL, (overs & if_over) == if_over && (unders & if_under) == if_under &&
+                                      static_cast<uint32_t>(s.step) + depth < 64)));
+    const uint32_t is = o | c << 1 | sure << 2, at_last = __shfl_sync(FULL, is, at);
+    over = at_last & 1, close = at_last & 2, known = at_last & 4;
+    const bool start = s.stage == 0;
+    s.lo = __shfl_sync(FULL, lo, at), s.hi = __shfl_sync(FULL, hi, at);
+    s.x = __shfl_sync(FULL, lambda, at);
+    if (start)
+      s.stage = least(static_cast<uint32_t>(at), 2), s.step = at > 2 ? at - 2 : 0;
+    else
+      s.step += __shfl_sync(FULL, static_cast<int>(depth), at);
   }
 
-  /* COUNT: the mean at s.x has to be worked out; LOOK: the lanes want other lambdas. */
-  __device__ int go() {
-    for (;;) {
-      const int at = __ffs(static_cast<int>(__ballot_sync(FULL, lambda == s.x))) - 1;
-      if (at < 0) return LOOK;
-      if (!(known >> at & 1)) return COUNT;
-      if (!s.next(over >> at & 1, close >> at & 1)) return DONE;
-    }
+  /* On; false: s.x it is. */
+  __device__ bool next() {
+    if (!s.next(over, close)) return false;
+    propose();
+    return true;
   }
 };
 
@@ -8178,7 +8196,6 @@ __device__ inline void solve_channels(const solve_args &a, paper_channels &c, fl
                                       float budget, uint8_t *bits, uint32_t *channels) {
   const uint32_t lane = threadIdx.x & 31, kd = static_cast<uint32_t>(a.k_dim);
   paper_walk walk(top, budget);
-  walk.propose();
   for (;;) {
     if (threadIdx.x < 32) {
       uint32_t sum = 0;
@@ -8186,8 +8203,7 @@ __device__ inline void solve_channels(const solve_args &a, paper_channels &c, fl
       for (int w = 0; w < SOLVE / 32 - 1; ++w) sum += c.sum[w][lane];
       const float mean = mean_width(sum, kd);
       walk.judge(mean, mean);
-      const bool more = walk.go() != paper_walk::DONE;
-      if (more) walk.propose();
+      const bool more = walk.next();
       c.lambda[lane] = walk.lambda;
       if (lane == 0) c.more = more;
     }
@@ -8395,21 +8411,18 @@ __device__ inline bool paper_head(const solve_args &a, uint32_t head, double tok
   for (uint32_t c = lane; c < kd && first_block; c += 32) k_top = fmaxf(k_top, channels.weight[c]);
   k_top = __uint_as_float(__reduce_max_sync(FULL, __float_as_uint(k_top)));
   if (warp > 0 && first_block) { /* while the first warp begins */
-    paper_walk first(k_top, 0);
-    first.propose();
-    add_channels(a, channels, first.lambda);
+    add_channels(a, channels, paper_walk(k_top, 0).lambda);
   }
   float done = -1;
   uint32_t kept = 0;
   for (bool on = a.n > 0;;) { /* the first warp decides, all work */
     if (warp == 0) {
-      int how = paper_walk::DONE;
-      while (on && (how = walk.go()) == paper_walk::LOOK) {
-        walk.propose();
+      walk.known = true;
+      while (on && walk.known) {
         const float2 m = part.bounds(walk.lambda);
         walk.judge(m.x, m.y);
+        on = !walk.known || walk.next();
       }
-      on = how == paper_walk::COUNT;
       /* a search that asks the same twice does so until its end */
       order[0] = a.n == 0 || done == walk.s.x ? -1 : walk.s.x;
     }
@@ -8417,7 +8430,10 @@ __device__ inline bool paper_head(const solve_args &a, uint32_t head, double tok
     done = order[0];
     if (done < 0) break;
     const float mean = part.widths(done, &kept);
-    if (warp == 0 && on) on = walk.s.next(walk.s.over(mean), walk.s.close(mean));
+    if (warp == 0 && on) {
+      walk.over = walk.s.over(mean), walk.close = walk.s.close(mean);
+      on = walk.next();
+    }
   }
   if (counts) {
     for (uint32_t t = 4 * tid; t < part.n; t += 4 * SOLVE)
