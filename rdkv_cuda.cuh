@@ -6682,9 +6682,10 @@ struct solve_args {
   const uint64_t *given_budget; /* on the device, or NULL */
   const double *device_lambda;  /* likewise */
   uint64_t budget, fixed, most; /* most: no block is larger */
-  double given_lambda, tokens, k_share, max_error;
+  double given_lambda, tokens, k_share, max_error, k_bits;
   float eps_k[5], eps_v[5];
   paper_edges edges; /* of eps_v */
+  float v_mean;
   uint32_t n, n_heads, n_kv_heads, capacity, max_offers;
   int n_layers, k_dim, v_dim, positions, scope;
 };
@@ -7978,6 +7979,11 @@ static paper_edges paper_edges_of(const float *eps) {
   return e;
 }
 
+/* Mean width of V. */
+__host__ __device__ inline float v_mean_of(double k_share, double tokens, uint32_t n) {
+  return n > 0 ? static_cast<float>((1 - k_share) * 2 * tokens * 16 / static_cast<double>(n)) : 0;
+}
+
 /* rate[l] = lambda * width */
 __device__ __forceinline__ uint32_t paper_width(float w, const float *eps, const float *rate) {
   float best = w; /* eps 1, no bits */
@@ -7990,10 +7996,15 @@ __device__ __forceinline__ uint32_t paper_width(float w, const float *eps, const
   return width;
 }
 
-/* The mean as rdkv.h rounds it: to double and then to float is as to float at once. */
-__device__ __forceinline__ float mean_width(u64 sum, uint32_t n) {
-  if (n <= 1u << 20) return __fdiv_rn(static_cast<float>(sum), static_cast<float>(n));
+/* The mean as rdkv.h rounds it, to double and then to float, which is as to float at once where
+   float holds the sum. */
+__device__ __noinline__ float mean_of_many(u64 sum, uint32_t n) {
   return __double2float_rn(__ddiv_rn(static_cast<double>(sum), static_cast<double>(n)));
+}
+__device__ __forceinline__ float mean_width(u64 sum, uint32_t n) {
+  return n > 1u << 20
+             ? mean_of_many(sum, n)
+             : __fdiv_rn(static_cast<float>(static_cast<uint32_t>(sum)), static_cast<float>(n));
 }
 
 /* rdkv__paper_solve, which asks for the mean width at x. */
@@ -8107,67 +8118,90 @@ struct paper_walk {
   }
 };
 
-/* This block's place among those of a head. */
+/* This block's place among those of a head, a power of two, which write to each other's shared
+   memory. What arrives there is waited for by its bytes. */
 struct paper_team {
-  uint32_t size, rank, turn;
+  uint32_t log, rank, turn;
+  uint2 *shares; /* [2][CLUSTER * SOLVE / 32] */
+  u64 *barrier;  /* [4] of the turns, and of bins that arrive */
 
-  __device__ paper_team() : size(1), rank(0), turn(0) {
+  __device__ paper_team() : log(0), rank(0), turn(0) {
+    __shared__ uint2 team_shares[2 * CLUSTER * SOLVE / 32];
+    __shared__ u64 team_barrier[4];
+    shares = team_shares, barrier = team_barrier;
 #if __CUDA_ARCH__ >= 900
+    uint32_t size;
     asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    log = 31 - __clz(static_cast<int>(size));
+    if (size == 1) return;
+    if (threadIdx.x < 4)
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(
+                       rdkv_cuda__shared_address(barrier + threadIdx.x))
+                   : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+  }
+  __device__ uint32_t size() const { return 1u << log; }
+
+  /* Before the first words leave: the others are there. */
+  __device__ void meet() const {
+#if __CUDA_ARCH__ >= 900
+    if (log) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
   }
 
-  /* All blocks meet, and see what the others wrote to shared memory. */
-  __device__ void sync() const {
 #if __CUDA_ARCH__ >= 900
-    if (size > 1) {
-      asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-      asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-      return;
-    }
-#endif
-    __syncthreads();
-  }
-
-  /* A variable of shared memory in another block. */
-  __device__ static uint32_t address(const void *p, uint32_t of) {
-    uint32_t at = rdkv_cuda__shared_address(p);
-#if __CUDA_ARCH__ >= 900
-    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(at) : "r"(of));
-#endif
-    (void)of;
+  __device__ static uint32_t there(const void *p, uint32_t block) {
+    uint32_t at;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(at)
+        : "r"(rdkv_cuda__shared_address(p)), "r"(block));
     return at;
   }
-#if __CUDA_ARCH__ >= 900
-#define RDKV_CUDA__CLUSTER "shared::cluster"
-#else
-#define RDKV_CUDA__CLUSTER "shared"
 #endif
-  __device__ static uint32_t get(const uint32_t *p, uint32_t of) {
-    uint32_t x;
-    asm volatile("ld." RDKV_CUDA__CLUSTER ".u32 %0, [%1];" : "=r"(x) : "r"(address(p, of)));
-    return x;
+  __device__ void put(uint2 *p, uint32_t block, uint2 x, uint32_t which) const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%2, %3}, [%1];" ::
+            "r"(there(p, block)),
+        "r"(there(barrier + which, block)), "r"(x.x), "r"(x.y)
+        : "memory");
+#endif
   }
-  __device__ static void put(uint32_t *p, uint32_t of, uint32_t x) {
-    asm volatile("st." RDKV_CUDA__CLUSTER ".u32 [%0], %1;" ::"r"(address(p, of)), "r"(x)
-                 : "memory");
+  __device__ void put(uint32_t *p, uint32_t block, uint4 x, uint32_t which) const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, "
+        "%5}, [%1];" ::"r"(there(p, block)),
+        "r"(there(barrier + which, block)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+        : "memory");
+#endif
   }
-  __device__ static void put(uint2 *p, uint32_t of, uint2 x) {
-    asm volatile("st." RDKV_CUDA__CLUSTER ".v2.u32 [%0], {%1, %2};" ::"r"(address(p, of)), "r"(x.x),
-                 "r"(x.y)
-                 : "memory");
+  __device__ void await(uint32_t which, uint32_t bytes, uint32_t phase) const {
+#if __CUDA_ARCH__ >= 900
+    const uint32_t at = rdkv_cuda__shared_address(barrier + which);
+    if (threadIdx.x == 0)
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
+                   : "memory");
+    rdkv_cuda__wait(at, phase);
+#endif
   }
-#undef RDKV_CUDA__CLUSTER
 
-  /* What each warp of each block hands in: size * SOLVE / 32, for all, until the turn after the
-     next. */
+  /* What each warp of each block hands in: size() * SOLVE / 32, for all, until the turn after the
+     next. This block's threads meet. */
   __device__ const uint2 *share(uint32_t x, uint32_t y) {
-    __shared__ uint2 shares[2][CLUSTER * SOLVE / 32];
-    uint2 *const at = shares[turn++ & 1];
-    const uint32_t lane = threadIdx.x & 31, mine = rank * (SOLVE / 32) + threadIdx.x / 32;
-    if (lane < size) put(at + mine, lane, make_uint2(x, y));
-    sync();
+    const uint32_t side = turn & 1, lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    uint2 *const at = shares + side * (CLUSTER * SOLVE / 32), *to = at + rank * (SOLVE / 32) + warp;
+    if (log == 0) {
+      if (lane == 0) *to = make_uint2(x, y);
+    } else if (lane < size()) {
+      put(to, lane, make_uint2(x, y), side);
+    }
+    __syncthreads();
+    if (log) await(side, size() * (SOLVE / 32) * 8, turn >> 1 & 1);
+    ++turn;
     return at;
   }
 };
@@ -8233,13 +8267,13 @@ struct paper_part {
   uint8_t *bits;
   uint32_t begin, n, staged, base;
 
-  __device__ paper_part(const solve_args &args, uint32_t head)
+  __device__ paper_part(const solve_args &args, uint32_t layer, uint32_t head)
       : a(args),
-        view(a.n_layers <= VIEWS ? a.few.view[head / a.n_kv_heads] : a.layers[head / a.n_kv_heads]),
-        row(head % a.n_kv_heads),
+        view(a.n_layers <= VIEWS ? a.few.view[layer] : a.layers[layer]),
+        row(head),
         staged(FULL),
         base(0) {
-    const uint32_t each = (a.n + 4 * team.size - 1) / (4 * team.size) * 4;
+    const uint32_t each = (a.n + 4 * team.size() - 1) >> (team.log + 2) << 2;
     begin = least(team.rank * each, a.n), n = least(each, a.n - begin);
     weight = view.token + row * a.n + begin, bits = view.v_bits + row * a.n + begin;
   }
@@ -8298,24 +8332,26 @@ struct paper_part {
       atomicAdd(sizes() + size_of(w.z), 1u), atomicAdd(sizes() + size_of(w.w), 1u);
     });
     if (tid == 0) atomicSub(sizes(), -n & 3u); /* the zeroes beyond the end */
-    team.sync();
-    if (team.size > 1) { /* each block adds up its part of the bins, for all */
-      const uint32_t slice = SIZES / team.size;
-      for (uint32_t b = team.rank * slice + tid; b < (team.rank + 1) * slice; b += SOLVE) {
-        uint32_t x[CLUSTER], sum = 0;
-#pragma unroll
-        for (uint32_t i = 0; i < CLUSTER; ++i) x[i] = i < team.size ? team.get(sizes() + b, i) : 0;
-#pragma unroll
-        for (uint32_t i = 0; i < CLUSTER; ++i) sum += x[i];
-#pragma unroll
-        for (uint32_t i = 0; i < CLUSTER; ++i)
-          if (i < team.size) team.put(above() + b, i, sum);
+    __syncthreads();
+    const uint32_t b = SIZES - 4 - 4 * tid;
+    if (team.log) { /* each block adds up some of the bins, for all */
+      const uint32_t slice = SIZES >> team.log, owner = b / slice;
+      team.put(above() + team.rank * slice + b % slice, owner,
+               *reinterpret_cast<const uint4 *>(sizes() + b), 2);
+      team.await(2, SIZES * 4, 0);
+      if (4 * tid < slice) {
+        uint4 all = make_uint4(0, 0, 0, 0);
+        for (uint32_t i = 0; i < team.size(); ++i) {
+          const uint4 x = *reinterpret_cast<const uint4 *>(above() + i * slice + 4 * tid);
+          all.x += x.x, all.y += x.y, all.z += x.z, all.w += x.w;
+        }
+        for (uint32_t i = 0; i < team.size(); ++i)
+          team.put(sizes() + team.rank * slice + 4 * tid, i, all, 3);
       }
-      team.sync();
+      team.await(3, SIZES * 4, 0);
     }
     static_assert(SIZES == 4 * SOLVE, "four bins a thread, from above");
-    const uint32_t b = SIZES - 4 - 4 * tid;
-    uint4 x = *reinterpret_cast<const uint4 *>((team.size > 1 ? above() : sizes()) + b);
+    uint4 x = *reinterpret_cast<const uint4 *>(sizes() + b);
     x.z += x.w, x.y += x.z, x.x += x.y;
     uint32_t sum = x.x;
 #pragma unroll
@@ -8365,7 +8401,7 @@ struct paper_part {
     const uint2 *const all =
         team.share(__reduce_add_sync(FULL, sum), __reduce_add_sync(FULL, some));
     sum = some = 0;
-    for (uint32_t i = threadIdx.x & 31; i < team.size * (SOLVE / 32); i += 32)
+    for (uint32_t i = threadIdx.x & 31; i < team.size() * (SOLVE / 32); i += 32)
       sum += all[i].x & 0xffffu, high += all[i].x >> 16, some += all[i].y;
     sum = __reduce_add_sync(FULL, sum), high = __reduce_add_sync(FULL, high);
     *kept = __reduce_add_sync(FULL, some);
@@ -8373,14 +8409,15 @@ struct paper_part {
   }
 };
 
-/* rdkv__paper_layer for a head. counts: its solve_head, if that is wanted. False: no weights. */
-__device__ inline bool paper_head(const solve_args &a, uint32_t head, double tokens,
-                                  solve_head *counts) {
+/* rdkv__paper_layer for a head, its mean width of V and bits of K over a channel. counts: its
+   solve_head, if that is wanted. False: no weights. */
+__device__ inline bool paper_head(const solve_args &a, uint32_t layer, uint32_t head, float v_mean,
+                                  double k_bits, solve_head *counts) {
   __shared__ paper_channels channels;
   __shared__ float order[1]; /* where widths are wanted, or -1 */
   const uint32_t tid = threadIdx.x, lane = tid & 31, warp = tid / 32;
   const uint32_t kd = static_cast<uint32_t>(a.k_dim);
-  paper_part part(a, head);
+  paper_part part(a, layer, head);
   const bool first_block = part.team.rank == 0;
   const uint32_t error = *a.status;
   uint32_t top = 0, odd = 0;
@@ -8396,8 +8433,9 @@ __device__ inline bool paper_head(const solve_args &a, uint32_t head, double tok
   if (counts && tid < 5) counts->count[tid] = 0;
   if (counts && tid < 4) counts->channels[tid] = 0;
   top = most(__reduce_max_sync(FULL, top), part.top());
+  part.team.meet();
   const uint2 *const tops = part.team.share(top, __reduce_or_sync(FULL, error));
-  for (uint32_t i = lane; i < part.team.size * (SOLVE / 32); i += 32)
+  for (uint32_t i = lane; i < part.team.size() * (SOLVE / 32); i += 32)
     top = most(top, tops[i].x), odd |= tops[i].y;
   top = __reduce_max_sync(FULL, top);
   if (top >= 0x7f800000u || __any_sync(FULL, odd)) { /* for all blocks of the head */
@@ -8405,9 +8443,7 @@ __device__ inline bool paper_head(const solve_args &a, uint32_t head, double tok
     return false;
   }
   part.count(top);
-  paper_walk walk(__uint_as_float(top), a.n > 0 ? __double2float_rn((1 - a.k_share) * 2 * tokens *
-                                                                    16 / static_cast<double>(a.n))
-                                                : 0);
+  paper_walk walk(__uint_as_float(top), v_mean);
   for (uint32_t c = lane; c < kd && first_block; c += 32) k_top = fmaxf(k_top, channels.weight[c]);
   k_top = __uint_as_float(__reduce_max_sync(FULL, __float_as_uint(k_top)));
   if (warp > 0 && first_block) { /* while the first warp begins */
@@ -8441,13 +8477,12 @@ __device__ inline bool paper_head(const solve_args &a, uint32_t head, double tok
         atomicAdd(&counts->count[level_of(part.bits[i])], 1u);
   }
   if (!first_block) return true;
-  uint8_t *const k_bits = part.view.k_bits + part.row * kd;
+  uint8_t *const to = part.view.k_bits + part.row * kd;
   if (kept > 0) {
-    solve_channels(a, channels, k_top,
-                   __double2float_rn(a.k_share * 2 * tokens * 16 / static_cast<double>(kept)),
-                   k_bits, counts ? counts->channels : nullptr);
+    solve_channels(a, channels, k_top, __double2float_rn(k_bits / static_cast<double>(kept)), to,
+                   counts ? counts->channels : nullptr);
   } else {
-    for (uint32_t c = tid; c < kd; c += SOLVE) k_bits[c] = 0;
+    for (uint32_t c = tid; c < kd; c += SOLVE) to[c] = 0;
     if (counts && tid == 0) counts->channels[0] = kd;
   }
   return true;
@@ -8455,8 +8490,10 @@ __device__ inline bool paper_head(const solve_args &a, uint32_t head, double tok
 
 static __global__ void __launch_bounds__(SOLVE, 1)
     paper_kernel(const __grid_constant__ solve_args a) {
-  if (!paper_head(a, blockIdx.x / paper_team().size, a.tokens, nullptr)) return;
-  for (int l = static_cast<int>(threadIdx.x); l < a.n_layers && blockIdx.x == 0; l += SOLVE)
+  const uint32_t head = blockIdx.x / (gridDim.x / a.n_kv_heads);
+  if (!paper_head(a, blockIdx.y, head, a.v_mean, a.k_bits, nullptr)) return;
+  for (int l = static_cast<int>(threadIdx.x); l < a.n_layers && blockIdx.x + blockIdx.y == 0;
+       l += SOLVE)
     a.lambda[l] = 0;
 }
 
@@ -8470,7 +8507,8 @@ static __global__ void __launch_bounds__(SOLVE, 1)
   auto fits = [&](double tokens) {
     for (uint32_t i = blockIdx.x; i < a.n_heads; i += gridDim.x) {
       __syncthreads();
-      paper_head(a, i, tokens, a.heads + i);
+      paper_head(a, i / a.n_kv_heads, i % a.n_kv_heads, v_mean_of(a.k_share, tokens, a.n),
+                 a.k_share * 2 * tokens * 16, a.heads + i);
     }
     s.sync();
     const bool fit = a.fixed + bytes_now(s) <= budget;
@@ -9223,7 +9261,8 @@ static cudaError_t allocate(const rdkv_config *cfg, const rdkv_layer *layers, in
   if (cfg->token_budget == 0) a.tokens = cfg->keep * static_cast<double>(n); /* or searched */
   a.eps_k[0] = a.eps_v[0] = 1, a.eps_k[4] = a.eps_v[4] = 0;
   for (int i = 0; i < 3; ++i) a.eps_k[i + 1] = cfg->eps_k[i], a.eps_v[i + 1] = cfg->eps_v[i];
-  a.edges = paper_edges_of(a.eps_v);
+  a.edges = paper_edges_of(a.eps_v), a.v_mean = v_mean_of(a.k_share, a.tokens, n);
+  a.k_bits = a.k_share * 2 * a.tokens * 16;
   for (int first = 0; first < cfg->n_pins; first += 64) {
     solve_pins pins;
     int i = 0;
@@ -9257,7 +9296,8 @@ static cudaError_t allocate(const rdkv_config *cfg, const rdkv_layer *layers, in
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = size;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    launch.gridDim = dim3(size * a.n_heads), launch.blockDim = dim3(SOLVE);
+    launch.gridDim = dim3(size * a.n_kv_heads, static_cast<uint32_t>(n_layers)),
+    launch.blockDim = dim3(SOLVE);
     launch.dynamicSmemBytes = PAPER_WORDS * 4, launch.stream = stream;
     launch.attrs = &attribute, launch.numAttrs = size > 1;
     return cudaLaunchKernelEx(&launch, paper_kernel, a);
