@@ -8335,18 +8335,21 @@ struct paper_part {
     __syncthreads();
     const uint32_t b = SIZES - 4 - 4 * tid;
     if (team.log) { /* each block adds up some of the bins, for all */
-      const uint32_t slice = SIZES >> team.log, owner = b / slice;
-      team.put(above() + team.rank * slice + b % slice, owner,
+      const uint32_t slice = SIZES >> team.log, at = b & (slice - 1);
+      team.put(above() + team.rank * slice + at, (b << team.log) / SIZES,
                *reinterpret_cast<const uint4 *>(sizes() + b), 2);
       team.await(2, SIZES * 4, 0);
       if (4 * tid < slice) {
         uint4 all = make_uint4(0, 0, 0, 0);
-        for (uint32_t i = 0; i < team.size(); ++i) {
+#pragma unroll
+        for (uint32_t i = 0; i < CLUSTER; ++i) {
+          if (i >= team.size()) continue;
           const uint4 x = *reinterpret_cast<const uint4 *>(above() + i * slice + 4 * tid);
           all.x += x.x, all.y += x.y, all.z += x.z, all.w += x.w;
         }
-        for (uint32_t i = 0; i < team.size(); ++i)
-          team.put(sizes() + team.rank * slice + 4 * tid, i, all, 3);
+#pragma unroll
+        for (uint32_t i = 0; i < CLUSTER; ++i)
+          if (i < team.size()) team.put(sizes() + team.rank * slice + 4 * tid, i, all, 3);
       }
       team.await(3, SIZES * 4, 0);
     }
@@ -8490,7 +8493,10 @@ __device__ inline bool paper_head(const solve_args &a, uint32_t layer, uint32_t 
 
 static __global__ void __launch_bounds__(SOLVE, 1)
     paper_kernel(const __grid_constant__ solve_args a) {
-  const uint32_t head = blockIdx.x / (gridDim.x / a.n_kv_heads);
+  uint32_t head = blockIdx.x;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(head));
+#endif
   if (!paper_head(a, blockIdx.y, head, a.v_mean, a.k_bits, nullptr)) return;
   for (int l = static_cast<int>(threadIdx.x); l < a.n_layers && blockIdx.x + blockIdx.y == 0;
        l += SOLVE)
