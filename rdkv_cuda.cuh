@@ -7949,7 +7949,9 @@ enum {
   SIZES = 2048,        /* bins of weights, 1/64 of an octave each, from the largest one down */
   SIZE_SHIFT = 17,
   PAPER_WORDS = 2 * SIZES + 4 + WEIGHTS, /* of shared memory */
-  LEAST_SIZE = (127 - 60) << 6, /* 2^-60: from there up a product with an eps is no subnormal */
+  LEAST_SIZE =
+      (127 - 60) << (23 -
+                     SIZE_SHIFT), /* 2^-60: from there up a product with an eps is no subnormal */
 };
 
 /* By the hull of eps against width. The margin is for costs that are rounded twice. */
@@ -8063,28 +8065,25 @@ struct paper_walk {
 
   __device__ void propose() {
     const uint32_t lane = threadIdx.x & 31;
-    const bool start = s.stage == 0; /* at 0, then the ceiling */
+    const bool start = s.stage == 0 && lane > 0; /* lane 0 has 0, lane 1 the ceiling */
     if (s.lo == 0) {
-      depth = start && lane > 0 ? lane - 1 : lane;
-      lambda = __fmul_rn(start ? s.hi : s.x, __uint_as_float((127 - depth) << 23));
-      lo = 0, hi = __fmul_rn(lambda, 2);
-      if (depth == 0) hi = s.hi;
-      if (start && lane == 0) lambda = 0;
-      if_over = start && lane > 0, if_under = ((1u << lane) - 1) & ~if_over;
-      if (s.stage == 1 && lane > 0) if_over = if_under = FULL; /* never */
+      depth = lane - start;
+      lambda = __fmul_rn(s.stage == 0 ? s.hi : s.x, __uint_as_float((127 - depth) << 23));
+      lo = 0, hi = depth == 0 ? s.hi : __fmul_rn(lambda, 2);
+      if (s.stage == 0 && lane == 0) lambda = 0;
+      if_over = start, if_under = ((1u << lane) - 1) & ~if_over;
+      if (s.stage == 1 && lane > 0) if_over = FULL; /* never */
       return;
     }
     const uint32_t node = most(lane, 1);
-    depth = 31 - __clz(static_cast<int>(node));
+    depth = 31 - static_cast<uint32_t>(__clz(static_cast<int>(node)));
     lo = s.lo, hi = s.hi, lambda = s.x, if_over = if_under = 0;
 #pragma unroll
-    for (uint32_t d = 4; d-- > 0;) {
-      if (d >= depth) continue;
-      const uint32_t up = node >> d & 1, way = 1u << (node >> (d + 1));
-      if (up)
-        lo = lambda, if_over |= way;
-      else
-        hi = lambda, if_under |= way;
+    for (uint32_t d = 4; d-- > 0;) { /* its bits below the first one are the way */
+      const bool deeper = d < depth, up = node >> d & 1;
+      const uint32_t at = deeper ? 1u << (node >> (d + 1)) : 0;
+      lo = deeper && up ? lambda : lo, hi = deeper && !up ? lambda : hi;
+      if_over |= up ? at : 0, if_under |= up ? 0 : at;
       lambda = paper_search::middle(lo, hi);
     }
   }
@@ -8333,30 +8332,36 @@ struct paper_part {
     });
     if (tid == 0) atomicSub(sizes(), -n & 3u); /* the zeroes beyond the end */
     __syncthreads();
-    const uint32_t b = SIZES - 4 - 4 * tid;
     if (team.log) { /* each block adds up some of the bins, for all */
-      const uint32_t slice = SIZES >> team.log, at = b & (slice - 1);
-      team.put(above() + team.rank * slice + at, (b << team.log) / SIZES,
-               *reinterpret_cast<const uint4 *>(sizes() + b), 2);
+      const uint32_t slice = SIZES >> team.log;
+      for (uint32_t b = 4 * tid; b < SIZES; b += 4 * SOLVE)
+        team.put(above() + team.rank * slice + (b & (slice - 1)), (b << team.log) / SIZES,
+                 *reinterpret_cast<const uint4 *>(sizes() + b), 2);
       team.await(2, SIZES * 4, 0);
-      if (4 * tid < slice) {
+      for (uint32_t b = 4 * tid; b < slice; b += 4 * SOLVE) {
         uint4 all = make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (uint32_t i = 0; i < CLUSTER; ++i) {
           if (i >= team.size()) continue;
-          const uint4 x = *reinterpret_cast<const uint4 *>(above() + i * slice + 4 * tid);
+          const uint4 x = *reinterpret_cast<const uint4 *>(above() + i * slice + b);
           all.x += x.x, all.y += x.y, all.z += x.z, all.w += x.w;
         }
 #pragma unroll
         for (uint32_t i = 0; i < CLUSTER; ++i)
-          if (i < team.size()) team.put(sizes() + team.rank * slice + 4 * tid, i, all, 3);
+          if (i < team.size()) team.put(sizes() + team.rank * slice + b, i, all, 3);
       }
       team.await(3, SIZES * 4, 0);
     }
-    static_assert(SIZES == 4 * SOLVE, "four bins a thread, from above");
-    uint4 x = *reinterpret_cast<const uint4 *>(sizes() + b);
-    x.z += x.w, x.y += x.z, x.x += x.y;
-    uint32_t sum = x.x;
+    enum { EACH = SIZES / SOLVE }; /* from above */
+    uint4 x[EACH / 4];
+    uint4 *const mine = reinterpret_cast<uint4 *>(sizes() + SIZES - EACH - EACH * tid);
+    uint32_t sum = 0, all;
+#pragma unroll
+    for (int i = EACH / 4; i-- > 0;) {
+      x[i] = mine[i];
+      x[i].w += sum, x[i].z += x[i].w, x[i].y += x[i].z, x[i].x += x[i].y, sum = x[i].x;
+    }
+    all = sum;
 #pragma unroll
     for (uint32_t d = 1; d < 32; d <<= 1) {
       const uint32_t y = __shfl_up_sync(FULL, sum, d);
@@ -8364,9 +8369,10 @@ struct paper_part {
     }
     if (lane == 31) scratch[warp] = sum;
     __syncthreads();
-    sum += __reduce_add_sync(FULL, lane < warp ? scratch[lane] : 0) - x.x;
-    *reinterpret_cast<uint4 *>(above() + b) =
-        make_uint4(x.x + sum, x.y + sum, x.z + sum, x.w + sum);
+    sum += __reduce_add_sync(FULL, lane < warp ? scratch[lane] : 0) - all;
+#pragma unroll
+    for (int i = 0; i < EACH / 4; ++i)
+      mine[SIZES / 4 + i] = make_uint4(x[i].x + sum, x[i].y + sum, x[i].z + sum, x[i].w + sum);
     if (tid == 0) above()[SIZES] = 0;
     __syncthreads();
   }
