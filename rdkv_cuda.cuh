@@ -7944,14 +7944,12 @@ __device__ inline void solve_error(solver &s, double *used) {
 
 enum {
   CLUSTER = 8,         /* blocks at most */
-  CLUSTER_PART = 8192, /* weights from which a block has company */
+  CLUSTER_PART = 2048, /* weights from which a block has company */
   WEIGHTS = 16384,     /* of a block that stay in shared memory */
-  SIZES = 2048,        /* bins of weights, 1/64 of an octave each, from the largest one down */
-  SIZE_SHIFT = 17,
-  PAPER_WORDS = 2 * SIZES + 4 + WEIGHTS, /* of shared memory */
-  LEAST_SIZE =
-      (127 - 60) << (23 -
-                     SIZE_SHIFT), /* 2^-60: from there up a product with an eps is no subnormal */
+  SIZES = 4096,        /* bins of weights, 1/128 of an octave each, from the largest one down */
+  SIZE_SHIFT = 16,
+  LEAST_SIZE = (127 - 60) << (23 - SIZE_SHIFT), /* 2^-60: times an eps it is no subnormal */
+  PAPER_WORDS = 2 * SIZES + 4 + WEIGHTS         /* of shared memory */
 };
 
 /* By the hull of eps against width. The margin is for costs that are rounded twice. */
