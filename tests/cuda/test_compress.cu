@@ -651,21 +651,21 @@ static void test_allocate_edges() {
 /* The authors' solver: heads that one block has and that several share, weights far apart, nearly
    or quite alike, tables of errors off their own hull, budgets from next to nothing to all. */
 static void test_allocate_paper() {
-  static const uint32_t length[] = {5, 33, 4099, 9001, 40000, 70002};
+  static const uint32_t length[] = {5, 33, 2500, 9001, 33002};
   static const float eps[][3] = {
       {0, 0, 0}, {0.3f, 0.3f, 0.3f}, {0.5f, 0.6f, 0.1f}, {0.75f, 0.5f, 0}, {1e-30f, 0, 0}};
   static const double keep[] = {0.0005, 0.025, 0.1, 0.4, 0.9, 1.0};
   for (size_t n = 0; n < sizeof length / sizeof *length; ++n)
     for (size_t kind = 0; kind < 6; ++kind)
       for (size_t variant = 0; variant < 6; ++variant) {
-        if (small_run && (n % 2 == 0 || n > 3 || variant != (kind + n) % 6)) continue;
-        if (length[n] > 10000 && (variant + kind) % 3) continue;
+        if (small_run && ((n != 1 && n != 2) || variant != (kind + n) % 6)) continue;
+        if (length[n] > 1000 && (variant + kind + n) % 3) continue;
         rdkv_config c = config_of(2, 2, variant == 3 ? 40 : 16, 16);
         c.profile = RDKV_PAPER, c.keep = keep[variant];
         for (int i = 0; i < 3; ++i)
           c.eps_v[i] = eps[(kind + variant) % 5][i], c.eps_k[i] = eps[kind % 3][i];
         if (variant == 4) c.k_share = 0.1;
-        if (variant == 5 && length[n] < 10000) c.keep = 0.1, c.budget_bytes = 4000 + 3 * length[n];
+        if (variant == 5 && length[n] < 1000) c.keep = 0.1, c.budget_bytes = 4000 + 3 * length[n];
         test_where("paper: %u tokens, kind %zu, variant %zu", length[n], kind, variant);
         problem p = problem_make(&c, length[n], RDKV_F16, DENSE, 3);
         uint64_t rng = 7 * n + kind;
