@@ -190,7 +190,7 @@ cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *kv, const r
                               size_t workspace_bytes, cudaStream_t stream);
 
 /* rdkv_allocate; the threshold that was used goes to lambda [n_layers] on the device, 0 with
-   RDKV_PAPER. One cooperative launch. */
+   RDKV_PAPER. One launch, cooperative but for RDKV_PAPER without budget_bytes. */
 cudaError_t rdkv_cuda_allocate(const rdkv_config *cfg, const rdkv_layer *layers, int n_layers,
                                double *lambda, uint32_t *status, void *workspace,
                                size_t workspace_bytes, cudaStream_t stream);
@@ -6655,21 +6655,22 @@ struct solve_state {
   double sum[3];    /* used in turn, the next one being cleared */
 };
 
-struct solve_team { /* of blocks that have a head of RDKV_PAPER */
-  u64 sum[2];
-  int top;
-};
-
 enum { VIEWS = 8 }; /* layers that go with the launch itself */
 struct solve_views {
   layer_view view[VIEWS];
+};
+
+/* From which weight up, over lambda, a level may be chosen, and from which it is; the bits that it
+   has more than the one below. */
+struct paper_edges {
+  float from[4], sure[4];
+  uint32_t width[4];
 };
 
 struct solve_args {
   solve_views few;
   layer_view *layers; /* where there are more than VIEWS */
   solve_head *heads;  /* [n_layers][n_kv_heads] */
-  solve_team *teams;  /* [heads] */
   uint32_t *bins[3];  /* [heads][BINS], used in turn: counted in, read, cleared */
   u64 *hist[3];       /* [BINS] */
   u64 *list;          /* [heads][4][capacity] slope above inverted index: greater is better */
@@ -6681,10 +6682,12 @@ struct solve_args {
   const uint64_t *given_budget; /* on the device, or NULL */
   const double *device_lambda;  /* likewise */
   uint64_t budget, fixed, most; /* most: no block is larger */
-  double given_lambda, tokens, k_share, max_error;
+  double given_lambda, tokens, k_share, max_error, k_bits;
   float eps_k[5], eps_v[5];
+  paper_edges edges; /* of eps_v */
+  float v_mean;
   uint32_t n, n_heads, n_kv_heads, capacity, max_offers;
-  int n_layers, k_dim, v_dim, positions, scope, paper, search;
+  int n_layers, k_dim, v_dim, positions, scope;
 };
 
 struct solve_pin {
@@ -7935,214 +7938,611 @@ __device__ inline void solve_error(solver &s, double *used) {
   if (mid != hi) solve(s, hi * 128, used);
 }
 
-/* ---- the authors' solver: some blocks a head, which keep their part of the weights at hand */
+/* ---- the authors' solver: a cluster of blocks a head, one block where there are no clusters.
+   rdkv__paper_solve asks where the mean width at a lambda lies: below, within 1 % of or above the
+   budget. Counts of the weights by size mostly tell; else all widths are worked out. */
 
-__device__ __forceinline__ int paper_level(float w, const float *eps, const float *rate) {
-  float best = __fadd_rn(__fmul_rn(w, eps[0]), rate[0]);
-  int level = 0;
-#pragma unroll
-  for (int l = 1; l < 5; ++l) {
-    const float cost = __fadd_rn(__fmul_rn(w, eps[l]), rate[l]);
-    if (cost < best) best = cost, level = l;
+enum {
+  CLUSTER = 8,         /* blocks at most */
+  CLUSTER_PART = 2048, /* weights from which a block has company */
+  WEIGHTS = 16384,     /* of a block that stay in shared memory */
+  SIZES = 4096,        /* bins of weights, 1/128 of an octave each, from the largest one down */
+  SIZE_SHIFT = 16,
+  LEAST_SIZE = (127 - 60) << (23 - SIZE_SHIFT), /* 2^-60: times an eps it is no subnormal */
+  PAPER_WORDS = 2 * SIZES + 4 + WEIGHTS         /* of shared memory */
+};
+
+/* By the hull of eps against width. The margin is for costs that are rounded twice. */
+static paper_edges paper_edges_of(const float *eps) {
+  paper_edges e = paper_edges();
+  for (int l = 0, next; l < 4; l = next) {
+    double at = 0;
+    next = 4;
+    for (int m = l + 1; m < 5; ++m) {
+      const double gain = static_cast<double>(eps[l]) - static_cast<double>(eps[m]);
+      const double x = (width_of(m) - width_of(l)) / gain;
+      if (gain > 0 && (at == 0 || x < at)) at = x, next = m;
+    }
+    if (at == 0) break; /* no level above is any better */
+    const double cost = at * static_cast<double>(eps[l]) + width_of(l);
+    const double margin = (1 + cost / (width_of(next) - width_of(next - 1))) / (1 << 20);
+    const bool known = margin < 0.25 && static_cast<double>(eps[l]) > 1e-15;
+    for (int m = l; m < next; ++m) {
+      e.from[m] = known ? static_cast<float>(at * (1 - margin)) : 0;
+      e.sure[m] = known ? static_cast<float>(at * (1 + margin)) : INFINITY;
+    }
+    e.width[next - 1] = static_cast<uint32_t>(width_of(next) - width_of(l));
+    if (!known)
+      for (int m = l; m < next; ++m)
+        e.width[m] = static_cast<uint32_t>(width_of(m + 1) - width_of(m));
   }
-  return level;
+  return e;
 }
 
-/* Where rdkv__paper_solve stops: mean(lambda) is the mean width, top the largest weight. */
-template <typename Mean>
-__device__ __forceinline__ float paper_lambda(float top, float budget, Mean mean) {
-  float lo = 0, hi = __fmul_rn(top, 0.375f), mid = 0;
-  if (mean(0.0f) <= budget) return 0;
-  hi = hi > 1e-8f ? hi : 1e-8f;
-  for (int step = 0; step < 64; ++step) {
-    if (mean(hi) <= budget) break;
-    hi = __fmul_rn(hi, 2);
+/* Mean width of V. */
+__host__ __device__ inline float v_mean_of(double k_share, double tokens, uint32_t n) {
+  return n > 0 ? static_cast<float>((1 - k_share) * 2 * tokens * 16 / static_cast<double>(n)) : 0;
+}
+
+/* rate[l] = lambda * width */
+__device__ __forceinline__ uint32_t paper_width(float w, const float *eps, const float *rate) {
+  float best = w; /* eps 1, no bits */
+  uint32_t width = 0;
+#pragma unroll
+  for (int l = 1; l < 5; ++l) {
+    const float cost = l < 4 ? __fadd_rn(__fmul_rn(w, eps[l]), rate[l]) : rate[l]; /* eps 0 */
+    if (cost < best) best = cost, width = 1u << l;
   }
-  for (int step = 0; step < 64; ++step) {
-    mid = __fmul_rn(__fadd_rn(lo, hi), 0.5f);
-    const float m = mean(mid);
-    if (fabsf(__fsub_rn(m, budget)) <= __fmul_rn(0.01f, budget)) break;
-    if (m > budget)
+  return width;
+}
+
+/* The mean as rdkv.h rounds it, to double and then to float, which is as to float at once where
+   float holds the sum. */
+__device__ __noinline__ float mean_of_many(u64 sum, uint32_t n) {
+  return __double2float_rn(__ddiv_rn(static_cast<double>(sum), static_cast<double>(n)));
+}
+__device__ __forceinline__ float mean_width(u64 sum, uint32_t n) {
+  return n > 1u << 20
+             ? mean_of_many(sum, n)
+             : __fdiv_rn(static_cast<float>(static_cast<uint32_t>(sum)), static_cast<float>(n));
+}
+
+/* rdkv__paper_solve, which asks for the mean width at x. */
+struct paper_search {
+  float budget, lo, hi, x;
+  int stage, step; /* at 0, at the ceiling, at midpoints */
+
+  __device__ paper_search(float top, float mean)
+      : budget(mean), lo(0), hi(paper_ceiling(top)), x(0), stage(0), step(0) {}
+
+  __device__ static float paper_ceiling(float top) {
+    const float hi = __fmul_rn(top, 0.375f);
+    return hi > 1e-8f ? hi : 1e-8f;
+  }
+  __device__ static float middle(float lo, float hi) { return __fmul_rn(__fadd_rn(lo, hi), 0.5f); }
+  __device__ bool over(float mean) const { return mean > budget; }
+  __device__ bool close(float mean) const {
+    return fabsf(__fsub_rn(mean, budget)) <= __fmul_rn(0.01f, budget);
+  }
+
+  /* On, from what the mean at x is; false: x it is. */
+  __device__ bool next(bool is_over, bool is_close) {
+    if (stage == 0) {
+      if (!is_over) return false;
+      x = hi, stage = 1;
+      return true;
+    }
+    if (stage == 1) {
+      if (is_over) {
+        x = hi = __fmul_rn(hi, 2);
+        if (++step < 64) return true;
+      }
+      stage = 2, step = 0;
+    } else {
+      if (is_close || ++step == 64) return false;
+      if (is_over)
+        lo = x;
+      else
+        hi = x;
+    }
+    x = middle(lo, hi);
+    return true;
+  }
+};
+
+/* A warp's walk through a search. Each lane has a lambda that may be asked for next: in a chain of
+   halves, or in a tree of midpoints where node n has 2n below and 2n + 1 above. All of them are
+   judged at once. */
+struct paper_walk {
+  paper_search s;
+  float lo, hi, lambda;              /* the lane's */
+  uint32_t depth, if_over, if_under; /* lanes on the way to it, by which side of them it is */
+  bool over, close, known;           /* the mean at s.x, and whether that is certain */
+
+  __device__ paper_walk(float top, float mean) : s(top, mean) { propose(); }
+
+  __device__ void propose() {
+    const uint32_t lane = threadIdx.x & 31;
+    const bool start = s.stage == 0 && lane > 0; /* lane 0 has 0, lane 1 the ceiling */
+    if (s.lo == 0) {
+      depth = lane - start;
+      lambda = __fmul_rn(s.stage == 0 ? s.hi : s.x, __uint_as_float((127 - depth) << 23));
+      lo = 0, hi = depth == 0 ? s.hi : __fmul_rn(lambda, 2);
+      if (s.stage == 0 && lane == 0) lambda = 0;
+      if_over = start, if_under = ((1u << lane) - 1) & ~if_over;
+      if (s.stage == 1 && lane > 0) if_over = FULL; /* never */
+      return;
+    }
+    const uint32_t node = most(lane, 1);
+    depth = 31 - static_cast<uint32_t>(__clz(static_cast<int>(node)));
+    lo = s.lo, hi = s.hi, lambda = s.x, if_over = if_under = 0;
+#pragma unroll
+    for (uint32_t d = 4; d-- > 0;) { /* its bits below the first one are the way */
+      const bool deeper = d < depth, up = node >> d & 1;
+      const uint32_t at = deeper ? 1u << (node >> (d + 1)) : 0;
+      lo = deeper && up ? lambda : lo, hi = deeper && !up ? lambda : hi;
+      if_over |= up ? at : 0, if_under |= up ? 0 : at;
+      lambda = paper_search::middle(lo, hi);
+    }
+  }
+
+  /* By bounds of the mean at the lane's lambda: s goes on to the last one that is sure to be asked
+     for. */
+  __device__ void judge(float low, float high) {
+    const bool o = s.over(low), c = s.close(low);
+    const bool sure = c == s.close(high) && o == s.over(high);
+    const uint32_t overs = __ballot_sync(FULL, sure && !c && o);
+    const uint32_t unders = __ballot_sync(FULL, sure && !c && !o);
+    const int at = 31 - __clz(static_cast<int>(__ballot_sync(
+                            FULL, (overs & if_over) == if_over && (unders & if_under) == if_under &&
+                                      static_cast<uint32_t>(s.step) + depth < 64)));
+    const uint32_t is = o | c << 1 | sure << 2, at_last = __shfl_sync(FULL, is, at);
+    over = at_last & 1, close = at_last & 2, known = at_last & 4;
+    const bool start = s.stage == 0;
+    s.lo = __shfl_sync(FULL, lo, at), s.hi = __shfl_sync(FULL, hi, at);
+    s.x = __shfl_sync(FULL, lambda, at);
+    if (start)
+      s.stage = least(static_cast<uint32_t>(at), 2), s.step = at > 2 ? at - 2 : 0;
+    else
+      s.step += __shfl_sync(FULL, static_cast<int>(depth), at);
+  }
+
+  /* On; false: s.x it is. */
+  __device__ bool next() {
+    if (!s.next(over, close)) return false;
+    propose();
+    return true;
+  }
+};
+
+/* This block's place among those of a head, a power of two, which write to each other's shared
+   memory. What arrives there is waited for by its bytes. */
+struct paper_team {
+  uint32_t log, rank, turn;
+  uint2 *shares; /* [2][CLUSTER * SOLVE / 32] */
+  u64 *barrier;  /* [4] of the turns, and of bins that arrive */
+
+  __device__ paper_team() : log(0), rank(0), turn(0) {
+    __shared__ uint2 team_shares[2 * CLUSTER * SOLVE / 32];
+    __shared__ u64 team_barrier[4];
+    shares = team_shares, barrier = team_barrier;
+#if __CUDA_ARCH__ >= 900
+    uint32_t size;
+    asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    log = 31 - __clz(static_cast<int>(size));
+    if (size == 1) return;
+    if (threadIdx.x < 4)
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(
+                       rdkv_cuda__shared_address(barrier + threadIdx.x))
+                   : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+  }
+  __device__ uint32_t size() const { return 1u << log; }
+
+  /* Before the first words leave: the others are there. */
+  __device__ void meet() const {
+#if __CUDA_ARCH__ >= 900
+    if (log) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+  }
+
+#if __CUDA_ARCH__ >= 900
+  __device__ static uint32_t there(const void *p, uint32_t block) {
+    uint32_t at;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(at)
+        : "r"(rdkv_cuda__shared_address(p)), "r"(block));
+    return at;
+  }
+#endif
+  __device__ void put(uint2 *p, uint32_t block, uint2 x, uint32_t which) const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%2, %3}, [%1];" ::
+            "r"(there(p, block)),
+        "r"(there(barrier + which, block)), "r"(x.x), "r"(x.y)
+        : "memory");
+#endif
+  }
+  __device__ void put(uint32_t *p, uint32_t block, uint4 x, uint32_t which) const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, "
+        "%5}, [%1];" ::"r"(there(p, block)),
+        "r"(there(barrier + which, block)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+        : "memory");
+#endif
+  }
+  __device__ void await(uint32_t which, uint32_t bytes, uint32_t phase) const {
+#if __CUDA_ARCH__ >= 900
+    const uint32_t at = rdkv_cuda__shared_address(barrier + which);
+    if (threadIdx.x == 0)
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
+                   : "memory");
+    rdkv_cuda__wait(at, phase);
+#endif
+  }
+
+  /* What each warp of each block hands in: size() * SOLVE / 32, for all, until the turn after the
+     next. This block's threads meet. */
+  __device__ const uint2 *share(uint32_t x, uint32_t y) {
+    const uint32_t side = turn & 1, lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    uint2 *const at = shares + side * (CLUSTER * SOLVE / 32), *to = at + rank * (SOLVE / 32) + warp;
+    if (log == 0) {
+      if (lane == 0) *to = make_uint2(x, y);
+    } else if (lane < size()) {
+      put(to, lane, make_uint2(x, y), side);
+    }
+    __syncthreads();
+    if (log) await(side, size() * (SOLVE / 32) * 8, turn >> 1 & 1);
+    ++turn;
+    return at;
+  }
+};
+
+/* The channels of a head: its first block. */
+struct paper_channels {
+  float weight[MAX_DIM], lambda[32];
+  uint32_t sum[SOLVE / 32 - 1][32];
+  int more;
+};
+
+/* Sums of widths at a lambda a lane, each warp but the first over some of the channels. */
+__device__ inline void add_channels(const solve_args &a, paper_channels &c, float lambda) {
+  float rate[5];
+  uint32_t sum = 0;
+  for (int l = 1; l < 5; ++l) rate[l] = __fmul_rn(lambda, static_cast<float>(width_of(l)));
+  const uint32_t warp = threadIdx.x / 32 - 1;
+#pragma unroll 3
+  for (uint32_t i = warp; i < static_cast<uint32_t>(a.k_dim); i += SOLVE / 32 - 1)
+    sum += paper_width(c.weight[i], a.eps_k, rate);
+  c.sum[warp][threadIdx.x & 31] = sum;
+}
+
+/* rdkv__paper_solve for them, the sums of the first lambdas being there. */
+__device__ inline void solve_channels(const solve_args &a, paper_channels &c, float top,
+                                      float budget, uint8_t *bits, uint32_t *channels) {
+  const uint32_t lane = threadIdx.x & 31, kd = static_cast<uint32_t>(a.k_dim);
+  paper_walk walk(top, budget);
+  for (;;) {
+    if (threadIdx.x < 32) {
+      uint32_t sum = 0;
+#pragma unroll
+      for (int w = 0; w < SOLVE / 32 - 1; ++w) sum += c.sum[w][lane];
+      const float mean = mean_width(sum, kd);
+      walk.judge(mean, mean);
+      const bool more = walk.next();
+      c.lambda[lane] = walk.lambda;
+      if (lane == 0) c.more = more;
+    }
+    __syncthreads();
+    if (!c.more) break;
+    if (threadIdx.x >= 32) add_channels(a, c, c.lambda[lane]);
+    __syncthreads();
+  }
+  if (threadIdx.x >= 32) return;
+  float rate[5];
+  for (int l = 1; l < 5; ++l) rate[l] = __fmul_rn(walk.s.x, static_cast<float>(width_of(l)));
+  for (uint32_t i = lane; i < kd; i += 32) {
+    const uint32_t width = paper_width(c.weight[i], a.eps_k, rate);
+    bits[i] = static_cast<uint8_t>(width);
+    if (channels) atomicAdd(&channels[width > 4 ? 3 : width / 2], 1u);
+  }
+}
+
+/* A head's weights, or this block's part of them: a thread has four in turn, which it alone reads
+   and writes. In shared memory: counts by size, their sums, weights. */
+struct paper_part {
+  const solve_args &a;
+  const layer_view &view;
+  const size_t row;
+  paper_team team;
+  const float *weight;
+  uint8_t *bits;
+  uint32_t begin, n, staged, base;
+
+  __device__ paper_part(const solve_args &args, uint32_t layer, uint32_t head)
+      : a(args),
+        view(a.n_layers <= VIEWS ? a.few.view[layer] : a.layers[layer]),
+        row(head),
+        staged(FULL),
+        base(0) {
+    const uint32_t each = (a.n + 4 * team.size() - 1) >> (team.log + 2) << 2;
+    begin = least(team.rank * each, a.n), n = least(each, a.n - begin);
+    weight = view.token + row * a.n + begin, bits = view.v_bits + row * a.n + begin;
+  }
+
+  __device__ static uint32_t *sizes() { return reinterpret_cast<uint32_t *>(solve_shared); }
+  __device__ static uint32_t *above() { return sizes() + SIZES; } /* [SIZES + 4] */
+  __device__ static float *weights() { return reinterpret_cast<float *>(above() + SIZES + 4); }
+
+  /* f(t, weights t to t + 3, zeroes beyond the end) */
+  template <typename F>
+  __device__ __forceinline__ void each(F f) {
+    for (uint32_t first = 0; first < n; first += WEIGHTS) {
+      const uint32_t m = least(WEIGHTS, n - first);
+      if (staged != first) stage(weight + first, m), staged = first;
+#pragma unroll 2
+      for (uint32_t t = 4 * threadIdx.x; t < m; t += 4 * SOLVE)
+        f(first + t, *reinterpret_cast<const float4 *>(weights() + t));
+    }
+  }
+  __device__ __noinline__ static void stage(const float *from, uint32_t m) {
+    const bool whole = (reinterpret_cast<uintptr_t>(from) & 15) == 0;
+    for (uint32_t t = 4 * threadIdx.x; t < m; t += 4 * SOLVE) {
+      if (whole && t + 4 <= m) {
+        copy_16(rdkv_cuda__shared_address(weights() + t), reinterpret_cast<const char *>(from + t));
+        continue;
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < 4; ++i) weights()[t + i] = t + i < m ? from[t + i] : 0;
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+  }
+
+  /* Largest bits; of what is no number >= 0 they are larger than of infinity. */
+  __device__ uint32_t top() {
+    uint32_t x = 0;
+    each([&](uint32_t, float4 w) {
+      x = most(most(x, most(__float_as_uint(w.x), __float_as_uint(w.y))),
+               most(__float_as_uint(w.z), __float_as_uint(w.w)));
+    });
+    return __reduce_max_sync(FULL, x);
+  }
+
+  /* Bin; 0 has all that are smaller, too. */
+  __device__ uint32_t size_of(float x) const {
+    return least(most(__float_as_uint(x) >> SIZE_SHIFT, base) - base, SIZES);
+  }
+
+  /* Counts of the head's weights in each bin and above, for the largest of them. sizes() is zero.
+   */
+  __device__ void count(uint32_t top) {
+    __shared__ uint32_t scratch[SOLVE / 32];
+    const uint32_t tid = threadIdx.x, lane = tid & 31, warp = tid / 32;
+    base = most(most(top >> SIZE_SHIFT, SIZES - 1) - (SIZES - 1), LEAST_SIZE);
+    each([&](uint32_t, float4 w) {
+      atomicAdd(sizes() + size_of(w.x), 1u), atomicAdd(sizes() + size_of(w.y), 1u);
+      atomicAdd(sizes() + size_of(w.z), 1u), atomicAdd(sizes() + size_of(w.w), 1u);
+    });
+    if (tid == 0) atomicSub(sizes(), -n & 3u); /* the zeroes beyond the end */
+    __syncthreads();
+    if (team.log) { /* each block adds up some of the bins, for all */
+      const uint32_t slice = SIZES >> team.log;
+      for (uint32_t b = 4 * tid; b < SIZES; b += 4 * SOLVE)
+        team.put(above() + team.rank * slice + (b & (slice - 1)), (b << team.log) / SIZES,
+                 *reinterpret_cast<const uint4 *>(sizes() + b), 2);
+      team.await(2, SIZES * 4, 0);
+      for (uint32_t b = 4 * tid; b < slice; b += 4 * SOLVE) {
+        uint4 all = make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (uint32_t i = 0; i < CLUSTER; ++i) {
+          if (i >= team.size()) continue;
+          const uint4 x = *reinterpret_cast<const uint4 *>(above() + i * slice + b);
+          all.x += x.x, all.y += x.y, all.z += x.z, all.w += x.w;
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < CLUSTER; ++i)
+          if (i < team.size()) team.put(sizes() + team.rank * slice + b, i, all, 3);
+      }
+      team.await(3, SIZES * 4, 0);
+    }
+    enum { EACH = SIZES / SOLVE }; /* from above */
+    uint4 x[EACH / 4];
+    uint4 *const mine = reinterpret_cast<uint4 *>(sizes() + SIZES - EACH - EACH * tid);
+    uint32_t sum = 0, all;
+#pragma unroll
+    for (int i = EACH / 4; i-- > 0;) {
+      x[i] = mine[i];
+      x[i].w += sum, x[i].z += x[i].w, x[i].y += x[i].z, x[i].x += x[i].y, sum = x[i].x;
+    }
+    all = sum;
+#pragma unroll
+    for (uint32_t d = 1; d < 32; d <<= 1) {
+      const uint32_t y = __shfl_up_sync(FULL, sum, d);
+      if (lane >= d) sum += y;
+    }
+    if (lane == 31) scratch[warp] = sum;
+    __syncthreads();
+    sum += __reduce_add_sync(FULL, lane < warp ? scratch[lane] : 0) - all;
+#pragma unroll
+    for (int i = 0; i < EACH / 4; ++i)
+      mine[SIZES / 4 + i] = make_uint4(x[i].x + sum, x[i].y + sum, x[i].z + sum, x[i].w + sum);
+    if (tid == 0) above()[SIZES] = 0;
+    __syncthreads();
+  }
+
+  /* Of the head's mean width at lambda. */
+  __device__ float2 bounds(float lambda) const {
+    u64 low = 0, high = 0;
+#pragma unroll
+    for (int l = 0; l < 4; ++l) {
+      const uint32_t from = size_of(__fmul_rn(lambda, a.edges.from[l]));
+      const uint32_t sure = size_of(__fmul_rn(lambda, a.edges.sure[l]));
+      high += static_cast<u64>(a.edges.width[l]) * above()[from];
+      low += static_cast<u64>(a.edges.width[l]) * above()[least(sure + 1, SIZES)];
+    }
+    return make_float2(mean_width(low, a.n), mean_width(high, a.n));
+  }
+
+  /* The head's widths at lambda: their mean, and how many are not 0. */
+  __device__ float widths(float lambda, uint32_t *kept) {
+    const bool words = (reinterpret_cast<uintptr_t>(bits) & 3) == 0;
+    float rate[5];
+    uint32_t sum = 0, some = 0, high = 0;
+    for (int l = 1; l < 5; ++l) rate[l] = __fmul_rn(lambda, static_cast<float>(width_of(l)));
+    each([&](uint32_t t, float4 w) {
+      const uint32_t four = paper_width(w.x, a.eps_v, rate) | paper_width(w.y, a.eps_v, rate) << 8 |
+                            paper_width(w.z, a.eps_v, rate) << 16 |
+                            paper_width(w.w, a.eps_v, rate) << 24;
+      sum = __dp4a(four, 0x01010101u, sum), some += static_cast<uint32_t>(__popc(four));
+      if (words && t + 4 <= n)
+        *reinterpret_cast<uint32_t *>(bits + t) = four;
+      else
+        for (uint32_t i = 0; i < 4 && t + i < n; ++i)
+          bits[t + i] = static_cast<uint8_t>(four >> (8 * i));
+    });
+    const uint2 *const all =
+        team.share(__reduce_add_sync(FULL, sum), __reduce_add_sync(FULL, some));
+    sum = some = 0;
+    for (uint32_t i = threadIdx.x & 31; i < team.size() * (SOLVE / 32); i += 32)
+      sum += all[i].x & 0xffffu, high += all[i].x >> 16, some += all[i].y;
+    sum = __reduce_add_sync(FULL, sum), high = __reduce_add_sync(FULL, high);
+    *kept = __reduce_add_sync(FULL, some);
+    return mean_width(sum + (static_cast<u64>(high) << 16), a.n);
+  }
+};
+
+/* rdkv__paper_layer for a head, its mean width of V and bits of K over a channel. counts: its
+   solve_head, if that is wanted. False: no weights. */
+__device__ inline bool paper_head(const solve_args &a, uint32_t layer, uint32_t head, float v_mean,
+                                  double k_bits, solve_head *counts) {
+  __shared__ paper_channels channels;
+  __shared__ float order[1]; /* where widths are wanted, or -1 */
+  const uint32_t tid = threadIdx.x, lane = tid & 31, warp = tid / 32;
+  const uint32_t kd = static_cast<uint32_t>(a.k_dim);
+  paper_part part(a, layer, head);
+  const bool first_block = part.team.rank == 0;
+  const uint32_t error = *a.status;
+  uint32_t top = 0, odd = 0;
+  float k_top = 0;
+  for (uint32_t c = tid; c < kd && first_block; c += SOLVE) {
+    const float q = part.view.q_square[part.row * kd + c];
+    const float k = part.view.k_square[part.row * kd + c];
+    if (most(__float_as_uint(q), __float_as_uint(k)) >= 0x7f800000u) top = FULL;
+    channels.weight[c] = __fmul_rn(q, k);
+  }
+  for (uint32_t b = 4 * tid; b < SIZES; b += 4 * SOLVE)
+    *reinterpret_cast<uint4 *>(part.sizes() + b) = make_uint4(0, 0, 0, 0);
+  if (counts && tid < 5) counts->count[tid] = 0;
+  if (counts && tid < 4) counts->channels[tid] = 0;
+  top = most(__reduce_max_sync(FULL, top), part.top());
+  part.team.meet();
+  const uint2 *const tops = part.team.share(top, __reduce_or_sync(FULL, error));
+  for (uint32_t i = lane; i < part.team.size() * (SOLVE / 32); i += 32)
+    top = most(top, tops[i].x), odd |= tops[i].y;
+  top = __reduce_max_sync(FULL, top);
+  if (top >= 0x7f800000u || __any_sync(FULL, odd)) { /* for all blocks of the head */
+    if (tid == 0) fail(a.status, RDKV_ERR_NONFINITE);
+    return false;
+  }
+  part.count(top);
+  paper_walk walk(__uint_as_float(top), v_mean);
+  for (uint32_t c = lane; c < kd && first_block; c += 32) k_top = fmaxf(k_top, channels.weight[c]);
+  k_top = __uint_as_float(__reduce_max_sync(FULL, __float_as_uint(k_top)));
+  if (warp > 0 && first_block) { /* while the first warp begins */
+    add_channels(a, channels, paper_walk(k_top, 0).lambda);
+  }
+  float done = -1;
+  uint32_t kept = 0;
+  for (bool on = a.n > 0;;) { /* the first warp decides, all work */
+    if (warp == 0) {
+      walk.known = true;
+      while (on && walk.known) {
+        const float2 m = part.bounds(walk.lambda);
+        walk.judge(m.x, m.y);
+        on = !walk.known || walk.next();
+      }
+      /* a search that asks the same twice does so until its end */
+      order[0] = a.n == 0 || done == walk.s.x ? -1 : walk.s.x;
+    }
+    __syncthreads();
+    done = order[0];
+    if (done < 0) break;
+    const float mean = part.widths(done, &kept);
+    if (warp == 0 && on) {
+      walk.over = walk.s.over(mean), walk.close = walk.s.close(mean);
+      on = walk.next();
+    }
+  }
+  if (counts) {
+    for (uint32_t t = 4 * tid; t < part.n; t += 4 * SOLVE)
+      for (uint32_t i = t; i < t + 4 && i < part.n; ++i)
+        atomicAdd(&counts->count[level_of(part.bits[i])], 1u);
+  }
+  if (!first_block) return true;
+  uint8_t *const to = part.view.k_bits + part.row * kd;
+  if (kept > 0) {
+    solve_channels(a, channels, k_top, __double2float_rn(k_bits / static_cast<double>(kept)), to,
+                   counts ? counts->channels : nullptr);
+  } else {
+    for (uint32_t c = tid; c < kd; c += SOLVE) to[c] = 0;
+    if (counts && tid == 0) counts->channels[0] = kd;
+  }
+  return true;
+}
+
+static __global__ void __launch_bounds__(SOLVE, 1)
+    paper_kernel(const __grid_constant__ solve_args a) {
+  uint32_t head = blockIdx.x;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(head));
+#endif
+  if (!paper_head(a, blockIdx.y, head, a.v_mean, a.k_bits, nullptr)) return;
+  for (int l = static_cast<int>(threadIdx.x); l < a.n_layers && blockIdx.x + blockIdx.y == 0;
+       l += SOLVE)
+    a.lambda[l] = 0;
+}
+
+/* For a budget of bytes: most tokens whose block fits. A cooperative launch without clusters. */
+static __global__ void __launch_bounds__(SOLVE, 1)
+    paper_search_kernel(const __grid_constant__ solve_args a) {
+  solver s(a);
+  const uint64_t budget = a.given_budget ? *a.given_budget : a.budget;
+  const bool failed = *a.status != RDKV_OK;
+  double lo = 0, hi = 2 * static_cast<double>(a.n) + 1;
+  auto fits = [&](double tokens) {
+    for (uint32_t i = blockIdx.x; i < a.n_heads; i += gridDim.x) {
+      __syncthreads();
+      paper_head(a, i / a.n_kv_heads, i % a.n_kv_heads, v_mean_of(a.k_share, tokens, a.n),
+                 a.k_share * 2 * tokens * 16, a.heads + i);
+    }
+    s.sync();
+    const bool fit = a.fixed + bytes_now(s) <= budget;
+    s.sync();
+    return fit;
+  };
+  s.sync();
+  if (failed) return;
+  for (int step = 0; step <= 24; ++step) {
+    const double mid = budget == 0 ? a.tokens : step < 24 ? (lo + hi) / 2 : lo;
+    const bool fit = fits(mid);
+    if (budget == 0) break;
+    if (step == 24 && !fit) {
+      clear_widths(s);
+      if (blockIdx.x == 0 && threadIdx.x == 0) fail(a.status, RDKV_ERR_BUDGET);
+      return;
+    }
+    if (fit)
       lo = mid;
     else
       hi = mid;
   }
-  return mid;
-}
-
-/* This block's place among those of a head. */
-struct paper_team {
-  solve_team *shared;
-  uint32_t size, member, turn;
-  u64 base[2];
-
-  /* Sum over the blocks, which all see what the others wrote before. Arrivals are counted in the
-     same word, which is used at every other turn: a block is at most one turn ahead. */
-  __device__ u64 sum(u64 x) {
-    __shared__ u64 team_warp[SOLVE / 32], team_total[1];
-    x = warp_sum(x);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) team_warp[threadIdx.x / 32] = x;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      u64 all = 0;
-      for (int w = 0; w < SOLVE / 32; ++w) all += team_warp[w];
-      if (size > 1) {
-        volatile u64 *word = &shared->sum[turn & 1];
-        const u64 from = base[turn & 1];
-        __threadfence();
-        atomicAdd(&shared->sum[turn & 1], (1ull << 40) + all);
-        u64 now = *word;
-        while ((now - from) >> 40 < size) now = *word;
-        __threadfence();
-        all = (now - from) & ((1ull << 40) - 1);
-        base[turn & 1] = now;
-      }
-      team_total[0] = all;
-    }
-    ++turn;
-    __syncthreads();
-    return team_total[0];
-  }
-};
-
-/* rdkv__paper_solve for a head's channels, by a warp. */
-__device__ __noinline__ void paper_channels(const solver &s, uint32_t i, float budget) {
-  const uint32_t lane = threadIdx.x & 31, kd = static_cast<uint32_t>(s.a.k_dim);
-  const layer_view &layer = s.layer_of(i);
-  float w[MAX_DIM / 32], top = 0, rate[5];
-#pragma unroll
-  for (uint32_t j = 0; j < MAX_DIM / 32; ++j) {
-    const size_t at = s.row(i) * kd + lane + 32 * j;
-    w[j] = lane + 32 * j < kd ? __fmul_rn(layer.q_square[at], layer.k_square[at]) : 0;
-    top = fmaxf(top, w[j]);
-  }
-  for (int m = 16; m; m >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, m));
-  const float lambda = paper_lambda(top, budget, [&](float x) {
-    uint32_t sum = 0;
-    for (int l = 0; l < 5; ++l) rate[l] = __fmul_rn(x, static_cast<float>(width_of(l)));
-#pragma unroll
-    for (uint32_t j = 0; j < MAX_DIM / 32; ++j)
-      if (lane + 32 * j < kd)
-        sum += static_cast<uint32_t>(width_of(paper_level(w[j], s.a.eps_k, rate)));
-    sum = __reduce_add_sync(FULL, sum);
-    return __double2float_rn(__ddiv_rn(static_cast<double>(sum), static_cast<double>(kd)));
-  });
-  for (int l = 0; l < 5; ++l) rate[l] = __fmul_rn(lambda, static_cast<float>(width_of(l)));
-  for (uint32_t j = 0; j < MAX_DIM / 32; ++j) {
-    if (lane + 32 * j >= kd) continue;
-    const int level = paper_level(w[j], s.a.eps_k, rate);
-    s.k_bits(i)[lane + 32 * j] = static_cast<uint8_t>(width_of(level));
-    atomicAdd(&s.head(i)->channels[level > 3 ? 3 : level], 1u);
-  }
-}
-
-/* rdkv__paper_layer for every head. */
-__device__ __noinline__ void paper_all(solver &s, paper_team &team, double tokens) {
-  __shared__ uint32_t paper_count[5];
-  __shared__ int paper_top[1];
-  const uint32_t n = s.a.n, kd = static_cast<uint32_t>(s.a.k_dim);
-  const uint32_t n_teams = gridDim.x / team.size, each = (n + team.size - 1) / team.size;
-  const uint32_t t0 = least(team.member * each, n), t1 = least(t0 + each, n);
-  for (uint32_t i = blockIdx.x / team.size; i < s.n_heads; i += n_teams) {
-    solve_head *h = s.head(i);
-    const float *w = s.layer_of(i).token + s.row(i) * n + t0;
-    float rate[5];
-    int top = 0;
-    team.shared = s.a.teams + i;
-    __syncthreads();
-    if (threadIdx.x < 5) paper_count[threadIdx.x] = 0;
-    if (threadIdx.x == 0) paper_top[0] = 0;
-    if (team.member == 0) {
-      if (threadIdx.x == 0) {
-        for (int l = 0; l < 5; ++l) h->count[l] = 0;
-        for (int l = 0; l < 4; ++l) h->channels[l] = 0;
-      }
-    }
-    __syncthreads();
-    /* the part's weights, in shared memory if there is room */
-    float *at_hand = reinterpret_cast<float *>(solve_shared);
-    for (uint32_t t = threadIdx.x; t < t1 - t0; t += SOLVE) {
-      const float x = w[t];
-      top = max(top, __float_as_int(x));
-      if (t1 - t0 <= SOLVE_WORDS) at_hand[t] = x;
-    }
-    if (t1 - t0 <= SOLVE_WORDS) w = at_hand;
-    atomicMax(&paper_top[0], top);
-    __syncthreads();
-    if (threadIdx.x == 0 && team.size > 1) atomicMax(&team.shared->top, paper_top[0]);
-    team.sum(0);
-    if (team.size > 1) {
-      if (threadIdx.x == 0) paper_top[0] = *static_cast<volatile int *>(&team.shared->top);
-      __syncthreads();
-    }
-    float lambda = 0;
-    if (n > 0)
-      lambda = paper_lambda(
-          __int_as_float(paper_top[0]),
-          __double2float_rn((1 - s.a.k_share) * 2 * tokens * 16 / static_cast<double>(n)),
-          [&](float x) {
-            u64 sum = 0;
-            for (int l = 0; l < 5; ++l) rate[l] = __fmul_rn(x, static_cast<float>(width_of(l)));
-#pragma unroll 4
-            for (uint32_t t = threadIdx.x; t < t1 - t0; t += SOLVE)
-              sum += static_cast<u64>(width_of(paper_level(w[t], s.a.eps_v, rate)));
-            return __double2float_rn(
-                __ddiv_rn(static_cast<double>(team.sum(sum)), static_cast<double>(n)));
-          });
-    for (int l = 0; l < 5; ++l) rate[l] = __fmul_rn(lambda, static_cast<float>(width_of(l)));
-    uint32_t mine[5] = {0, 0, 0, 0, 0};
-    for (uint32_t t = threadIdx.x; t < t1 - t0; t += SOLVE) {
-      const int level = paper_level(w[t], s.a.eps_v, rate);
-      s.v_bits(i)[t0 + t] = static_cast<uint8_t>(width_of(level));
-#pragma unroll
-      for (int l = 0; l < 5; ++l) mine[l] += level == l;
-    }
-    for (int l = 0; l < 5; ++l)
-      if (mine[l]) atomicAdd(&paper_count[l], mine[l]);
-    __syncthreads();
-    if (threadIdx.x < 5 && paper_count[threadIdx.x])
-      atomicAdd(&h->count[threadIdx.x], paper_count[threadIdx.x]);
-    const u64 dropped = team.sum(threadIdx.x == 0 ? paper_count[0] : 0);
-    const double kept = static_cast<double>(n - dropped);
-    if (team.member == 0 && threadIdx.x < 32) {
-      if (kept > 0) {
-        paper_channels(s, i, __double2float_rn(s.a.k_share * 2 * tokens * 16 / kept));
-      } else {
-        for (uint32_t c = threadIdx.x; c < kd; c += 32) s.k_bits(i)[c] = 0;
-        if (threadIdx.x == 0) h->channels[0] = kd;
-      }
-    }
-  }
-}
-
-__device__ inline void solve_paper(solver &s, uint64_t budget) {
-  const bool search = s.a.search && budget > 0;
-  double lo = 0, hi = 2 * static_cast<double>(s.a.n) + 1, tokens = s.a.tokens;
-  /* a block has so many weights that going through them takes as long as meeting the others */
-  paper_team team = {
-      nullptr, most(least(gridDim.x / s.n_heads, (s.a.n + 8191) / 8192), 1), 0, 0, {0, 0}};
-  team.member = blockIdx.x % team.size;
-  if (search) { /* most tokens whose block fits */
-    for (int step = 0; step < 24; ++step) {
-      const double mid = (lo + hi) / 2;
-      paper_all(s, team, mid);
-      s.sync();
-      if (s.a.fixed + bytes_now(s) <= budget)
-        lo = mid;
-      else
-        hi = mid;
-      s.sync();
-    }
-    tokens = lo;
-  }
-  paper_all(s, team, tokens);
-  if (!search) return;
-  s.sync();
-  if (s.a.fixed + bytes_now(s) <= budget) return;
-  s.sync();
-  clear_widths(s);
-  if (blockIdx.x == 0 && threadIdx.x == 0) fail(s.a.status, RDKV_ERR_BUDGET);
+  for (int l = static_cast<int>(threadIdx.x); l < a.n_layers && blockIdx.x == 0; l += SOLVE)
+    a.lambda[l] = 0;
 }
 
 static __global__ void __launch_bounds__(SOLVE, 1)
@@ -8151,7 +8551,7 @@ static __global__ void __launch_bounds__(SOLVE, 1)
   solver s(a);
   const uint32_t first = blockIdx.x * SOLVE + threadIdx.x, step = gridDim.x * SOLVE;
   const uint32_t kd = static_cast<uint32_t>(a.k_dim);
-  const bool by_budget = !a.paper && a.scope != RDKV_SCOPE_LAMBDA && a.max_error == 0;
+  const bool by_budget = a.scope != RDKV_SCOPE_LAMBDA && a.max_error == 0;
   const uint32_t n_parts = !by_budget || a.scope == RDKV_SCOPE_MODEL ? 1u
                            : a.scope == RDKV_SCOPE_LAYER ? static_cast<uint32_t>(a.n_layers)
                                                          : a.n_heads;
@@ -8167,23 +8567,18 @@ static __global__ void __launch_bounds__(SOLVE, 1)
     too_little = (budget - a.fixed) / n_parts / 128 * 128 < least_bytes(s, i * each, each);
   /* Weights and distortions must be finite and >= 0. Where all heads go through one solve its first
      pass over V sees that, before anything is written. */
-  const bool look = a.paper || n_parts > 1 || too_little;
+  const bool look = n_parts > 1 || too_little;
   bool odd = false;
   for (int l = 0; l < a.n_layers && look; ++l) {
     const layer_view &layer = a.n_layers <= VIEWS ? a.few.view[l] : a.layers[l];
-    const float *v = a.paper ? layer.token : layer.v_distortion;
-    const size_t n = static_cast<size_t>(a.n) * a.n_kv_heads * (a.paper ? 1 : 5);
+    const size_t n = static_cast<size_t>(a.n) * a.n_kv_heads * 5;
 #pragma unroll 4
-    for (size_t t = first; t < n; t += step) odd |= __float_as_uint(v[t]) >= 0x7f800000u;
+    for (size_t t = first; t < n; t += step)
+      odd |= __float_as_uint(layer.v_distortion[t]) >= 0x7f800000u;
   }
-  const uint32_t each_k = a.paper ? kd : 4 * kd;
-  for (uint32_t j = first; j < a.n_heads * each_k; j += step) {
-    const uint32_t i = j / each_k, c = j - i * each_k;
-    if (a.paper)
-      odd |= __float_as_uint(s.layer_of(i).q_square[s.row(i) * kd + c]) >= 0x7f800000u ||
-             __float_as_uint(s.layer_of(i).k_square[s.row(i) * kd + c]) >= 0x7f800000u;
-    else
-      odd |= __float_as_uint(s.k_distortion(i)[c]) >= 0x7f800000u;
+  for (uint32_t j = first; j < a.n_heads * 4 * kd; j += step) {
+    const uint32_t i = j / (4 * kd), c = j - i * (4 * kd);
+    odd |= __float_as_uint(s.k_distortion(i)[c]) >= 0x7f800000u;
   }
   if (odd) atomicOr(&a.state->odd, 1u);
   if (look) {
@@ -8195,9 +8590,7 @@ static __global__ void __launch_bounds__(SOLVE, 1)
     return;
   }
   double used = 0;
-  if (a.paper) {
-    solve_paper(s, budget);
-  } else if (a.scope == RDKV_SCOPE_LAMBDA) {
+  if (a.scope == RDKV_SCOPE_LAMBDA) {
     used = a.device_lambda ? *a.device_lambda : a.given_lambda;
     solve_at(s, used > 3.4028234663852886e38 ? __uint_as_float(PINNED) : __double2float_rn(used));
   } else if (a.max_error > 0) {
@@ -8818,7 +9211,6 @@ static void layout_solve(const rdkv_config *cfg, int n_layers, uint32_t n, void 
   s->a.capacity = n < 2 ? 2 : n < 1024 ? n : n / 4 < 1024 ? 1024 : n / 4;
   s->m.take(&s->a.pin, cfg->n_pins > 0 ? heads * n : 0);
   s->m.take(&s->a.state, 1);
-  s->m.take(&s->a.teams, paper ? heads : 0);
   s->m.take(&s->a.hist[0], paper ? 0 : BINS);
   s->m.take(&s->a.bins[0], paper ? 0 : heads * BINS);
   s->m.take(&s->a.hist[1], paper ? 0 : BINS); /* up to here it is zeroed */
@@ -8843,13 +9235,16 @@ static cudaError_t allocate(const rdkv_config *cfg, const rdkv_layer *layers, in
   layout_solve(cfg, n_layers, n, workspace, &s);
   if (bytes < s.m.bytes) return cudaErrorInvalidValue;
   solve_args &a = s.a;
+  const bool paper = cfg->profile == RDKV_PAPER;
+  const bool search = paper && cfg->token_budget == 0 && cfg->budget_bytes > 0;
   const bool alone = cfg->scope == RDKV_SCOPE_LAMBDA && cfg->profile == RDKV_JOINT &&
                      cfg->max_error == 0 && n <= AT_TOKENS; /* each head by itself */
   uint8_t *const zero = cfg->n_pins > 0 ? a.pin : reinterpret_cast<uint8_t *>(a.state);
   uint8_t *const used =
       reinterpret_cast<uint8_t *>(alone ? static_cast<void *>(a.state) : a.hist[1]);
   cudaError_t e = cudaSuccess;
-  if (used > zero) e = cudaMemsetAsync(zero, 0, static_cast<size_t>(used - zero), stream);
+  if (used > zero && (!paper || search))
+    e = cudaMemsetAsync(zero, 0, static_cast<size_t>(used - zero), stream);
   if (e) return e;
   for (int first = 0; first < n_layers; first += VIEWS) {
     solve_views views;
@@ -8868,15 +9263,16 @@ static cudaError_t allocate(const rdkv_config *cfg, const rdkv_layer *layers, in
   a.n_kv_heads = static_cast<uint32_t>(cfg->n_kv_heads);
   a.n_heads = static_cast<uint32_t>(n_layers) * a.n_kv_heads, a.n_layers = n_layers;
   a.k_dim = cfg->k_dim, a.v_dim = cfg->v_dim, a.positions = cfg->positions;
-  a.scope = cfg->scope, a.paper = cfg->profile == RDKV_PAPER;
+  a.scope = cfg->scope;
   a.budget = budget_of(cfg, n, n_layers), a.fixed = fixed_bytes(a.n_heads);
   a.most = max_block(cfg, n, n_layers), a.max_error = cfg->max_error;
   a.given_lambda = cfg->lambda, a.k_share = cfg->k_share;
   a.tokens = cfg->token_budget;
-  a.search = cfg->token_budget == 0 && cfg->budget_bytes > 0;
   if (cfg->token_budget == 0) a.tokens = cfg->keep * static_cast<double>(n); /* or searched */
   a.eps_k[0] = a.eps_v[0] = 1, a.eps_k[4] = a.eps_v[4] = 0;
   for (int i = 0; i < 3; ++i) a.eps_k[i + 1] = cfg->eps_k[i], a.eps_v[i + 1] = cfg->eps_v[i];
+  a.edges = paper_edges_of(a.eps_v), a.v_mean = v_mean_of(a.k_share, a.tokens, n);
+  a.k_bits = a.k_share * 2 * a.tokens * 16;
   for (int first = 0; first < cfg->n_pins; first += 64) {
     solve_pins pins;
     int i = 0;
@@ -8894,21 +9290,45 @@ static cudaError_t allocate(const rdkv_config *cfg, const rdkv_layer *layers, in
     at_kernel<<<a.n_heads, threads, 0, stream>>>(a);
     return cudaGetLastError();
   }
+  if (paper && !search) {
+    cudaFuncAttributes is;
+    const void *f = reinterpret_cast<const void *>(paper_kernel);
+    e = cudaFuncGetAttributes(&is, f);
+    if (!e)
+      e = cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, PAPER_WORDS * 4);
+    if (e) return e;
+    uint32_t size = 1;
+    while (is.ptxVersion >= 90 && size < CLUSTER && size * CLUSTER_PART < n &&
+           2 * size * a.n_heads <= 128)
+      size *= 2;
+    cudaLaunchConfig_t launch = cudaLaunchConfig_t();
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = size;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    launch.gridDim = dim3(size * a.n_kv_heads, static_cast<uint32_t>(n_layers)),
+    launch.blockDim = dim3(SOLVE);
+    launch.dynamicSmemBytes = PAPER_WORDS * 4, launch.stream = stream;
+    launch.attrs = &attribute, launch.numAttrs = size > 1;
+    return cudaLaunchKernelEx(&launch, paper_kernel, a);
+  }
+  const void *const kernel = search ? reinterpret_cast<const void *>(paper_search_kernel)
+                                    : reinterpret_cast<const void *>(solve_kernel);
+  const int shared = 4 * (search ? static_cast<int>(PAPER_WORDS) : static_cast<int>(SOLVE_WORDS));
   /* at most a block on every multiprocessor: all are resident, as their barriers want; and no more
      than there is work for, as barriers take longer the more meet there */
   int device = 0, most_blocks = 0;
   e = cudaGetDevice(&device);
   if (!e) e = cudaDeviceGetAttribute(&most_blocks, cudaDevAttrMultiProcessorCount, device);
-  if (!e)
-    e = cudaFuncSetAttribute(reinterpret_cast<const void *>(solve_kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, SOLVE_WORDS * 4);
+  if (!e) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (e) return e;
   const uint64_t work = static_cast<uint64_t>(n) * a.n_heads / (SOLVE * BATCH) + 1;
   uint32_t blocks = static_cast<uint32_t>(most_blocks);
+  if (search && blocks > a.n_heads) blocks = a.n_heads;
   if (blocks > work) blocks = most(static_cast<uint32_t>(work), least(a.n_heads, blocks));
   void *pack[] = {&a};
-  e = cudaLaunchCooperativeKernel(reinterpret_cast<const void *>(solve_kernel), dim3(blocks),
-                                  dim3(SOLVE), pack, SOLVE_WORDS * 4, stream);
+  e = cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(SOLVE), pack,
+                                  static_cast<size_t>(shared), stream);
   return e ? e : cudaGetLastError();
 }
 

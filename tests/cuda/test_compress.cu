@@ -648,6 +648,45 @@ static void test_allocate_edges() {
       }
 }
 
+/* The authors' solver: heads that one block has and that several share, weights far apart, nearly
+   or quite alike, tables of errors off their own hull, budgets from next to nothing to all. */
+static void test_allocate_paper() {
+  static const uint32_t length[] = {5, 33, 2500, 9001, 33002};
+  static const float eps[][3] = {
+      {0, 0, 0}, {0.3f, 0.3f, 0.3f}, {0.5f, 0.6f, 0.1f}, {0.75f, 0.5f, 0}, {1e-30f, 0, 0}};
+  static const double keep[] = {0.0005, 0.025, 0.1, 0.4, 0.9, 1.0};
+  for (size_t n = 0; n < sizeof length / sizeof *length; ++n)
+    for (size_t kind = 0; kind < 6; ++kind)
+      for (size_t variant = 0; variant < 6; ++variant) {
+        if (small_run && ((n != 1 && n != 2) || variant != (kind + n) % 6)) continue;
+        if (length[n] > 1000 && (variant + kind + n) % 3) continue;
+        rdkv_config c = config_of(2, 2, variant == 3 ? 40 : 16, 16);
+        c.profile = RDKV_PAPER, c.keep = keep[variant];
+        for (int i = 0; i < 3; ++i)
+          c.eps_v[i] = eps[(kind + variant) % 5][i], c.eps_k[i] = eps[kind % 3][i];
+        if (variant == 4) c.k_share = 0.1;
+        if (variant == 5 && length[n] < 1000) c.keep = 0.1, c.budget_bytes = 4000 + 3 * length[n];
+        test_where("paper: %u tokens, kind %zu, variant %zu", length[n], kind, variant);
+        problem p = problem_make(&c, length[n], RDKV_F16, DENSE, 3);
+        uint64_t rng = 7 * n + kind;
+        for (size_t i = 0; i < 2 * length[n]; ++i) {
+          static const double spread[] = {2.5, 0.1, 0.001, 1, 30};
+          double w = kind < 5 ? exp(spread[kind] * rng_normal(&rng)) : 1;
+          if (kind == 1 && i % length[n] == 3) w = 1e5; /* a sink */
+          if (kind == 3 && i % 2) w = 0;
+          p.layer[0].token[i] = static_cast<float>(fmin(w, 1e38)) * 1e-4f;
+        }
+        for (int i = 0; i < 2 * p.cfg.k_dim; ++i)
+          p.layer[0].q_square[i] = static_cast<float>(exp(rng_normal(&rng))),
+          p.layer[0].k_square[i] = kind == 5   ? 0
+                                   : kind == 4 ? 1
+                                               : p.layer[0].q_square[i];
+        device_problem d = to_device(&p);
+        compare_allocate(&p, &d, false);
+        device_free(&d), problem_free(&p);
+      }
+}
+
 /* config.max_error: the same budget is found, or none. */
 static void test_max_error() {
   static const int shape[][4] = {{4, 2, 128, 128}, {2, 1, 40, 24}};
@@ -963,6 +1002,7 @@ int main(int argc, char **argv) {
   TEST(test_items);
   TEST(test_allocate);
   TEST(test_allocate_edges);
+  TEST(test_allocate_paper);
   TEST(test_max_error);
   TEST(test_histogram);
   TEST(test_stream);
