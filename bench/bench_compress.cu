@@ -1,10 +1,10 @@
 /* Time of each step of compression on the GPU, a layer at a time: 8 kv heads, groups of 4, head_dim
    128, fp16. Medians of replays of a graph of 16 layers; up to 8K tokens K and V stay in the L2,
-   above they do not fit. total: a chain of all steps. Attention of the window is either peaked,
-   token weights log-normal with sigma 2.5 as bench_cuda's, or flat, which keeps more tokens at
-   fewer bits. Below each row the bytes that a step must move and its part of the rate of a kernel
-   that only reads K and V. --keep LIST: parts of the bytes to keep; --csv: one line a row; a
-   number: that many tokens alone.
+   above they do not fit. With lse: the log-sum-exp of the window's rows is handed over; and out:
+   their output as well. total: a chain of all steps. Attention of the window is either peaked, token weights log-normal with sigma 2.5 as bench_cuda's, or flat, which keeps
+   more tokens at fewer bits. Below each row the bytes that a step must move and its part of the
+   rate of a kernel that only reads K and V. --keep LIST: parts of the bytes to keep; --csv: one
+   line a row; a number: that many tokens alone.
    nvcc -O3 -std=c++17 -arch=native bench/bench_compress.cu -o bench_compress && ./bench_compress */
 #define RDKV_IMPLEMENTATION
 #define RDKV_CUDA_IMPLEMENTATION
@@ -140,13 +140,13 @@ static __global__ void read_all(const uint4 *x, size_t n, uint32_t *out) {
 
 /* What a step must move, MB: K and V once for each pass over them, the arrays, the block. */
 struct step_bytes {
-  double mb[5]; /* score, score with the log-sum-exp, measure, allocate, pack */
+  double mb[6]; /* score, with the log-sum-exp, with the output as well, measure, allocate, pack */
   step_bytes(bool joint, double tokens, double heads, double kept, double block) {
     const double k = tokens * heads * 128 * 2, array = tokens * heads * 4;
-    mb[1] = joint ? 2 * k + array : k + array, mb[0] = mb[1] + k;
-    mb[2] = joint ? k + kept * 128 * 2 + 6 * array : 0; /* V, K of what is kept, arrays */
-    mb[3] = (joint ? 5 : 1) * array + array / 4;
-    mb[4] = array / 4 + kept * 2 * 128 * 2 + block;
+    mb[2] = k + array, mb[1] = mb[2] + (joint ? k : 0), mb[0] = mb[1] + k;
+    mb[3] = joint ? k + kept * 128 * 2 + 6 * array : 0; /* V, K of what is kept, arrays */
+    mb[4] = (joint ? 5 : 1) * array + array / 4;
+    mb[5] = array / 4 + kept * 2 * 128 * 2 + block;
     for (double &x : mb) x /= 1e6;
   }
 };
@@ -189,8 +189,8 @@ static void many_layers(int n_layers, uint32_t n) {
   us[2] = median_us([&](cudaStream_t s) {
     CHECK(rdkv_cuda_measure(&c, kv.data(), layers.data(), n_layers, status, work, work_bytes, s));
   });
-  printf("joint   peaked  %7u %6d         %9.1f %9.1f %9.1f   %d layers in one call\n", n, 32,
-         us[0] / n_layers, us[1] / n_layers, us[2] / n_layers, n_layers);
+  printf("joint   peaked  %7u %6d         %9.1f %9.1f           %9.1f   %d layers in one call\n", n,
+         32, us[0] / n_layers, us[1] / n_layers, us[2] / n_layers, n_layers);
   void *all[] = {k, v, q, mem, work, status, lse};
   for (void *p : all) CHECK(cudaFree(p));
   free(host);
@@ -211,12 +211,13 @@ int main(int argc, char **argv) {
     }
   }
   const uint32_t lengths[] = {8192, 32768, 131072};
-  printf(csv ? "profile,weights,tokens,window,keep,score,score_lse,measure,allocate,pack,total,"
-               "total_lse,"
-               "bytes,kept,read_us,score_mb,score_lse_mb,measure_mb,allocate_mb,pack_mb\n"
-             : "%-7s %-7s %7s %6s %7s %9s %9s %9s %9s %9s %9s %9s   us a layer\n",
-         "profile", "weights", "tokens", "window", "keep", "score", "with lse", "measure",
-         "allocate", "pack", "total", "with lse");
+  printf(
+      csv ? "profile,weights,tokens,window,keep,score,score_lse,score_out,measure,allocate,pack,"
+            "total,total_lse,total_out,"
+            "bytes,kept,read_us,score_mb,score_lse_mb,score_out_mb,measure_mb,allocate_mb,pack_mb\n"
+          : "%-7s %-7s %7s %6s %7s %9s %9s %9s %9s %9s %9s %9s %9s %9s   us a layer\n",
+      "profile", "weights", "tokens", "window", "keep", "score", "with lse", "and out", "measure",
+      "allocate", "pack", "total", "with lse", "and out");
   size_t peak = 0, dense = 0; /* of 32 layers one after the other; one layer's K and V */
   for (int which = 0; which < 2 * static_cast<int>(keeps.size()) + 2; ++which)
     for (uint32_t n : lengths)
@@ -257,9 +258,13 @@ int main(int argc, char **argv) {
         float *lse = device<float>(guess.size());
         CHECK(cudaMemcpy(lse, guess.data(), guess.size() * 4, cudaMemcpyHostToDevice));
         const float *lse_of = lse;
-        const auto score = [&](bool given, cudaStream_t s) {
-          CHECK(rdkv_cuda_score(&c, &kv, given ? &lse_of : nullptr, window, nullptr, &l, 1, status,
-                                work, work_bytes, s));
+        __half *o = device<__half>(rows * 32 * 128);
+        fill<<<64, 256>>>(o, rows * 32 * 128, 0.1f, 4);
+        const rdkv_tensor out = rdkv_dense(o, RDKV_F16, 32, 128);
+        /* given: the log-sum-exp from 1 on, the window's output with 2 */
+        const auto score = [&](int given, cudaStream_t s) {
+          CHECK(rdkv_cuda_score(&c, &kv, given ? &lse_of : nullptr, window,
+                                given == 2 ? &out : nullptr, &l, 1, status, work, work_bytes, s));
         };
         const auto measure = [&](cudaStream_t s) {
           CHECK(rdkv_cuda_measure(&c, &kv, &l, 1, status, work, work_bytes, s));
@@ -271,15 +276,15 @@ int main(int argc, char **argv) {
           CHECK(rdkv_cuda_pack(&c, &kv, &l, 1, lambda, 0, 0, block, capacity, bytes, status, work,
                                work_bytes, s));
         };
-        double us[5], total[2];
-        for (int given = 1; given >= 0; --given) {
+        double us[6], total[3];
+        for (int given = 2; given >= 0; --given) {
           us[given] = median_us([&](cudaStream_t s) { score(given, s); });
           total[given] =
               median_us([&](cudaStream_t s) { score(given, s), measure(s), allocate(s), pack(s); });
         }
-        score(false, 0);
-        us[2] = profile ? 0 : median_us(measure); /* nothing to do */
-        us[3] = median_us(allocate), us[4] = median_us(pack);
+        score(0, 0);
+        us[3] = profile ? 0 : median_us(measure); /* nothing to do */
+        us[4] = median_us(allocate), us[5] = median_us(pack);
         const double read_us = median_us([&](cudaStream_t s) {
           read_all<<<1056, 256, 0, s>>>(reinterpret_cast<const uint4 *>(k), n * row / 4, status);
         });
@@ -297,17 +302,18 @@ int main(int argc, char **argv) {
             static_cast<double>(bits.size() - std::count(bits.begin(), bits.end(), 0));
         const step_bytes must(!profile, n, 8, kept, static_cast<double>(packed));
         const double read_rate = n * row * 4 / read_us / 1e6; /* MB a us */
-        printf(csv ? "%s,%s,%u,%d,%g,%.1f,%.1f,%.1f,%.1f,%.1f,%.1f,%.1f"
-                   : "%-7s %-7s %7u %6d %5.2f %% %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f\n",
-               profile ? "paper" : "joint", peaked ? "peaked" : "flat", n, window,
-               csv ? keep : 100 * keep, us[0], us[1], us[2], us[3], us[4], total[0], total[1]);
+        printf(csv ? "%s,%s,%u,%d,%g" : "%-7s %-7s %7u %6d %5.2f %%", profile ? "paper" : "joint",
+               peaked ? "peaked" : "flat", n, window, csv ? keep : 100 * keep);
+        for (double x : us) printf(csv ? ",%.1f" : " %9.1f", x);
+        for (double x : total) printf(csv ? ",%.1f" : " %9.1f", x);
+        if (!csv) puts("");
         if (csv) {
           printf(",%llu,%.0f,%.1f", static_cast<unsigned long long>(packed), kept / 8, read_us);
           for (double mb : must.mb) printf(",%.2f", mb);
           puts("");
         } else {
           printf("        MB; of %.2f TB/s             ", read_rate);
-          for (int i = 0; i < 5; ++i)
+          for (int i = 0; i < 6; ++i)
             if (must.mb[i] > 0)
               printf(" %5.*f %2.0f%%", must.mb[i] < 100, must.mb[i],
                      100 * must.mb[i] / read_rate / us[i]);
@@ -338,7 +344,7 @@ int main(int argc, char **argv) {
           peak = failed ? 0 : before - free_memory(), dense = n * row * 4;
           CHECK(cudaFree(blocks));
         }
-        void *all[] = {k, q, mem, work, block, lambda, bytes, status, lse};
+        void *all[] = {k, q, o, mem, work, block, lambda, bytes, status, lse};
         for (void *p : all) CHECK(cudaFree(p));
       }
   if (all_rows && !csv) many_layers(32, 8192), many_layers(4, 131072);
