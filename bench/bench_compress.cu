@@ -1,11 +1,12 @@
 /* Time of each step of compression on the GPU, a layer at a time: 8 kv heads, groups of 4, head_dim
    128, fp16. Medians of replays of a graph of 16 layers; up to 8K tokens K and V stay in the L2,
    above they do not fit. With lse: the log-sum-exp of the window's rows is handed over; and out:
-   their output as well. total: a chain of all steps. Attention of the window is either peaked, token weights log-normal with sigma 2.5 as bench_cuda's, or flat, which keeps
-   more tokens at fewer bits. Below each row the bytes that a step must move and its part of the
-   rate of a kernel that only reads K and V. --keep LIST: parts of the bytes to keep; --csv: one
-   line a row; a number: that many tokens alone.
-   nvcc -O3 -std=c++17 -arch=native bench/bench_compress.cu -o bench_compress && ./bench_compress */
+   their output as well. total: a chain of all steps. Attention of the window is either peaked,
+   token weights log-normal with sigma 2.5 as bench_cuda's, or flat, which keeps more tokens at
+   fewer bits. Below each row the bytes that a step must move and its part of the rate of a kernel
+   that only reads K and V. --keep LIST: parts of the bytes to keep; --csv: one line a row; a
+   number: that many tokens alone. nvcc -O3 -std=c++17 -arch=native bench/bench_compress.cu -o
+   bench_compress && ./bench_compress */
 #define RDKV_IMPLEMENTATION
 #define RDKV_CUDA_IMPLEMENTATION
 #define RDKV_CUDA_V_DIM 128
