@@ -1642,14 +1642,15 @@ typedef struct rdkv_cuda__ring {
   uint64_t policy;              /* evict first */
 } rdkv_cuda__ring;
 
-/* A warp's tiles of one V run after the other: every n_warps-th. Lane j looks after slot j. */
+/* A warp's tiles, one V run after the other: every n_warps-th. Slots are as large as the tiles of
+   the run whose copies are made; lane j looks after slot j. */
 typedef struct rdkv_cuda__feed {
-  uint64_t source;            /* address of the lane's next tile */
-  uint32_t next;              /* its index */
-  uint32_t tile, end;         /* the warp's next tile, and the end of those in this run */
-  uint32_t run, bytes, slots; /* bytes of a tile */
-  uint32_t begin;             /* the run's first tile and its address */
-  uint64_t base;
+  uint64_t source;       /* address of the lane's next tile */
+  uint32_t next;         /* its index */
+  uint32_t due;          /* the tile that the warp must have come to before it is copied */
+  uint32_t run, end;     /* the run, and the end of the piece's tiles in it */
+  uint32_t bytes, slots; /* of a tile */
+  uint32_t first;        /* slot of the warp's first tile */
 } rdkv_cuda__feed;
 
 /* A barrier of the threads that are called a block here: one of blockDim.y teams. */
@@ -1661,6 +1662,10 @@ __device__ __forceinline__ void rdkv_cuda__sync() {
    it cost less. */
 __device__ __forceinline__ uint32_t rdkv_cuda__uniform(uint32_t x) {
   return __shfl_sync(RDKV_CUDA__FULL, x, 0);
+}
+
+__device__ __forceinline__ uint32_t rdkv_cuda__count(bool x) { /* of the lanes, uniform as well */
+  return rdkv_cuda__uniform(static_cast<uint32_t>(__popc(__ballot_sync(RDKV_CUDA__FULL, x))));
 }
 
 __device__ __forceinline__ uint32_t rdkv_cuda__shared_address(const void *p) {
@@ -1701,12 +1706,12 @@ __device__ __forceinline__ void rdkv_cuda__take(rdkv_cuda__ring &r, uint32_t slo
 #endif
 }
 
-/* Copies tiles to count slots from first on, which the warp has done with, while there are any. */
+/* Copies the tiles in front of end that are due once the warp has come to tile. */
 __device__ __forceinline__ void rdkv_cuda__fill(rdkv_cuda__ring &r, rdkv_cuda__feed &f,
-                                                uint32_t n_warps, uint32_t first, uint32_t count) {
+                                                uint32_t n_warps, uint32_t tile,
+                                                uint32_t end = UINT32_MAX) {
   const uint32_t lane = threadIdx.x & 31;
-  const uint32_t turn = lane >= first ? lane - first : lane + f.slots - first;
-  const bool mine = lane < f.slots && turn < count && f.next < f.end;
+  const bool mine = f.due <= tile && f.next < end;
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n\t.reg .pred mine;\n\t"
@@ -1718,22 +1723,26 @@ __device__ __forceinline__ void rdkv_cuda__fill(rdkv_cuda__ring &r, rdkv_cuda__f
       "r"(static_cast<uint32_t>(mine))
       : "memory");
 #else
-  for (uint32_t k = 0; k < count; ++k) {
-    const uint32_t slot = first + k < f.slots ? first + k : first + k - f.slots;
-    const uint64_t source = __shfl_sync(RDKV_CUDA__FULL, f.source, static_cast<int>(slot));
-    if (!__shfl_sync(RDKV_CUDA__FULL, static_cast<int>(mine), static_cast<int>(slot))) continue;
+  for (uint32_t left = __ballot_sync(RDKV_CUDA__FULL, mine); left;) { /* in the tiles' order */
+    const bool wanted = left >> lane & 1;
+    const uint32_t least = __reduce_min_sync(RDKV_CUDA__FULL, wanted ? f.next : UINT32_MAX);
+    const int slot =
+        __ffs(static_cast<int>(__ballot_sync(RDKV_CUDA__FULL, wanted && f.next == least))) - 1;
+    const uint64_t source = __shfl_sync(RDKV_CUDA__FULL, f.source, slot);
+    const uint32_t to = r.base + static_cast<uint32_t>(slot) * f.bytes;
     for (uint32_t i = 16 * lane; i < f.bytes; i += 512)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(r.base + slot * f.bytes + i),
-                   "l"(source + i)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(source + i)
                    : "memory");
     asm volatile("cp.async.commit_group;" ::: "memory");
-    ++r.pending;
+    ++r.pending, left &= ~(1u << slot);
   }
 #endif
-  if (mine) {
-    f.source += static_cast<uint64_t>(f.slots * n_warps) * f.bytes;
-    f.next += f.slots * n_warps;
-  }
+  /* selects, no branches, here and in rdkv_cuda__next_run: after one ptxas takes no warp for
+     converged any more */
+  const uint32_t step = mine ? f.slots * n_warps : 0;
+  const uint32_t due = f.next + step < f.end ? f.next + 1 : UINT32_MAX;
+  f.due = mine ? due : f.due;
+  f.source += static_cast<uint64_t>(step) * f.bytes, f.next += step;
 }
 
 /* Copies 16 rows of row_bytes (a multiple of 16) to shared address to, pitch apart. Rows from the
@@ -1778,36 +1787,54 @@ __device__ __forceinline__ uint32_t rdkv_cuda__run_tiles(const rdkv_cuda_head &h
   return (rdkv_cuda__uniform(h.n_tokens[run]) + 31) / 32;
 }
 
-/* Starts at tile, before its run. */
-__device__ __forceinline__ void rdkv_cuda__feed_tiles(const rdkv_cuda__piece &x, uint32_t tile,
+/* Before the first run: as if one slot took all of the ring. */
+__device__ __forceinline__ void rdkv_cuda__feed_begin(const rdkv_cuda__ring &r,
                                                       rdkv_cuda__feed &f) {
-  const uint64_t tiles = reinterpret_cast<uint64_t>(x.head.tiles);
-  f.base = static_cast<uint64_t>(rdkv_cuda__uniform(static_cast<uint32_t>(tiles >> 32))) << 32 |
-           rdkv_cuda__uniform(static_cast<uint32_t>(tiles));
-  f.tile = tile, f.begin = 0, f.run = UINT32_MAX;
+  f.bytes = r.size, f.slots = 1, f.end = 0;
 }
 
-/* Goes on to the next run with tiles for this warp, and has up to count copies under way; false if
-   there is none. */
-__device__ __forceinline__ bool rdkv_cuda__next_run(const rdkv_cuda__piece &x, int v_dim,
-                                                    uint32_t n_warps, rdkv_cuda__ring &r,
-                                                    rdkv_cuda__feed &f, uint32_t count) {
+/* Goes on to the next run with tiles for this warp, if there is one. All copies of the run before
+   have been made; its last tiles, from tile on, lie in slots from slot on. Where a slot of the next
+   run lies over one of these, it is due after that. The first tile goes to the first slot above
+   them, if there is one, else to the lowest. */
+__device__ __forceinline__ void rdkv_cuda__next_run(const rdkv_cuda__piece &x, int v_dim,
+                                                    uint32_t n_warps, const rdkv_cuda__ring &r,
+                                                    rdkv_cuda__feed &f, uint32_t tile,
+                                                    uint32_t slot) {
+  const uint32_t lane = threadIdx.x & 31, slots = f.slots, size = f.bytes;
   const uint32_t tile_end = rdkv_cuda__uniform(x.tile_end);
-  if (f.tile >= tile_end) return false;
+  uint32_t left = 0, next = tile; /* tiles of the run before; the first one behind them */
+#pragma unroll 1
+  for (; next < f.end; next += n_warps) ++left;
+  if (next >= tile_end) return;
+  const uint64_t tiles = reinterpret_cast<uint64_t>(x.head.tiles);
+  uint64_t base = static_cast<uint64_t>(rdkv_cuda__uniform(static_cast<uint32_t>(tiles >> 32)))
+                      << 32 |
+                  rdkv_cuda__uniform(static_cast<uint32_t>(tiles));
   const uint32_t key_bytes = rdkv_cuda__uniform(rdkv_cuda_key_bytes(x.head)) + 128u;
-  uint32_t n = 0;
-  do {
-    f.base += static_cast<uint64_t>(n) * f.bytes, f.begin += n;
-    f.bytes = key_bytes + (static_cast<uint32_t>(v_dim * 8) << ++f.run);
+  uint32_t begin = 0, n;
+#pragma unroll 1
+  for (f.run = 0;; ++f.run) {
+    f.bytes = key_bytes + (static_cast<uint32_t>(v_dim * 8) << f.run);
     n = rdkv_cuda__run_tiles(x.head, f.run);
-  } while (f.tile >= f.begin + n);
-  f.end = min(f.begin + n, tile_end);
+    if (next < begin + n) break;
+    base += static_cast<uint64_t>(n) * f.bytes, begin += n;
+  }
+  f.end = min(begin + n, tile_end);
   f.slots = min(r.size / f.bytes, static_cast<uint32_t>(RDKV_CUDA__SLOTS));
-  f.next = f.tile + (threadIdx.x & 31) * n_warps;
-  f.source = f.base + static_cast<uint64_t>(f.next - f.begin) * f.bytes;
-  rdkv_cuda__fill(r, f, n_warps, 0, min(count, f.slots));
-  f.base += static_cast<uint64_t>(n) * f.bytes, f.begin += n;
-  return true;
+  uint32_t past = slot + left; /* the slot behind the last tile */
+  past -= past > slots ? slots : 0;
+  const bool mine = lane < f.slots, above = lane >= past && lane * f.bytes >= past * size;
+  f.first = rdkv_cuda__count(mine && !above);
+  f.first = f.first == f.slots ? 0 : f.first;
+  f.next = next + (lane >= f.first ? lane - f.first : lane + f.slots - f.first) * n_warps;
+  f.source = base + static_cast<uint64_t>(f.next - begin) * f.bytes;
+  /* the slots up to this one are those that the lane's reaches into, or whose barrier it has */
+  const uint32_t under = min(slots, max(lane + 1, ((lane + 1) * f.bytes + size - 1) / size));
+  const int later = static_cast<int>(past + (above ? slots : 0)) - static_cast<int>(under);
+  const uint32_t due =
+      next - static_cast<uint32_t>(max(0, min(later, static_cast<int>(left)))) * n_warps;
+  f.due = mine & (f.next < f.end) ? due : UINT32_MAX;
 }
 
 /* Issues the copies of rows of the tail that there is room for. */
@@ -2044,8 +2071,9 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
   uint8_t *const fragments = memory + team * p.block_bytes; /* of the query, packed or plain */
   uint8_t *const source = fragments + p.key_fragments;
   rdkv_cuda__shared *const sh = reinterpret_cast<rdkv_cuda__shared *>(source + p.source_bytes);
-  const uint32_t warp = rdkv_cuda__uniform(threadIdx.x >> 5);
   const uint32_t lane = threadIdx.x & 31, n_warps = blockDim.x >> 5;
+  /* each team counts from another warp on, so that warps with a tile more share no scheduler */
+  const uint32_t warp = rdkv_cuda__uniform(((threadIdx.x >> 5) + team) % n_warps);
   rdkv_cuda__warp *const warps = reinterpret_cast<rdkv_cuda__warp *>(sh + 1);
   uint8_t *const rings = reinterpret_cast<uint8_t *>(warps + n_warps);
 
@@ -2077,9 +2105,10 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
   for (uint32_t turn = 0;; ++turn) {
     rdkv_cuda__piece &x = sh->piece[turn & 1];
     rdkv_cuda__feed f;
-    const uint32_t tile_begin = rdkv_cuda__uniform(x.tile_begin) + warp;
-    rdkv_cuda__feed_tiles(x, tile_begin, f);
-    bool tiles = false; /* this warp has some */
+    uint32_t tile = rdkv_cuda__uniform(x.tile_begin) + warp; /* the next one */
+    rdkv_cuda__feed_begin(ring, f);
+    const uint32_t tile_end = rdkv_cuda__uniform(x.tile_end);
+    const bool tiles = tile < tile_end; /* this warp has some */
     const bool keys = x.tile_begin < x.tile_end;
     if (turn == 0 && warp == 0) rdkv_cuda__copy_table(p, x, source, &sh->barrier);
     uint32_t tail_tokens = 0;
@@ -2088,7 +2117,10 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
 #pragma unroll 1
     for (int step = 0; step < 2; ++step) {
       if ((step == 0) == early) {
-        tiles = rdkv_cuda__next_run(x, 16 * D, n_warps, ring, f, RDKV_CUDA__HASTE);
+        if (tiles) {
+          rdkv_cuda__next_run(x, 16 * D, n_warps, ring, f, tile, 0);
+          rdkv_cuda__fill(ring, f, n_warps, tile, tile + RDKV_CUDA__HASTE * n_warps);
+        }
       } else {
         if (turn == 0) {
 #if __CUDA_ARCH__ >= 900
@@ -2164,42 +2196,44 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         break;
       }
       if (!keys) continue;
-      if (tiles && f.slots > RDKV_CUDA__HASTE)
-        rdkv_cuda__fill(ring, f, n_warps, RDKV_CUDA__HASTE, f.slots - RDKV_CUDA__HASTE);
       const uint32_t widths = rdkv_cuda__uniform(rdkv_cuda_key_widths(x.head));
       const uint8_t *own = rings + warp * p.ring_bytes;
       constexpr bool bytes = PAIRED && RDKV_CUDA__BYTES;
       const bool fine = bytes && rdkv_cuda__fine(factor);
-      while (tiles) {
-        const uint32_t run_tokens = rdkv_cuda__uniform(x.head.n_tokens[f.run]);
-        /* f.begin is where the run ends by now */
-        const uint32_t full = min(f.end, f.begin - (run_tokens % 32 != 0));
-        const rdkv_cuda__lift<PAIRED> lift = rdkv_cuda__lift_of<PAIRED>(static_cast<int>(f.run));
-        uint32_t slot = 0;
-        rdkv_cuda__units(a, f.run == 3);
+      /* of the run that the warp is in; copies may be one ahead */
+      uint32_t run = 0, size = 0, slots = 0, slot = 0, end = 0, full = 0, last = 0;
+      rdkv_cuda__lift<PAIRED> lift = rdkv_cuda__lift_of<PAIRED>(0);
 #pragma unroll 1
-        while (f.tile < f.end) {
-          const uint32_t second = slot + 1 == f.slots ? 0 : slot + 1;
-          rdkv_cuda__take(ring, slot);
-          if (PAIRED && !fine && f.run < 2 && f.slots >= 4 && f.tile + n_warps < full) {
-            rdkv_cuda__take(ring, second);
-            const uint8_t *at[2] = {own + slot * f.bytes, own + second * f.bytes};
-            rdkv_cuda__tiles<PAIRED, bytes>(a, at, widths, static_cast<int>(f.run), 32, fragments,
-                                            rest, fine, factor, lift);
-            __syncwarp();
-            rdkv_cuda__fill(ring, f, n_warps, slot, 2);
-            slot = second + 1 == f.slots ? 0 : second + 1, f.tile += 2 * n_warps;
-          } else {
-            const uint8_t *at[1] = {own + slot * f.bytes};
-            rdkv_cuda__tiles<PAIRED, bytes>(a, at, widths, static_cast<int>(f.run),
-                                            f.tile < full ? 32 : run_tokens % 32, fragments, rest,
-                                            fine, factor, lift);
-            __syncwarp();
-            rdkv_cuda__fill(ring, f, n_warps, slot, 1);
-            slot = second, f.tile += n_warps;
-          }
+      while (tile < tile_end) {
+        if (tile >= end) {
+          run = f.run, size = f.bytes, slots = f.slots, slot = f.first, end = f.end;
+          full = 0; /* tiles in front of it have 32 tokens */
+#pragma unroll 1
+          for (uint32_t i = 0; i < run; ++i) full += rdkv_cuda__run_tiles(x.head, i);
+          full = min(end, full + rdkv_cuda__uniform(x.head.n_tokens[run]) / 32);
+          lift = rdkv_cuda__lift_of<PAIRED>(static_cast<int>(run));
+          rdkv_cuda__units(a, run == 3);
+          last = end - min(end, slots * n_warps);
         }
-        tiles = rdkv_cuda__next_run(x, 16 * D, n_warps, ring, f, RDKV_CUDA__SLOTS);
+        rdkv_cuda__fill(ring, f, n_warps, tile);
+        if (tile >= last) /* all copies of the run are made */
+          rdkv_cuda__next_run(x, 16 * D, n_warps, ring, f, tile, slot), last = end;
+        const uint32_t second = slot + 1 == slots ? 0 : slot + 1;
+        rdkv_cuda__take(ring, slot);
+        if (PAIRED && !fine && run < 2 && slots >= 4 && tile + n_warps < full) {
+          rdkv_cuda__take(ring, second);
+          const uint8_t *at[2] = {own + slot * size, own + second * size};
+          rdkv_cuda__tiles<PAIRED, bytes>(a, at, widths, static_cast<int>(run), 32, fragments, rest,
+                                          fine, factor, lift);
+          slot = second + 1 == slots ? 0 : second + 1, tile += 2 * n_warps;
+        } else {
+          const uint8_t *at[1] = {own + slot * size};
+          rdkv_cuda__tiles<PAIRED, bytes>(a, at, widths, static_cast<int>(run),
+                                          tile < full ? 32 : x.head.n_tokens[run] % 32, fragments,
+                                          rest, fine, factor, lift);
+          slot = second, tile += n_warps;
+        }
+        __syncwarp();
       }
     }
 

@@ -661,6 +661,86 @@ static void test_graph(int latency) {
   cudaFree(workspace);
 }
 
+/* ---- layers with unlike amounts of work in turn -----------------------------------------------
+ */
+
+/* Blocks that have work in one layer have none in the next, and launches take turns with what they
+   leave to each other: whatever the order, the bits are those of a launch with a fresh plan.
+   Queries change as well, so that what an earlier launch has left is no right answer. */
+static void test_turns(int latency) {
+  const int layers = 3, launches = small_run ? 12 : 120, queries = 3, heads = 2, q_heads = 8;
+  const size_t values = static_cast<size_t>(q_heads) * 64;
+  rdkv_cuda_config cfg;
+  memset(&cfg, 0, sizeof cfg);
+  cfg.n_layers = layers, cfg.batch = 1, cfg.n_q_heads = q_heads, cfg.n_kv_heads = heads;
+  cfg.k_dim = 64, cfg.dtype = RDKV_F16, cfg.tail_dtype = RDKV_F16, cfg.latency = latency;
+  CHECK(rdkv_cuda_resolve(&cfg, &cfg));
+  const head_counts many = {{12000, 10000, 400, 0}, {10, 40, 0}}, one = {{1, 0, 0, 0}, {64, 0, 0}},
+                    some = {{900, 500, 0, 0}, {32, 16, 16}};
+  const head_counts counts[] = {many, some, one, one, some, many}; /* [layer][head] */
+  const std::vector<uint8_t> block =
+      random_block(layers, 0, q_heads, heads, 64, 64, counts, 1, 1, 5);
+  const void *d_block = to_device(block.data(), block.size());
+  const void **segments = to_device(&d_block, 1);
+  rdkv_cuda_sequence sequence;
+  memset(&sequence, 0, sizeof sequence);
+  sequence.segments = segments, sequence.n_segments = 1;
+  rdkv_cuda_sequence *d_sequence = to_device(&sequence, 1);
+  const uint32_t none = 0;
+  uint32_t *lengths = to_device(&none, 1);
+  random_source rng = {11};
+  std::vector<uint16_t> q(values * queries);
+  for (uint16_t &x : q) x = half_bits(rng.normal());
+  uint16_t *d_q = to_device(q.data(), q.size()), *out;
+  void *plan, *workspace;
+  CHECK(cudaMalloc(&out, values * 2 * static_cast<size_t>(launches)));
+  CHECK(cudaMalloc(&plan, rdkv_cuda_plan_bytes(&cfg)));
+  CHECK(cudaMalloc(&workspace, rdkv_cuda_workspace_bytes(&cfg)));
+  CHECK(cudaMemset(plan, 0xff, rdkv_cuda_plan_bytes(&cfg)));
+  CHECK(cudaMemset(workspace, 0xff, rdkv_cuda_workspace_bytes(&cfg)));
+  rdkv_cuda_io io;
+  memset(&io, 0, sizeof io);
+  io.tail_tokens = lengths;
+  const auto attend = [&](int layer, int query, int launch, int overlap) {
+    rdkv_cuda_config c = cfg;
+    c.overlap = overlap;
+    io.q = d_q + values * static_cast<size_t>(query);
+    io.out = out + values * static_cast<size_t>(launch);
+    CHECK(rdkv_cuda_attend(&c, plan, layer, &io, workspace, nullptr));
+  };
+  std::vector<uint16_t> alone(values * layers * queries),
+      got(values * static_cast<size_t>(launches));
+  for (int i = 0; i < layers * queries; ++i) {
+    CHECK(rdkv_cuda_plan(&cfg, d_sequence, lengths, plan, nullptr));
+    attend(i / queries, i % queries, 0, 0);
+    CHECK(cudaMemcpy(alone.data() + values * static_cast<size_t>(i), out, values * 2,
+                     cudaMemcpyDeviceToHost));
+  }
+  int different = 0;
+  for (int overlap = 0; overlap < 2; ++overlap) {
+    std::vector<int> what;
+    CHECK(cudaMemset(out, 0xff, got.size() * 2));
+    CHECK(rdkv_cuda_plan(&cfg, d_sequence, lengths, plan, nullptr));
+    CHECK(cudaDeviceSynchronize()); /* an overlapping launch would read the plan too early */
+    for (int n = 0; n < launches; ++n) {
+      /* first in turn, then at random */
+      const int layer = n < launches / 2 ? n % layers : static_cast<int>(rng.below(layers));
+      what.push_back(layer * queries + static_cast<int>(rng.below(queries)));
+      attend(layer, what.back() % queries, n, overlap);
+    }
+    CHECK(cudaMemcpy(got.data(), out, got.size() * 2, cudaMemcpyDeviceToHost));
+    for (int n = 0; n < launches; ++n)
+      different += memcmp(got.data() + values * static_cast<size_t>(n),
+                          alone.data() + values * static_cast<size_t>(what[static_cast<size_t>(n)]),
+                          values * 2) != 0;
+  }
+  printf("turns%s: %d of %d launches differ from one alone\n", latency > 0 ? ", latency" : "",
+         different, 2 * launches);
+  if (different) ++failures;
+  cudaFree(const_cast<void *>(d_block)), cudaFree(segments), cudaFree(d_sequence);
+  cudaFree(lengths), cudaFree(d_q), cudaFree(out), cudaFree(plan), cudaFree(workspace);
+}
+
 /* ---- many launches at once ------------------------------------------------------------------- */
 
 /* Streams with a plan and a workspace each, a head's blocks more than the device holds beside the
@@ -779,6 +859,8 @@ int main(int argc, char **argv) {
   test_latency();
   if (wanted("graph")) test_graph(-1);
   if (wanted("graph, latency") && has_latency) test_graph(1);
+  if (wanted("turns")) test_turns(-1);
+  if (wanted("turns, latency") && has_latency) test_turns(1);
   for (int heads : {1, 3}) {
     if (wanted("crowd")) test_crowd(-1, heads);
     if (wanted("crowd, latency") && has_latency) test_crowd(1, heads);
