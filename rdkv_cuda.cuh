@@ -4048,7 +4048,7 @@ static __device__ void list_part(const pack_args &p, int head, uint32_t part) {
 #pragma unroll
       for (uint32_t i = 0; i < 16; ++i) /* 2, 4, 8 and 16 to 1..4 */
         value[i] =
-            values[static_cast<size_t>(31 - __clz(static_cast<int>(of[i] & 0x1e | 1))) * a.n +
+            values[static_cast<size_t>(31 - __clz(static_cast<int>((of[i] & 0x1e) | 1))) * a.n +
                    least(c0 + i * LIST_THREADS + tid, end - 1)];
 #pragma unroll
       for (uint32_t i = 0; i < 16; ++i)
@@ -4298,6 +4298,18 @@ struct plan_source {
     error = *a.list.status;
     if (lane < a.n_heads) first = a.all_heads[lane];
   }
+  /* Tiles of a head. All of a warp call it. */
+  __device__ __forceinline__ uint32_t tiles_of(const pack_args &a, int head) const {
+    const head_counts *own = a.heads + head;
+    const uint32_t me = static_cast<uint32_t>(own - a.all_heads);
+    uint32_t tiles = 0;
+#pragma unroll
+    for (int l = 1; l < 5; ++l) {
+      const uint32_t count = __shfl_sync(FULL, first.count[l], static_cast<int>(me & 31));
+      tiles += ((me < 32 ? count : own->count[l]) + TILE - 1) / TILE;
+    }
+    return tiles;
+  }
   /* The first warp makes the plan; then a barrier. */
   __device__ __forceinline__ void make(const pack_args &a, int head, block_plan *h) const {
     if (threadIdx.x >= 32) return;
@@ -4339,12 +4351,11 @@ struct plan_source {
   }
 };
 
-/* How a channel becomes codes, and where they go. */
+/* How a channel becomes codes. */
 struct channel_code {
   float mid, inv; /* or the authors' zero and scale */
   float back;     /* the authors' 1 / scale; else what lifts a code to 0.. and leaves it in the low
                      bits of the float */
-  uint32_t slot;  /* in table order; ~0: dropped */
 };
 
 /* What is known of a channel. */
@@ -4367,7 +4378,7 @@ struct channel_ends {
   }
   /* Its code; scale_mid: as the table has them. */
   __device__ __forceinline__ channel_code code(bool joint, uint32_t *scale_mid) const {
-    channel_code code = {0, 0, 0, ~0u};
+    channel_code code = {0, 0, 0};
     *scale_mid = 0;
     if (level == 0) return code;
     const int bits = width_of(level);
@@ -4381,7 +4392,6 @@ struct channel_ends {
       q = affine_paper(z, bits);
       code.mid = z.zero, code.inv = z.scale, code.back = __fdiv_rn(1, z.scale);
     }
-    code.slot = slot;
     *scale_mid = to_half(q.scale) | static_cast<uint32_t>(to_half(q.mid)) << 16;
     return code;
   }
@@ -4400,26 +4410,6 @@ static __device__ float mean_of(const pack_args &a, int head, uint32_t kept, uin
   return __fdiv_rn(__fadd_rn(sum, eight), static_cast<float>(kept));
 }
 
-/* Predicted distortion of a head's V. rdkv.h adds doubles one after the other and rounds the sum to
-   float. Here they are added in another order; either sum is off by less than n * 2^-53 of itself,
-   so where both ends of that range round to one float it is that float. Elsewhere, and where it is
-   no number, they are added in order. One block; thread 0 has the sum. */
-static __device__ double predict_v(const pack_args &a, int head, void *memory) {
-  __shared__ bool serial[1];
-  double v = 0;
-  if (threadIdx.x < 32) {
-    for (uint32_t c = threadIdx.x; c < a.list.parts; c += 32)
-      v += a.list.sums[static_cast<size_t>(head) * a.list.parts + c];
-    for (int m = 16; m; m >>= 1) v += __shfl_xor_sync(FULL, v, m);
-    const double slack = (static_cast<double>(a.list.n) + 8) * 4.44089209850062616e-16; /* 2^-51 */
-    if (threadIdx.x == 0)
-      serial[0] =
-          !(v >= 0 && __double2float_rn(v * (1 - slack)) == __double2float_rn(v * (1 + slack)));
-  }
-  __syncthreads();
-  return serial[0] ? add_in_order(a.list, head, static_cast<float *>(memory)) : v;
-}
-
 __device__ __forceinline__ u64 mix(u64 x) { /* splitmix64's finaliser */
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
@@ -4432,85 +4422,105 @@ __device__ __forceinline__ u64 mix_words(uint32_t low, uint32_t high, u64 salt) 
   return mix((static_cast<u64>(high) << 32 | low) + salt);
 }
 
-enum { TABLE_BYTES = 4096 }; /* of memory for a table: it has at most 5 * PACKED */
+/* What a head's channels are, for its table. */
+struct channel_table {
+  uint32_t scale_mid[MAX_DIM];
+  uint16_t slot[MAX_DIM];
+  uint8_t level[MAX_DIM];
+};
 
-/* A head's channel table and its record. memory [TABLE_BYTES]. One block. */
-static __device__ __noinline__ void write_table(const pack_args &a, int head, const block_plan *h,
-                                                void *memory) {
+enum { TABLE_BYTES = 2048 + 4096 }; /* for a table, of at most 5 * PACKED, and values to add up */
+
+/* A head's channel table and its record. memory [TABLE_BYTES]. One block of at least 64 threads. */
+static __device__ __noinline__ void write_table(const pack_args &a, int head, const block_plan &h,
+                                                const channel_table &channel, void *memory) {
+  __shared__ rdkv_record record[1];
+  __shared__ bool serial[1];
   u64 *table = static_cast<u64 *>(memory);
-  __shared__ u64 record[sizeof(rdkv_record) / 8];
   const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(a.k_dim);
-  const uint32_t n = 16 * h->k_blocks[3], n_all = n + h->channels[0];
+  const uint32_t n = 16 * h.k_blocks[3], n_all = n + h.channels[0];
+  const uint32_t words = (2 * n + 3 * n_all + 127) / 128 * 16;
   uint16_t *scales = reinterpret_cast<uint16_t *>(table), *mids = scales + n;
   uint8_t *channels = reinterpret_cast<uint8_t *>(mids + n_all);
-  const double v = a.joint ? predict_v(a, head, memory) : 0;
-  __syncthreads();
-  for (uint32_t i = tid; i < TABLE_BYTES / 8; i += blockDim.x) table[i] = 0;
-  if (tid == 0) {
-    rdkv_record r = rdkv_record();
-    for (int l = 0; l < 4; ++l) r.n_tokens[l] = h->count[l];
-    for (int l = 0; l < 3; ++l) r.n_channels[l] = static_cast<uint16_t>(h->channels[l + 1]);
-    r.n_dropped = static_cast<uint16_t>(h->channels[0]);
-    r.table = h->table, r.position = h->position, r.tile = h->tile;
-    r.v_distortion = __double2float_rn(v), r.k_distortion = __double2float_rn(a.heads[head].k);
-    *reinterpret_cast<rdkv_record *>(record) = r;
+  for (uint32_t i = tid; i < words; i += blockDim.x) table[i] = 0;
+  if (tid / 32 == 1) {
+    /* rdkv.h adds doubles one after the other and rounds the sum to float. Here they are added in
+       another order; either sum is off by less than n * 2^-53 of itself, so where both ends of that
+       range round to one float it is that float. Elsewhere, and where it is no number, they are
+       added in order. */
+    double v = 0;
+    if (a.joint && tid - 32 < a.list.parts) /* there are at most 32 */
+      v = a.list.sums[static_cast<size_t>(head) * a.list.parts + tid - 32];
+    for (int m = 16; m; m >>= 1) v += __shfl_xor_sync(FULL, v, m);
+    const double slack = (static_cast<double>(a.list.n) + 8) * 4.44089209850062616e-16; /* 2^-51 */
+    if (tid == 32) {
+      serial[0] =
+          !(v >= 0 && __double2float_rn(v * (1 - slack)) == __double2float_rn(v * (1 + slack)));
+      rdkv_record r = rdkv_record();
+#pragma unroll
+      for (int l = 0; l < 4; ++l) r.n_tokens[l] = h.count[l];
+#pragma unroll
+      for (int l = 0; l < 3; ++l) r.n_channels[l] = static_cast<uint16_t>(h.channels[l + 1]);
+      r.n_dropped = static_cast<uint16_t>(h.channels[0]);
+      r.table = h.table, r.position = h.position, r.tile = h.tile;
+      r.v_distortion = __double2float_rn(v);
+      r.k_distortion = __double2float_rn(h.kept ? a.heads[head].k : 0);
+      record[0] = r;
+    }
   }
   __syncthreads();
+  if (serial[0]) {
+    const double v = add_in_order(a.list, head, static_cast<float *>(memory) + 2048 / 4);
+    if (tid == 0) record[0].v_distortion = __double2float_rn(v);
+  }
   for (uint32_t c = tid; c < kd; c += blockDim.x) {
-    const channel_ends x(a, head, c);
-    uint32_t scale_mid;
-    x.code(a.joint, &scale_mid);
-    channels[x.slot] = static_cast<uint8_t>(c);
-    if (h->kept == 0) continue;
-    if (x.level > 0)
-      scales[x.slot] = static_cast<uint16_t>(scale_mid),
-      mids[x.slot] = static_cast<uint16_t>(scale_mid >> 16);
+    const uint32_t slot = channel.slot[c], scale_mid = channel.scale_mid[c];
+    channels[slot] = static_cast<uint8_t>(c);
+    if (h.kept == 0) continue;
+    if (channel.level[c] > 0)
+      scales[slot] = static_cast<uint16_t>(scale_mid),
+      mids[slot] = static_cast<uint16_t>(scale_mid >> 16);
     else if (a.joint)
-      mids[x.slot] = to_half(mean_of(a, head, h->kept, c));
+      mids[slot] = to_half(mean_of(a, head, h.kept, c));
   }
   __syncthreads();
   const u64 me = static_cast<u64>(a.heads + head - a.all_heads);
-  const u64 words = (5 * n + 3 * h->channels[0] + 127) / 128 * 16;
+  const uint32_t record_words = static_cast<uint32_t>(sizeof(rdkv_record) / 8);
   const u64 record_at = (sizeof(rdkv_header) + me * sizeof(rdkv_record)) / 8;
   u64 *out = reinterpret_cast<u64 *>(a.block), sum = 0;
-  for (u64 i = tid; i < words; i += blockDim.x) {
-    const u64 at = h->table / 8 + i;
-    out[at] = table[i];
-    sum += mix(table[i] + salt_of(at));
-  }
-  if (tid < sizeof(rdkv_record) / 8) {
-    out[record_at + tid] = record[tid];
-    sum += mix(record[tid] + salt_of(record_at + tid));
+#pragma unroll 1
+  for (uint32_t i = tid; i < words + record_words; i += blockDim.x) {
+    const u64 x = i < words ? table[i] : reinterpret_cast<const u64 *>(record)[i - words];
+    const u64 at = i < words ? h.table / 8 + i : record_at + i - words;
+    out[at] = x, sum += mix(x + salt_of(at));
   }
   sum = warp_sum(sum);
   if (tid % 32 == 0) atomicAdd(&a.state->head_sum, sum);
 }
 
-/* The header, once nothing can fail any more; its checksum counts the body's, and itself as 0. One
-   block. */
+/* The header, once nothing can fail any more, by one warp: a word for each thread. Its checksum
+   counts the body's, and itself as 0. */
 static __device__ __noinline__ void write_header(const pack_args &a, uint64_t total,
                                                  uint64_t head_bytes) {
-  __shared__ rdkv_header h[1];
-  if (threadIdx.x == 0) {
-    h[0] = a.header;
-    h[0].total_bytes = total, h[0].head_bytes = head_bytes;
-    h[0].lambda = a.lambda ? *a.lambda : 0;
-    if (a.budget) h[0].budget_bytes = *a.budget;
-    h[0].body_sum = __ldcg(&a.state->body_sum);
-  }
-  __syncthreads();
-  if (threadIdx.x >= 32 || *static_cast<volatile uint32_t *>(a.list.status) != RDKV_OK) return;
-  u64 *words = reinterpret_cast<u64 *>(h), *out = reinterpret_cast<u64 *>(a.block), sum = 0;
-  const uint32_t end = static_cast<uint32_t>(sizeof(rdkv_header) / 8);
-  const uint32_t records = end + a.n_heads * static_cast<uint32_t>(sizeof(rdkv_record) / 8);
+  static_assert(sizeof(rdkv_header) == 32 * 8, "a word for each thread");
+  const uint32_t lane = threadIdx.x;
+  if (lane >= 32 || *static_cast<volatile uint32_t *>(a.list.status) != RDKV_OK) return;
+  u64 *out = reinterpret_cast<u64 *>(a.block);
+  u64 word = reinterpret_cast<const u64 *>(&a.header)[lane];
+  if (lane == offsetof(rdkv_header, total_bytes) / 8) word = total;
+  if (lane == offsetof(rdkv_header, head_bytes) / 8) word = head_bytes;
+  if (lane == offsetof(rdkv_header, body_sum) / 8) word = __ldcg(&a.state->body_sum);
+  if (lane == offsetof(rdkv_header, lambda) / 8)
+    word = a.lambda ? static_cast<u64>(__double_as_longlong(*a.lambda)) : 0;
+  if (lane == offsetof(rdkv_header, budget_bytes) / 8 && a.budget) word = *a.budget;
+  u64 sum = mix(word + salt_of(lane));
+  const uint32_t records = 32 + a.n_heads * static_cast<uint32_t>(sizeof(rdkv_record) / 8);
   const uint32_t fixed = static_cast<uint32_t>(fixed_bytes(a.n_heads) / 8);
-  for (uint32_t i = threadIdx.x; i < end; i += 32) sum += mix(words[i] + salt_of(i));
-  for (uint32_t i = records + threadIdx.x; i < fixed; i += 32) /* up to the tables */
+  for (uint32_t i = records + lane; i < fixed; i += 32) /* up to the tables */
     out[i] = 0, sum += mix(salt_of(i));
   sum = warp_sum(sum) + __ldcg(&a.state->head_sum);
-  if (threadIdx.x == 0) h[0].head_sum = sum, *a.bytes = total;
-  __syncwarp();
-  for (uint32_t i = threadIdx.x; i < end; i += 32) out[i] = words[i];
+  out[lane] = lane == offsetof(rdkv_header, head_sum) / 8 ? sum : word;
+  if (lane == 0) *a.bytes = total;
 }
 
 /* Word `word` (of lane * words + j) of a block of 32 x 16 codes, by the format's formula; at(token
@@ -4551,21 +4561,21 @@ __global__ void __launch_bounds__(THREADS) tile_kernel(const __grid_constant__ p
   __shared__ uint16_t params[64];
   __shared__ uint32_t token[TILE];
   __shared__ channel_code code_of_channel[MAX_DIM];
-  __shared__ uint8_t level_of_channel[MAX_DIM];
+  __shared__ channel_table channel;
   __shared__ block_plan h[1];
   const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
   const int lane = tid & 31, warp = tid >> 5, vd = a.v_dim, vp = pad16(vd);
   plan_source(a).make(a, head, h);
   if (tid < a.k_dim) {
-    uint32_t scale_mid;
     const channel_ends x(a, head, static_cast<uint32_t>(tid));
-    code_of_channel[tid] = x.code(a.joint, &scale_mid);
-    level_of_channel[tid] = static_cast<uint8_t>(x.level);
+    code_of_channel[tid] = x.code(a.joint, &channel.scale_mid[tid]);
+    channel.slot[tid] = static_cast<uint16_t>(x.slot),
+    channel.level[tid] = static_cast<uint8_t>(x.level);
   }
   __syncthreads();
   if (!h->go) return;
   if (blockIdx.x == 0) {
-    write_table(a, head, h, codes);
+    write_table(a, head, h[0], channel, codes);
     return;
   }
   const rdkv_tensor &k = a.k, &v = a.v;
@@ -4580,9 +4590,9 @@ __global__ void __launch_bounds__(THREADS) tile_kernel(const __grid_constant__ p
     slot[j] = -1, k_level[j] = 1, mid[j] = inv[j] = 0;
     if (lane + 32 * j < a.k_dim) {
       const channel_code c = code_of_channel[lane + 32 * j];
-      if (c.slot != ~0u) {
-        slot[j] = static_cast<int>(c.slot), mid[j] = c.mid, inv[j] = c.inv;
-        k_level[j] = level_of_channel[lane + 32 * j];
+      if (channel.level[lane + 32 * j] > 0) {
+        slot[j] = channel.slot[lane + 32 * j], mid[j] = c.mid, inv[j] = c.inv;
+        k_level[j] = channel.level[lane + 32 * j];
       }
     }
   }
@@ -4802,7 +4812,7 @@ __host__ __device__ inline uint32_t rows_of_warp(int k_dim, int v_dim) { /* in b
   return TILE * (k_dim > v_dim ? row_pitch(k_dim) : row_pitch(v_dim));
 }
 static size_t rows_shared(int k_dim, int v_dim) {
-  return slots_of(k_dim) * sizeof(channel_code) + TILE_WARPS * rows_of_warp(k_dim, v_dim);
+  return slots_of(k_dim) * sizeof(uint4) + TILE_WARPS * rows_of_warp(k_dim, v_dim);
 }
 
 struct tile_place {
@@ -5142,30 +5152,32 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, 5)
   extern __shared__ uint4 rows_memory[]; /* codes of the slots, then rows of the warps */
   __shared__ u64 scratch[TILE_WARPS];
   __shared__ block_plan h;
+  __shared__ channel_table channel;
   const int head = static_cast<int>(blockIdx.y);
   const uint32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const uint32_t kd = static_cast<uint32_t>(a.k_dim), slots = slots_of(a.k_dim);
   const plan_source source(a);
-  if (blockIdx.x > 0) {
-    /* slots without a channel have codes 0 */
-    for (uint32_t i = threadIdx.x; i < slots; i += blockDim.x)
-      rows_memory[i] = make_uint4(0, 0, JOINT ? __float_as_uint(12582912.0f) : 0, 0);
-    __syncthreads();
-    for (uint32_t c = threadIdx.x; c < kd; c += blockDim.x) {
-      uint32_t scale_mid;
-      const channel_code q = channel_ends(a, head, c).code(JOINT, &scale_mid);
-      if (q.slot != ~0u)
-        rows_memory[q.slot] = make_uint4(__float_as_uint(q.mid), __float_as_uint(q.inv),
-                                         __float_as_uint(q.back), 2 * c);
-    }
+  channel_ends x(a, head, least(threadIdx.x, kd - 1));
+  const uint32_t tiles = source.tiles_of(a, head), blocks = blocks_with(tiles, a.tile_blocks);
+  if (blockIdx.x > blocks) return;
+  /* slots without a channel have codes 0 */
+  for (uint32_t i = threadIdx.x; i < slots; i += blockDim.x)
+    rows_memory[i] = make_uint4(0, 0, JOINT ? __float_as_uint(12582912.0f) : 0, 0);
+  __syncthreads();
+  for (uint32_t c = threadIdx.x; c < kd; c += blockDim.x) {
+    if (c >= blockDim.x) x = channel_ends(a, head, c);
+    const channel_code q = x.code(JOINT, &channel.scale_mid[c]);
+    channel.slot[c] = static_cast<uint16_t>(x.slot),
+    channel.level[c] = static_cast<uint8_t>(x.level);
+    if (x.level > 0)
+      rows_memory[x.slot] = make_uint4(__float_as_uint(q.mid), __float_as_uint(q.inv),
+                                       __float_as_uint(q.back), 2 * c);
   }
   source.make(a, head, &h);
   __syncthreads();
   if (!h.go) return;
-  const uint32_t tiles = h.first_tile[4], blocks = blocks_with(tiles, a.tile_blocks);
-  if (blockIdx.x > blocks) return;
   if (blockIdx.x == 0) {
-    write_table(a, head, &h, rows_memory);
+    write_table(a, head, h, channel, rows_memory + slots);
   } else {
     char *rows =
         reinterpret_cast<char *>(rows_memory + slots) + warp * rows_of_warp(a.k_dim, a.v_dim);
@@ -9390,9 +9402,9 @@ static void layout_pack(const rdkv_config *cfg, int n_layers, uint32_t n, void *
   a.slices = least(least(most(128 / static_cast<uint32_t>(kv), 1), 32), most(a.spans, 1));
   s->m.take(&a.state, 1);
   s->m.take(&a.heads, heads);
-  s->m.take(&a.list.sums, kv * a.list.parts);
   s->m.take(&a.list.order, kv * n + 1);
   s->m.take(&a.slots, kv * kd);
+  s->m.take(&a.list.sums, kv * a.list.parts);
   s->m.take(&a.ends, heads * a.slices * kd);
   s->m.take(&a.sums, kv * a.spans * kd + 1);
   a.all_heads = a.heads;
