@@ -1282,26 +1282,32 @@ rdkv_cuda__piece; /* 128 bytes, read 16 at a time */
   ((values) + 96u) /* own words: the last 32, in the first set */
 #define RDKV_CUDA__ABSENT 0xffffffffu
 
-/* What a block of the latency kernel asks for at once, beside its first piece: the first tile of
-   each warp (bytes 0: none), then the table of the piece's head, for a lane's two entries each. */
+/* What a warp of the latency kernel asks for at once, beside its block's first piece: a tile for
+   each slot that is filled before the query has come, for more would stand in its way. Behind those
+   of all warps the table of the piece's head. */
+#define RDKV_CUDA__HASTE 2
+
 typedef struct __align__(16) rdkv_cuda__first {
   const uint8_t *tile;
-  uint32_t bytes, what; /* V run, tokens << 8, the piece's flags << 16 */
+  uint32_t what; /* V run, tokens << 4, bytes << 12; 0: none */
+  uint32_t also; /* with the first: row of q, UINT32_MAX for none; with the second: bytes from one
+                    slot to the next, and how many there are in bits 24 to 31 */
 }
 rdkv_cuda__first;
 
-typedef struct __align__(16) rdkv_cuda__entries {
-  uint32_t scale, mid, from, reserved; /* two halves, two halves, two bytes */
-}
-rdkv_cuda__entries;
+typedef struct rdkv_cuda__entry { /* of a table, as queries are made of it */
+  uint32_t scale; /* fp16; channel << 16; exponent of what an odd pair's codes are worth << 24 */
+  float mid;      /* less what the codes' midpoint is worth */
+} rdkv_cuda__entry;
 
 static __host__ __device__ uint32_t rdkv_cuda__n_entries(int k_dim) { /* runs are padded apart */
-  return (static_cast<uint32_t>(k_dim) + 46) / 2;
+  const uint32_t n = (static_cast<uint32_t>(k_dim) + 45 + 63) / 64 * 64;
+  return n < 192 ? 192 : n; /* no less than what a warp asks for without looking */
 }
 
 static __host__ __device__ uint32_t rdkv_cuda__start_bytes(int k_dim) {
-  return RDKV_CUDA__MOST_WARPS * sizeof(rdkv_cuda__first) +
-         (rdkv_cuda__n_entries(k_dim) * sizeof(rdkv_cuda__entries) + 127) / 128 * 128;
+  return RDKV_CUDA__MOST_WARPS * RDKV_CUDA__HASTE * sizeof(rdkv_cuda__first) +
+         (rdkv_cuda__n_entries(k_dim) * sizeof(rdkv_cuda__entry) + 127) / 128 * 128;
 }
 
 /* One layer's plan: pieces [n_blocks] the first of each block, then [heads * max_segments] others;
@@ -1337,7 +1343,7 @@ typedef struct rdkv_cuda__plan_args {
   uint8_t *plan;
   uint4 *parts;
   size_t layer_bytes, counters, weights, starts;
-  uint32_t heads, passes, n_kv_heads, group, n_blocks, max_segments, n_parts;
+  uint32_t heads, passes, n_kv_heads, group, n_blocks, max_segments, n_parts, ring_bytes;
   int first_layer, k_dim, v_dim, latency, n_warps;
 } rdkv_cuda__plan_args;
 
@@ -1391,21 +1397,39 @@ static __device__ uint32_t rdkv_cuda__largest_scale(const rdkv_cuda_head &h) {
   return max(largest & 0xffffu, largest >> 16);
 }
 
-/* Entries i and i + 1 of a head's table, with 0 behind its end. */
-__device__ __forceinline__ rdkv_cuda__entries rdkv_cuda__entries_at(const rdkv_cuda_head &h,
-                                                                    uint32_t i) {
-  const uint32_t n = 16u * (h.n_blocks[0] + h.n_blocks[1] + h.n_blocks[2]), all = n + h.n_dropped;
-  rdkv_cuda__entries e = rdkv_cuda__entries();
-  if (i < n) e.scale = __ldg(reinterpret_cast<const uint32_t *>(h.table + 2 * i));
+/* Entry i of a head's table; 0 behind its end. */
+__device__ __forceinline__ rdkv_cuda__entry rdkv_cuda__entry_of(const rdkv_cuda_head &h,
+                                                                uint32_t i) {
+  const uint32_t n2 = 16u * h.n_blocks[0], n4 = n2 + 16u * h.n_blocks[1];
+  const uint32_t n = n4 + 16u * h.n_blocks[2], all = n + h.n_dropped;
+  const uint16_t *const table = reinterpret_cast<const uint16_t *>(h.table);
+  rdkv_cuda__entry e = rdkv_cuda__entry();
+  if (i < n) e.scale = __ldg(table + i);
   if (i < all) {
-    e.mid = __ldg(reinterpret_cast<const uint32_t *>(h.table + 2 * (n + i)));
-    e.from = __ldg(reinterpret_cast<const uint16_t *>(h.table + 2 * (n + all) + i));
-    if (i + 1 == all) e.mid &= 0xffffu, e.from &= 0xffu;
+    const float middle = i < n2 ? 2.0f : i < n4 ? 8.0f : 128.0f;
+    e.mid = __half2float(__ushort_as_half(__ldg(table + n + i))) -
+            __half2float(__ushort_as_half(static_cast<uint16_t>(e.scale))) * middle;
+    e.scale |= static_cast<uint32_t>(__ldg(h.table + 2 * (n + all) + i)) << 16;
+    if (i & 2 && i < n4) e.scale |= (i < n2 ? 2u : 4u) << 24; /* of 4 and 16 */
   }
   return e;
 }
 
 #define RDKV_CUDA__PLAN_THREADS 256
+
+/* A tile for rdkv_cuda__first. */
+static __device__ rdkv_cuda__first rdkv_cuda__first_of(const rdkv_cuda_head &h, int v_dim,
+                                                       uint32_t tile) {
+  rdkv_cuda__first x;
+  int run;
+  uint32_t tokens;
+  uint64_t offset;
+  rdkv_cuda_tile_at(h, v_dim, tile, &run, &tokens, &offset);
+  x.tile = h.tiles + offset, x.also = 0;
+  const uint32_t bytes = rdkv_cuda_key_bytes(h) + 128u + (static_cast<uint32_t>(v_dim * 8) << run);
+  x.what = static_cast<uint32_t>(run) | tokens << 4 | bytes << 12;
+  return x;
+}
 
 /* Sum over the block of a value each thread has; exclusive prefix in *before. */
 static __device__ uint64_t rdkv_cuda__scan(uint64_t x, uint64_t *before) {
@@ -1554,47 +1578,52 @@ static __global__ void __launch_bounds__(RDKV_CUDA__PLAN_THREADS)
   const uint32_t n_entries = rdkv_cuda__n_entries(p.k_dim), n = RDKV_CUDA__MOST_WARPS + n_entries;
   for (uint32_t i = threadIdx.x; i < p.n_blocks * n; i += blockDim.x) {
     const rdkv_cuda__piece &x = pieces[i / n];
-    uint4 *const start =
-        reinterpret_cast<uint4 *>(plan + p.starts + i / n * rdkv_cuda__start_bytes(p.k_dim));
-    const uint32_t j = i % n, tile = x.tile_begin + j;
-    rdkv_cuda__first first = rdkv_cuda__first();
-    first.what = x.flags << 16;
+    rdkv_cuda__first *const start = reinterpret_cast<rdkv_cuda__first *>(
+        plan + p.starts + i / n * rdkv_cuda__start_bytes(p.k_dim));
+    const uint32_t j = i % n;
     if (j >= RDKV_CUDA__MOST_WARPS) {
-      const bool keys = x.tile_begin < x.tile_end;
-      reinterpret_cast<rdkv_cuda__entries *>(start)[j] =
-          keys ? rdkv_cuda__entries_at(x.head, 2 * (j - RDKV_CUDA__MOST_WARPS))
-               : rdkv_cuda__entries();
+      const uint32_t entry = j - RDKV_CUDA__MOST_WARPS;
+      reinterpret_cast<rdkv_cuda__entry *>(start +
+                                           RDKV_CUDA__MOST_WARPS * RDKV_CUDA__HASTE)[entry] =
+          x.tile_begin < x.tile_end ? rdkv_cuda__entry_of(x.head, entry) : rdkv_cuda__entry();
       continue;
     }
-    if (j < static_cast<uint32_t>(p.n_warps) && tile < x.tile_end) {
-      int run;
-      uint32_t tokens;
-      uint64_t offset;
-      rdkv_cuda_tile_at(x.head, p.v_dim, tile, &run, &tokens, &offset);
-      first.tile = x.head.tiles + offset;
-      first.bytes =
-          rdkv_cuda_key_bytes(x.head) + 128u + (static_cast<uint32_t>(p.v_dim * 8) << run);
-      first.what |= static_cast<uint32_t>(run) | tokens << 8;
+    const uint32_t n_warps = static_cast<uint32_t>(p.n_warps), tile = x.tile_begin + j;
+    rdkv_cuda__first *const first = start + RDKV_CUDA__HASTE * j;
+    first[0] = first[1] = rdkv_cuda__first();
+    uint32_t slots = 0, stride = 0;
+    if (j < n_warps && tile < x.tile_end) { /* the last one is the warp's largest */
+      const uint32_t last = (x.tile_end - 1 - tile) / n_warps;
+      stride = rdkv_cuda__first_of(x.head, p.v_dim, tile + last * n_warps).what >> 12;
+      slots = min(static_cast<uint32_t>(RDKV_CUDA__HASTE), p.ring_bytes / stride);
+      for (uint32_t k = 0; k < slots && k <= last; ++k)
+        first[k] = rdkv_cuda__first_of(x.head, p.v_dim, tile + k * n_warps);
     }
-    reinterpret_cast<rdkv_cuda__first *>(start)[j] = first;
+    first[0].also = j < x.columns ? x.first_query + j : UINT32_MAX;
+    first[1].also = stride | slots << 24;
   }
 }
 
 /* ---- >>cuda-attend : one layer --------------------------------------------------------------- */
 
 typedef struct rdkv_cuda__args {
+  /* needed first: a line of constants */
   const rdkv_cuda__piece *pieces;
-  const uint8_t *starts;
-  uint32_t *counters;
+  const uint8_t *starts, *q;
+  const uint32_t *tail_tokens;
+  uint32_t start_bytes, row_bytes, ring_bytes; /* row: of q; ring: of shared memory */
+  int overlap;
+  /* the next one: called for by the entries, while the piece is on its way */
+  const uint8_t *entries;
   float *partials;
-  rdkv_cuda_io io;
+  uint32_t *counters;
+  uint32_t key_fragments, tail_fragments; /* of shared memory */
+  uint32_t table_bytes, source_bytes;     /* a table, one and columns of rows of q */
   uint32_t passes, n_kv_heads;
   int k_dim, dtype, tail_bf16;
-  uint32_t ring_bytes, key_fragments, tail_fragments; /* of shared memory */
-  uint32_t table_bytes, row_bytes, source_bytes; /* a table, a row of q, one and columns of those */
-  uint32_t n_blocks, block_bytes, start_bytes;
-  int overlap;
+  uint32_t n_blocks, block_bytes;
   float factor_log2;
+  rdkv_cuda_io io;
 } rdkv_cuda__args;
 
 /* Shared memory of a block: fragments of the query for packed and for dense K, what they are made
@@ -1603,7 +1632,6 @@ typedef struct rdkv_cuda__args {
    warps have to add up. */
 #define RDKV_CUDA__ROW_SLOTS 3 /* of 16 dense rows: these set a ring's size */
 #define RDKV_CUDA__SLOTS 6     /* at most: for tiles, as many as there is room for */
-#define RDKV_CUDA__HASTE 2     /* filled before the query has come: more would stand in its way */
 
 typedef struct rdkv_cuda__shared {
   float2 factor[8], tail_factor[8]; /* the latter where both queries are made at once */
@@ -2342,18 +2370,32 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
 /* A warp's tiles: every n_warps-th of a piece, whatever their widths. Lane j looks after slot j. */
 typedef struct rdkv_cuda__slots {
   uint32_t next;      /* tile that goes to the slot next */
-  uint32_t what;      /* of the one that is in it: V run, tokens << 8 */
+  uint32_t what;      /* of the one that is in it: V run, tokens << 4 */
   uint32_t stride, n; /* bytes from one slot to the next, and how many there are */
 } rdkv_cuda__slots;
 
-/* Has tiles copied to the slots in mask, while there are any; at first divides the ring. A lane in
-   done has its copy under way. */
+/* A lane's tile to its slot, if it is one of mine. */
+__device__ __forceinline__ void rdkv_cuda__copy_tile(const rdkv_cuda__ring &r, uint32_t to,
+                                                     uint64_t from, uint32_t bytes, bool mine) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n\t.reg .pred mine;\n\t"
+      "setp.ne.u32 mine, %5, 0;\n\t"
+      "@mine mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n\t"
+      "@mine cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;\n\t}" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(r.barrier + 8u * (threadIdx.x & 31)), "l"(r.policy),
+      "r"(static_cast<uint32_t>(mine))
+      : "memory");
+#endif
+}
+
+/* Has tiles copied to the slots in mask, while there are any; at first divides the ring. */
 template <bool FIRST>
 __device__ __forceinline__ void rdkv_cuda__fill_slots(const rdkv_cuda__ring &r,
                                                       const rdkv_cuda_head &head, int v_dim,
                                                       uint32_t tile_end, uint32_t n_warps,
-                                                      uint32_t mask, bool done,
-                                                      rdkv_cuda__slots &s) {
+                                                      uint32_t mask, rdkv_cuda__slots &s) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t lane = threadIdx.x & 31;
   const uint32_t tile = FIRST && lane == 31 ? tile_end - 1 : min(s.next, tile_end - 1);
@@ -2372,26 +2414,10 @@ __device__ __forceinline__ void rdkv_cuda__fill_slots(const rdkv_cuda__ring &r,
         RDKV_CUDA__FULL, lane < RDKV_CUDA__HASTE && (lane + 1) * s.stride <= r.size)));
   }
   const bool mine = mask >> lane & 1 && lane < s.n && there;
-  asm volatile(
-      "{\n\t.reg .pred mine;\n\t"
-      "setp.ne.u32 mine, %5, 0;\n\t"
-      "@mine mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n\t"
-      "@mine cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4;\n\t}" ::"r"(r.base + lane * s.stride),
-      "l"(__cvta_generic_to_global(head.tiles + offset)), "r"(bytes), "r"(r.barrier + 8u * lane),
-      "l"(r.policy), "r"(static_cast<uint32_t>(mine && !done))
-      : "memory");
-  if (mine) s.what = static_cast<uint32_t>(run) | tokens << 8, s.next += s.n * n_warps;
+  rdkv_cuda__copy_tile(r, r.base + lane * s.stride, __cvta_generic_to_global(head.tiles + offset),
+                       bytes, mine);
+  if (mine) s.what = static_cast<uint32_t>(run) | tokens << 4, s.next += s.n * n_warps;
 #endif
-}
-
-/* Value i of a row of any type, 4-byte aligned. */
-__device__ __forceinline__ float rdkv_cuda__value(const uint8_t *row, uint32_t i, int dtype) {
-  const uint32_t half = dtype != RDKV_F32;
-  const uint32_t word = reinterpret_cast<const uint32_t *>(row)[i >> half];
-  const uint32_t high = half && !(i & 1) ? word << 16 : word & (0xffff0000u | (half - 1));
-  const float f = __half2float(__ushort_as_half(static_cast<uint16_t>(high >> 16)));
-  return dtype == RDKV_F16 ? f : __uint_as_float(high);
 }
 
 /* 16 bytes of a row of q, past the first-level cache, which may hold older values; 0 if q is NULL.
@@ -2400,79 +2426,79 @@ __device__ __forceinline__ uint4 rdkv_cuda__row_at(const uint8_t *q, uint32_t by
   return q && i < bytes ? __ldcg(reinterpret_cast<const uint4 *>(q + i)) : make_uint4(0, 0, 0, 0);
 }
 
-/* Stores a row of q, of which x is what rdkv_cuda__row_at gives for 16 lane, and behind it its
+/* Stores a row of q as floats, of which x is what rdkv_cuda__row_at gives for 16 lane. Returns its
    largest magnitude. */
-__device__ __forceinline__ void rdkv_cuda__row(uint8_t *row, const uint8_t *q, uint32_t bytes,
-                                               uint4 x, int dtype) {
-  const uint32_t lane = threadIdx.x & 31, sign = dtype == RDKV_F32 ? 0x7fffffffu : 0x7fff7fffu;
-  uint32_t high = 0; /* magnitudes are ordered as integers */
-  for (uint32_t i = 16 * lane; i < bytes; i += 512) {
+__device__ __forceinline__ float rdkv_cuda__row(float *row, const uint8_t *q, uint32_t bytes,
+                                                uint4 x, int dtype) {
+  float high = 0;
+  for (uint32_t i = 16 * (threadIdx.x & 31); i < bytes; i += 512) {
     if (i >= 512) x = rdkv_cuda__row_at(q, bytes, i);
-    *reinterpret_cast<uint4 *>(row + i) = x;
-    const uint32_t y[4] = {x.x & sign, x.y & sign, x.z & sign, x.w & sign};
+    const uint32_t y[4] = {x.x, x.y, x.z, x.w};
+    if (dtype == RDKV_F32) {
+      *reinterpret_cast<uint4 *>(row + i / 4) = x;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) high = dtype == RDKV_F32 ? max(high, y[k]) : __vmaxu2(high, y[k]);
-  }
-  if (dtype != RDKV_F32) high = max(high & 0xffffu, high >> 16);
-  high = __reduce_max_sync(RDKV_CUDA__FULL, high);
-  if (lane == 0)
-    *reinterpret_cast<float *>(row + bytes) =
-        dtype == RDKV_F32   ? __uint_as_float(high)
-        : dtype == RDKV_F16 ? __half2float(__ushort_as_half(static_cast<uint16_t>(high)))
-                            : __uint_as_float(high << 16);
-  __syncwarp();
-}
-
-/* rdkv_cuda_query by several warps, each every parts-th 64 entries of the table, without a word
-   between them: the largest product is not looked for, only bounded by the largest factors, largest
-   = their product. That bound may be 2^10 too high without a loss, as high and low half both have
-   11 bits. row: of q, in shared memory; e: the first entries. The constant is the sum of constants
-   [column][part]. */
-template <bool PAIRED>
-__device__ __forceinline__ void rdkv_cuda__query_part(
-    const rdkv_cuda_head &head, rdkv_cuda__entries e, const uint8_t *row, float largest, int dtype,
-    float factor_log2, uint32_t column, uint32_t part, uint32_t parts, uint8_t *fragments,
-    uint32_t rest, float *factor, float *constants) {
-  const uint32_t lane = threadIdx.x & 31;
-  const uint32_t n2 = 16u * head.n_blocks[0], n4 = n2 + 16u * head.n_blocks[1];
-  const uint32_t n = n4 + 16u * head.n_blocks[2], all = n + head.n_dropped;
-  /* to [2^14, 2^15) */
-  const uint32_t exponent = max(41u, min(241u, __float_as_uint(largest) >> 23));
-  const float up = __uint_as_float((268u - exponent) << 23);
-  const float down = __uint_as_float((exponent - 14u) << 23);
-  float constant = 0, centred = 0;
-#pragma unroll 1
-  for (uint32_t i = 64 * part + 2 * lane; i < all; i += 64 * parts) {
-    if (i >= 64 * parts) e = rdkv_cuda__entries_at(head, i);
-    const float2 mid = __half22float2(rdkv_cuda__halves(e.mid));
-    const float q0 = rdkv_cuda__value(row, e.from & 255, dtype);
-    const float q1 = rdkv_cuda__value(row, e.from >> 8, dtype);
-    constant += q0 * mid.x + q1 * mid.y;
-    if (i < n) {
-      const float2 scale = __half22float2(rdkv_cuda__halves(e.scale));
-      /* codes of an odd pair are worth 4 (2 bits) or 16 (4 bits) times as much: undone here */
-      const bool odd = i & 2;
-      const float part_of = !odd || i >= n4 ? up : up * (i < n2 ? 0.25f : 0.0625f);
-      const float middle = i >= n4 ? 128.0f : i >= n2 ? (odd ? 128.0f : 8.0f) : odd ? 8.0f : 2.0f;
-      const float y0 = q0 * scale.x * part_of, y1 = q1 * scale.y * part_of;
-      const __half2 high = __floats2half2_rn(y0, y1);
-      const float2 f = __half22float2(high);
-      const __half2 low = __floats2half2_rn(y0 - f.x, y1 - f.y);
-      const float2 f2 = __half22float2(low);
-      centred += (f.x + f.y + (f2.x + f2.y)) * middle;
-      uint8_t *to = fragments + 256 * (i >> 4) + (PAIRED ? 64 : 32) * column + 2 * (i & 15);
-      *reinterpret_cast<uint32_t *>(to) = rdkv_cuda__bits(high);
-      *reinterpret_cast<uint32_t *>(to + rest) = rdkv_cuda__bits(low);
+      for (int k = 0; k < 4; ++k) high = fmaxf(high, fabsf(__uint_as_float(y[k])));
+    } else {
+      float2 f[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        f[k] = dtype == RDKV_F16
+                   ? __half22float2(rdkv_cuda__halves(y[k]))
+                   : make_float2(__uint_as_float(y[k] << 16), __uint_as_float(y[k] & 0xffff0000u));
+        high = fmaxf(high, fmaxf(fabsf(f[k].x), fabsf(f[k].y)));
+      }
+      float4 *const to = reinterpret_cast<float4 *>(row + i / 2);
+      to[0] = make_float4(f[0].x, f[0].y, f[1].x, f[1].y);
+      to[1] = make_float4(f[2].x, f[2].y, f[3].x, f[3].y);
     }
   }
-  constant -= centred * down;
-#pragma unroll
-  for (int d = 16; d; d >>= 1) constant += __shfl_xor_sync(RDKV_CUDA__FULL, constant, d);
-  if (part == 0 && lane >= parts && lane < 4) constants[4 * column + lane] = 0;
-  if (lane == 0) {
-    constants[4 * column + part] = constant * factor_log2;
-    *factor = RDKV_CUDA__CODE_UNIT * down * factor_log2;
+  __syncwarp();
+  return __uint_as_float(__reduce_max_sync(RDKV_CUDA__FULL, __float_as_uint(high)));
+}
+
+/* Entries i and i + 1 of a table, i even, to a column's fragments; returns what they add to the
+   constant. up: what brings products to [2^14, 2^15); n: entries with K. */
+__device__ __forceinline__ float rdkv_cuda__query_pair(const rdkv_cuda__entry (&e)[2], uint32_t i,
+                                                       uint32_t n, const float *row, float up,
+                                                       uint8_t *fragments, uint32_t rest) {
+  const float q0 = row[e[0].scale >> 16 & 255], q1 = row[e[1].scale >> 16 & 255];
+  if (i < n) {
+    /* codes of an odd pair are worth 4 (2 bits) or 16 (4 bits) times as much: undone here */
+    up = __uint_as_float(__float_as_uint(up) - (e[0].scale >> 1 & 0x7f800000u));
+    const float y0 = q0 * up * __low2float(rdkv_cuda__halves(e[0].scale));
+    const float y1 = q1 * up * __low2float(rdkv_cuda__halves(e[1].scale));
+    const __half2 high = __floats2half2_rn(y0, y1);
+    const float2 f = __half22float2(high);
+    uint8_t *const to = fragments + 256 * (i >> 4) + 2 * (i & 15);
+    *reinterpret_cast<__half2 *>(to) = high;
+    *reinterpret_cast<__half2 *>(to + rest) = __floats2half2_rn(y0 - f.x, y1 - f.y);
   }
+  return q0 * e[0].mid + q1 * e[1].mid;
+}
+
+/* rdkv_cuda_query for plain K, of a row as floats and its largest magnitude: little code. */
+__device__ __forceinline__ void rdkv_cuda__query_plain(const float *row, float largest, bool bf16,
+                                                       uint32_t k_dim, float factor_log2,
+                                                       uint8_t *fragments, uint32_t rest,
+                                                       float2 *factor) {
+  const uint32_t lane = threadIdx.x & 31;
+  const uint32_t exponent = max(41u, min(241u, __float_as_uint(largest) >> 23));
+  const float up = __uint_as_float((268u - exponent) << 23);
+#pragma unroll 1
+  for (uint32_t c = 2 * lane; c < k_dim; c += 64) {
+    const float2 x = *reinterpret_cast<const float2 *>(row + c);
+    const float y0 = x.x * up, y1 = x.y * up;
+    const uint32_t high = bf16 ? rdkv_cuda__pair<true>(y0, y1) : rdkv_cuda__pair<false>(y0, y1);
+    const float2 f =
+        bf16 ? make_float2(__uint_as_float(high << 16), __uint_as_float(high & 0xffff0000u))
+             : __half22float2(rdkv_cuda__halves(high));
+    const float z0 = y0 - f.x, z1 = y1 - f.y;
+    uint8_t *const to = fragments + 256 * (c >> 4) + 8 * (c >> 1 & 3) + 4 * (c >> 3 & 1);
+    *reinterpret_cast<uint32_t *>(to) = high; /* permuted as ldmatrix permutes K */
+    *reinterpret_cast<uint32_t *>(to + rest) =
+        bf16 ? rdkv_cuda__pair<true>(z0, z1) : rdkv_cuda__pair<false>(z0, z1);
+  }
+  if (lane == 0) *factor = make_float2(__uint_as_float((exponent - 14u) << 23) * factor_log2, 0);
 }
 
 /* Floats as integers of the same order, and back. */
@@ -2480,72 +2506,78 @@ __device__ __forceinline__ int32_t rdkv_cuda__ordered(int32_t x) {
   return x ^ (x >> 31 & 0x7fffffff);
 }
 
-/* Words that other blocks wait for. A value's (max, sum) is one access: the sum alone says that
-   both are there. */
+/* Words that other blocks wait for, each by itself. */
 __device__ __forceinline__ void rdkv_cuda__leave(float *to, float x) {
   asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(x)
                : "memory");
 }
 
-__device__ __forceinline__ void rdkv_cuda__leave(float *to, float x, float y) {
+__device__ __forceinline__ void rdkv_cuda__leave(float *to, const float4 &x) {
   asm volatile(
-      "{\n\t.reg .b64 both;\n\t"
-      "mov.b64 both, {%1, %2};\n\t"
-      "st.relaxed.gpu.global.b64 [%0], both;\n\t}" ::"l"(__cvta_generic_to_global(to)),
-      "f"(x), "f"(y)
+      "st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+      "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
       : "memory");
 }
 
 __device__ __forceinline__ uint32_t rdkv_cuda__look(const void *from) {
-  return *static_cast<const volatile uint32_t *>(from);
+  uint32_t x;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
+               : "=r"(x)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return x;
 }
 
-__device__ __forceinline__ float2 rdkv_cuda__look2(const void *from) {
-  const uint64_t x = *static_cast<const volatile uint64_t *>(from);
-  return make_float2(__uint_as_float(static_cast<uint32_t>(x)),
-                     __uint_as_float(static_cast<uint32_t>(x >> 32)));
-}
-
-/* Adds a value of n parts, 16 or fewer, that lie WORDS apart, and their (max, sum), to (high,
-   value, all): waits until all are there. */
-template <bool ALL, uint32_t WORDS>
-__device__ __forceinline__ void rdkv_cuda__add_parts(const float *from, const float *pairs,
+/* Adds a value of n parts, 4 or fewer, that lie WORDS apart, to (value, all), relative to 2^high:
+   values at from, columns' largest logits and sums at tops. Waits until all are there. */
+template <bool ALL, uint32_t COLUMNS, uint32_t WORDS>
+__device__ __forceinline__ void rdkv_cuda__add_parts(const float *from, const float *tops,
                                                      uint32_t n, float &high, float &value,
                                                      float &all) {
   float x, y, top;
   bool wait;
   do {
-    float v[16];
-    float2 t[16];
+    float v[4], t[4], s[4];
 #pragma unroll
-    for (uint32_t k = 0; k < 16; ++k) {
-      v[k] = 0, t[k] = make_float2(-INFINITY, 0);
-      if (ALL || k < n)
-        v[k] = __uint_as_float(rdkv_cuda__look(from + k * WORDS)),
-        t[k] = rdkv_cuda__look2(pairs + k * WORDS);
+    for (uint32_t k = 0; k < 4; ++k) {
+      v[k] = s[k] = 0, t[k] = -INFINITY;
+      if (ALL || k < n) {
+        v[k] = __uint_as_float(rdkv_cuda__look(from + k * WORDS));
+        t[k] = __uint_as_float(rdkv_cuda__look(tops + k * WORDS));
+        s[k] = __uint_as_float(rdkv_cuda__look(tops + k * WORDS + COLUMNS));
+      }
     }
-    top = high;
-#pragma unroll
-    for (uint32_t k = 0; k < 16; ++k) top = fmaxf(top, t[k].x);
+    top = fmaxf(fmaxf(high, fmaxf(t[0], t[1])), fmaxf(t[2], t[3]));
     const float zero = top == -INFINITY ? 0.0f : top; /* nothing yet: 0 of everything */
     const float before = rdkv_cuda__exp2(high - zero);
     x = value * before, y = all * before;
 #pragma unroll
-    for (uint32_t k = 0; k < 16; ++k) {
-      const float e = rdkv_cuda__exp2(t[k].x - zero);
-      x += e * v[k], y += e * t[k].y;
+    for (int k = 0; k < 4; ++k) {
+      const float e = rdkv_cuda__exp2(t[k] - zero);
+      x += e * v[k], y += e * s[k];
     }
     wait = false; /* a word that is not there is a NaN, and so are the sums */
     if (!(x + y == x + y)) {
       uint32_t most = 0;
 #pragma unroll
-      for (uint32_t k = 0; k < 16; ++k)
-        most = max(most, max(__float_as_uint(v[k]), __float_as_uint(t[k].y)));
+      for (int k = 0; k < 4; ++k)
+        most = max(max(most, __float_as_uint(v[k])),
+                   max(__float_as_uint(t[k]), __float_as_uint(s[k])));
       wait = most == RDKV_CUDA__ABSENT;
     }
   } while (__any_sync(RDKV_CUDA__FULL, wait));
   high = top, value = x, all = y;
 }
+
+/* The word at byte of the piece of which lane 2 + j has 16 bytes, j from 0. */
+__device__ __forceinline__ uint32_t rdkv_cuda__word(const uint4 &piece, uint32_t byte) {
+  const uint32_t x = byte & 8 ? (byte & 4 ? piece.w : piece.z) : (byte & 4 ? piece.y : piece.x);
+  return __shfl_sync(RDKV_CUDA__FULL, x, 2 + static_cast<int>(byte / 16));
+}
+#define RDKV_CUDA__FIELD(member) rdkv_cuda__word(u, offsetof(rdkv_cuda__piece, member))
+#define RDKV_CUDA__LONG(member)                                                              \
+  (static_cast<uint64_t>(rdkv_cuda__word(u, offsetof(rdkv_cuda__piece, member) + 4)) << 32 | \
+   RDKV_CUDA__FIELD(member))
 
 template <int D, bool PAIRED>
 static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
@@ -2553,56 +2585,54 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t memory[];
   constexpr uint32_t columns = PAIRED ? 4 : 8, v_dim = 16 * D, n_values = v_dim * columns;
-  const uint32_t warp = rdkv_cuda__uniform(threadIdx.x >> 5);
   const uint32_t lane = threadIdx.x & 31, n_warps = blockDim.x >> 5;
-  uint8_t *const key_fragments = memory, *const tail_fragments = memory + p.key_fragments;
-  uint8_t *const rows = tail_fragments + p.tail_fragments; /* of q, one a warp and more */
-  rdkv_cuda__shared *const sh = reinterpret_cast<rdkv_cuda__shared *>(rows + p.source_bytes);
-  rdkv_cuda__warp *const warps = reinterpret_cast<rdkv_cuda__warp *>(sh + 1);
-  uint8_t *const rings = reinterpret_cast<uint8_t *>(warps + n_warps);
-  uint8_t *const own = rings + warp * p.ring_bytes;
-
-  const rdkv_cuda__piece *piece = p.pieces + blockIdx.x;
-  rdkv_cuda__piece x = *piece; /* under way while the barriers are made */
-  const uint8_t *const start = p.starts + static_cast<size_t>(blockIdx.x) * p.start_bytes;
-  const rdkv_cuda__entries *const entries = reinterpret_cast<const rdkv_cuda__entries *>(
-      start + RDKV_CUDA__MOST_WARPS * sizeof(rdkv_cuda__first));
-  constexpr uint32_t columns_bits = PAIRED ? 2 : 3;
-  rdkv_cuda__entries e = rdkv_cuda__entries(); /* of the warp's part of the first query */
-  const uint32_t entry = 32 * (warp >> columns_bits) + lane;
-  if (entry < rdkv_cuda__n_entries(p.k_dim)) e = entries[entry];
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  /* barriers, which lie at a known place, while the constants come */
+  const uint32_t warp = rdkv_cuda__uniform(threadIdx.x >> 5);
+  rdkv_cuda__warp *const warps = reinterpret_cast<rdkv_cuda__warp *>(memory);
   rdkv_cuda__ring ring;
-  ring.base = rdkv_cuda__shared_address(own);
   ring.barrier = rdkv_cuda__shared_address(warps[warp].barrier);
-  ring.size = p.ring_bytes, ring.parity = ring.pending = 0;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(ring.policy));
+  ring.parity = ring.pending = 0;
   if (lane == 0)
 #pragma unroll
-    for (uint32_t i = 0; i < RDKV_CUDA__SLOTS; ++i)
+    for (uint32_t i = 0; i < max(RDKV_CUDA__HASTE, RDKV_CUDA__ROW_SLOTS); ++i)
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(ring.barrier + 8u * i)
                    : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  __syncwarp();
-  uint64_t first;
-  uint32_t first_bytes, first_what;
-  asm volatile(
-      "{\n\t.reg .b64 high;\n\t"
-      "ld.global.nc.v2.b64 {%0, high}, [%3];\n\t"
-      "mov.b64 {%1, %2}, high;\n\t}"
-      : "=l"(first), "=r"(first_bytes), "=r"(first_what)
-      : "l"(start + 16 * warp)
-      : "memory"); /* volatile: not waited for in front of the barriers */
-  rdkv_cuda_acc<D> a;
-  rdkv_cuda_clear(a);
+  /* Loads: few and small, as the first-level cache hands out a word for all lanes at a time. Lanes
+     0 and 1 have the warp's first tiles, lanes 2 to 9 the piece. */
+  const rdkv_cuda__piece *piece = p.pieces + blockIdx.x;
+  const uint8_t *const start = p.starts + static_cast<size_t>(blockIdx.x) * p.start_bytes;
+  uint4 u = make_uint4(0, 0, 0, 0);
+  if (lane < RDKV_CUDA__HASTE + sizeof(rdkv_cuda__piece) / 16)
+    u = *reinterpret_cast<const uint4 *>(
+        lane < RDKV_CUDA__HASTE
+            ? start + sizeof(rdkv_cuda__first) * (RDKV_CUDA__HASTE * (threadIdx.x >> 5) + lane)
+            : reinterpret_cast<const uint8_t *>(piece) + 16 * (lane - RDKV_CUDA__HASTE));
+  const rdkv_cuda__entry *const entries = reinterpret_cast<const rdkv_cuda__entry *>(
+      p.entries + static_cast<size_t>(blockIdx.x) * p.start_bytes);
+  constexpr int n_pairs = 3; /* of entries, asked for at once by those that make the first query */
+  rdkv_cuda__entry e[n_pairs][2] = {};
+  const auto pair = [&](rdkv_cuda__entry(&to)[2], uint32_t k) {
+    const uint4 x = reinterpret_cast<const uint4 *>(entries)[32 * k + lane];
+    to[0].scale = x.x, to[0].mid = __uint_as_float(x.y);
+    to[1].scale = x.z, to[1].mid = __uint_as_float(x.w);
+  };
+  if (warp < columns)
 #pragma unroll
-  for (int i = 0; i < D; ++i) /* now, not after the piece has come */
-    asm volatile("" : "+f"(a.acc[i][0]), "+f"(a.acc[i][1]), "+f"(a.acc[i][2]), "+f"(a.acc[i][3]));
+    for (uint32_t k = 0; k < n_pairs; ++k) pair(e[k], k);
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  rdkv_cuda__shared *const sh =
+      reinterpret_cast<rdkv_cuda__shared *>(warps + RDKV_CUDA__MOST_WARPS);
+  uint8_t *const rings = reinterpret_cast<uint8_t *>(sh + 1);
+  uint8_t *const own = rings + warp * p.ring_bytes;
+  uint8_t *const key_fragments = rings + n_warps * p.ring_bytes;
+  uint8_t *const tail_fragments = key_fragments + p.key_fragments;
+  float *const rows = reinterpret_cast<float *>(tail_fragments + p.tail_fragments); /* of q */
+  ring.base = rdkv_cuda__shared_address(own), ring.size = p.ring_bytes;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(ring.policy));
   constexpr uint32_t part_words = RDKV_CUDA__PART_WORDS(n_values);
   float *part = p.partials + static_cast<size_t>(blockIdx.x) * part_words;
   uint32_t *const own_words = reinterpret_cast<uint32_t *>(part + part_words - 32);
-  uint32_t *const starts = p.counters + x.sequence * p.n_kv_heads * p.passes + x.kv_head;
-  const uint32_t one_more = (x.part ? 1u : 1u - x.n_parts) << 16;
   /* the last warps have the fewest tiles */
   const auto clear = [](float *set) {
 #pragma unroll 1
@@ -2610,7 +2640,9 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
       reinterpret_cast<uint4 *>(set)[i] =
           make_uint4(RDKV_CUDA__ABSENT, RDKV_CUDA__ABSENT, RDKV_CUDA__ABSENT, RDKV_CUDA__ABSENT);
   };
-  if (!(rdkv_cuda__uniform(x.flags & first_what >> 16) & RDKV_CUDA__ACTIVE)) {
+  const uint32_t row_of_q = __shfl_sync(RDKV_CUDA__FULL, u.w, 0);
+  const uint32_t sequence = RDKV_CUDA__FIELD(sequence);
+  if (!(RDKV_CUDA__FIELD(flags) & RDKV_CUDA__ACTIVE)) {
     /* the sets change for all, and the one to come must be clear */
     asm volatile("griddepcontrol.wait;" ::: "memory");
     const uint32_t set = rdkv_cuda__look(own_words) & 1;
@@ -2619,86 +2651,139 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
     if (threadIdx.x == 0) *own_words = set ^ 1u;
     return;
   }
-  const uint32_t key_rest = PAIRED ? 32u : p.key_fragments / 2;
-  const uint32_t tail_rest = PAIRED ? 32u : p.tail_fragments / 2;
-  float *const constants = reinterpret_cast<float *>(sh->piece); /* [columns][4 parts] of queries */
-  const uint32_t parts = max(1u, min(4u, n_warps / columns));
-  const uint32_t k_dim = static_cast<uint32_t>(p.k_dim), mine = columns / 4 * (lane & 3);
-  const uint32_t jobs = columns * parts; /* of making the query, column first */
-  /* NULL: a column without a query */
-  const auto q_of = [&](uint32_t job) -> const uint8_t * {
-    const uint32_t c = job & (columns - 1);
-    return c < x.columns ? static_cast<const uint8_t *>(p.io.q) +
-                               static_cast<size_t>(x.first_query + c) * p.row_bytes
-                         : nullptr;
-  };
   uint4 q = make_uint4(0, 0, 0, 0);
-  uint32_t tail_tokens = 0, started = 0, own_word = 0;
+  uint32_t tail_tokens = 0, started = 0, own_word = 0, one_more = 0;
+  uint32_t *starts = nullptr;
+  const bool keeper = warp == n_warps - 1 && lane == 0; /* has the least to do */
   /* for what the launch in front may have written */
   const auto ask = [&] {
-    q = rdkv_cuda__row_at(q_of(warp), p.row_bytes, 16 * lane);
-    tail_tokens = __ldcg(p.io.tail_tokens + x.sequence);
-    if (threadIdx.x == 0) {
-      started = atomicAdd(starts, one_more);
-      own_word = rdkv_cuda__look(own_words);
+    if (row_of_q != UINT32_MAX && 16 * lane < p.row_bytes)
+      q = __ldcg(
+          reinterpret_cast<const uint4 *>(p.q + static_cast<size_t>(row_of_q) * p.row_bytes) +
+          lane);
+    tail_tokens = __ldcg(p.tail_tokens + sequence);
+    if (warp == n_warps - 1) {
+      const uint32_t n = RDKV_CUDA__FIELD(n_parts), before = RDKV_CUDA__FIELD(part);
+      starts = p.counters + sequence * p.n_kv_heads * p.passes + RDKV_CUDA__FIELD(kv_head);
+      one_more = (before ? 1u : 1u - n) << 16;
+      if (lane == 0) {
+        own_word = rdkv_cuda__look(own_words);
+        /* a value that differs by lane, for all ptxas knows: else it makes this a sum over the
+           warp, which is waited for */
+        uint32_t zero;
+        asm volatile("mov.u32 %0, %%laneid;" : "=r"(zero));
+        started = atomicAdd(starts, one_more + zero);
+      }
     }
   };
-  /* tiles first, if the query has to be waited for; else last: they would stand in its way */
   if (!p.overlap) ask();
-  if (lane == 0 && first_bytes)
-    asm volatile(
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n\t"
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], [%1], %2, [%3], %4;" ::"r"(ring.base),
-        "l"(first), "r"(first_bytes), "r"(ring.barrier), "l"(ring.policy)
-        : "memory");
+  rdkv_cuda__slots s;
+  s.what = u.z, s.stride = __shfl_sync(RDKV_CUDA__FULL, u.w, 1);
+  s.n = s.stride >> 24, s.stride &= 0xffffffu;
+  rdkv_cuda__copy_tile(ring, ring.base + lane * s.stride, static_cast<uint64_t>(u.y) << 32 | u.x,
+                       u.z >> 12, lane < RDKV_CUDA__HASTE && u.z);
+  if (p.overlap) {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    ask();
+  }
+  if (warp == n_warps - 1 &&
+      lane - RDKV_CUDA__HASTE < sizeof(rdkv_cuda__piece) / 16) /* for the end */
+    reinterpret_cast<uint4 *>(&sh->piece[1])[lane - RDKV_CUDA__HASTE] = u;
+  const uint32_t key_rest = PAIRED ? 32u : p.key_fragments / 2;
+  const uint32_t tail_rest = PAIRED ? 32u : p.tail_fragments / 2;
+  const uint32_t k_dim = static_cast<uint32_t>(p.k_dim), mine = columns / 4 * (lane & 3);
+  rdkv_cuda_acc<D> a;
+  rdkv_cuda_clear(a);
   bool again = false;          /* not the block's first piece */
   uint32_t busy = 0, seen = 0; /* warps with something to add up; starts, a little later */
   for (;;) {
-    const uint32_t tile_begin = rdkv_cuda__uniform(x.tile_begin);
-    const uint32_t tile_end = rdkv_cuda__uniform(x.tile_end);
-    const uint32_t flags = rdkv_cuda__uniform(x.flags);
+    const uint32_t tile_begin = RDKV_CUDA__FIELD(tile_begin);
+    const uint32_t tile_end = RDKV_CUDA__FIELD(tile_end);
+    const uint32_t flags = RDKV_CUDA__FIELD(flags);
     const bool keys = tile_begin < tile_end;
-    const rdkv_cuda_head head = x.head;
-    if (again && keys) e = rdkv_cuda__entries_at(head, 2 * entry);
-    rdkv_cuda__slots s;
-    s.next = tile_begin + warp + lane * n_warps, s.what = s.n = s.stride = 0;
-    if (!again && tile_begin + warp + n_warps >= tile_end) /* one tile at most */
-      s.what = first_what & 0xffffu, s.n = 1;
-    else if (keys)
-      rdkv_cuda__fill_slots<true>(ring, head, v_dim, tile_end, n_warps, RDKV_CUDA__FULL,
-                                  lane == 0 && first_bytes, s);
-    first_bytes = 0;
-    if (p.overlap && !again) {
-      asm volatile("griddepcontrol.wait;" ::: "memory");
-      ask();
-    }
-    if (threadIdx.x == 0 && !again) sh->piece[1] = x; /* for the end */
-    const uint32_t widths = rdkv_cuda__uniform(rdkv_cuda_key_widths(head));
-    const float scale = __half2float(__ushort_as_half(static_cast<uint16_t>(x.scale)));
-#pragma unroll 1
-    for (uint32_t i = warp; i < jobs; i += n_warps) {
-      const uint32_t c = i & (columns - 1), part = i / columns;
-      uint8_t *const row = rows + i * (p.row_bytes + 16);
-      if (i != warp && !again) q = rdkv_cuda__row_at(q_of(i), p.row_bytes, 16 * lane);
-      if (i != warp && keys) e = rdkv_cuda__entries_at(head, 64 * part + 2 * lane);
-      if (!again) rdkv_cuda__row(row, q_of(i), p.row_bytes, q, p.dtype);
+    rdkv_cuda_head head;
+    const uint32_t blocks = RDKV_CUDA__FIELD(head.n_blocks);
+    const uint32_t others = RDKV_CUDA__FIELD(head.n_blocks[2]);
+    head.n_blocks[0] = static_cast<uint16_t>(blocks);
+    head.n_blocks[1] = static_cast<uint16_t>(blocks >> 16);
+    head.n_blocks[2] = static_cast<uint16_t>(others);
+    head.n_dropped = static_cast<uint16_t>(others >> 16);
+    const auto where_tiles_lie = [&] {
+      head.tiles = reinterpret_cast<const uint8_t *>(RDKV_CUDA__LONG(head.tiles));
+#pragma unroll
+      for (uint32_t i = 0; i < 4; ++i)
+        head.n_tokens[i] =
+            rdkv_cuda__word(u, offsetof(rdkv_cuda__piece, head.n_tokens) + sizeof(uint32_t) * i);
+    };
+    s.next = tile_begin + warp + lane * n_warps;
+    if (again) {
+      where_tiles_lie();
+      head.table = reinterpret_cast<const uint8_t *>(RDKV_CUDA__LONG(head.table));
       if (keys)
-        rdkv_cuda__query_part<PAIRED>(
-            head, e, row, scale * *reinterpret_cast<float *>(row + p.row_bytes), p.dtype,
-            p.factor_log2, c, part, parts, key_fragments, key_rest, &sh->factor[c].x, constants);
+        rdkv_cuda__fill_slots<true>(ring, head, v_dim, tile_end, n_warps, RDKV_CUDA__FULL, s);
+    } else {
+      s.next += s.n * n_warps;
+    }
+    const uint32_t widths = rdkv_cuda__uniform(rdkv_cuda_key_widths(head));
+    const float scale =
+        __half2float(__ushort_as_half(static_cast<uint16_t>(RDKV_CUDA__FIELD(scale))));
+    const uint32_t columns_here = RDKV_CUDA__FIELD(columns);
+    const uint32_t first_query = RDKV_CUDA__FIELD(first_query);
+    const uint32_t n_keys = 16u * (head.n_blocks[0] + head.n_blocks[1] + head.n_blocks[2]);
+#pragma unroll 1
+    for (uint32_t c = warp; c < columns; c += n_warps) {
+      float *const row = rows + c * (k_dim + 4); /* and its largest magnitude */
+      const bool fresh = !again && c == warp;
+      if (!again) {
+        const uint8_t *const from =
+            c < columns_here ? p.q + static_cast<size_t>(first_query + c) * p.row_bytes : nullptr;
+        if (!fresh) q = rdkv_cuda__row_at(from, p.row_bytes, 16 * lane);
+        row[k_dim] = rdkv_cuda__row(row, from, p.row_bytes, q, p.dtype);
+      }
+      if (!keys) continue;
+      const uint32_t exponent =
+          max(41u, min(241u, __float_as_uint(scale * row[k_dim]) >> 23)); /* of an upper bound */
+      const float up = __uint_as_float((268u - exponent) << 23);
+      const uint32_t all = n_keys + head.n_dropped;
+      float constant = 0;
+      uint32_t k = 0;
+      const auto add = [&](const rdkv_cuda__entry(&pair)[2], uint32_t k) {
+        constant += rdkv_cuda__query_pair(pair, 64 * k + 2 * lane, n_keys, row, up,
+                                          key_fragments + (PAIRED ? 64 : 32) * c, key_rest);
+      };
+      if (fresh)
+#pragma unroll
+        for (; k < n_pairs; ++k)
+          if (64 * k < all) add(e[k], k);
+#pragma unroll 1
+      for (; 64 * k < all; ++k) {
+        const uint32_t i = 64 * k + 2 * lane;
+        if (again)
+          e[0][0] = rdkv_cuda__entry_of(head, i), e[0][1] = rdkv_cuda__entry_of(head, i + 1);
+        else
+          pair(e[0], k);
+        add(e[0], k);
+      }
+#pragma unroll
+      for (int d = 16; d; d >>= 1) constant += __shfl_xor_sync(RDKV_CUDA__FULL, constant, d);
+      if (lane == 0)
+        sh->factor[c] = make_float2(
+            RDKV_CUDA__CODE_UNIT * __uint_as_float((exponent - 14u) << 23) * p.factor_log2,
+            constant * p.factor_log2);
     }
     bool tail = false;
     rdkv_cuda__warp &w = warps[warp];
     if (flags & RDKV_CUDA__LAST) {
-      const uint32_t stored = min(tail_tokens, x.capacity);
+      const uint32_t stored = min(tail_tokens, RDKV_CUDA__FIELD(capacity));
       const uint32_t tokens = stored + (p.io.k_new != nullptr), n = (tokens + 15) / 16;
-      const uint32_t chunk = __umulhi(n, x.tail_begin);
-      const uint32_t end = flags & RDKV_CUDA__TAIL_END ? n : __umulhi(n, x.tail_end);
+      const uint32_t chunk = __umulhi(n, RDKV_CUDA__FIELD(tail_begin));
+      const uint32_t end =
+          flags & RDKV_CUDA__TAIL_END ? n : __umulhi(n, RDKV_CUDA__FIELD(tail_end));
       tail = chunk < end;
       if (tail) {
+        const uint32_t kv_head = RDKV_CUDA__FIELD(kv_head);
         if (lane == 0) { /* the last warps have the fewest tiles */
-          const size_t at = static_cast<size_t>(x.sequence) * p.n_kv_heads + x.kv_head / p.passes;
+          const size_t at = static_cast<size_t>(sequence) * p.n_kv_heads + kv_head / p.passes;
           w.k_new = static_cast<const uint8_t *>(p.io.k_new) + 2 * at * k_dim;
           w.v_new = static_cast<const uint8_t *>(p.io.v_new) + 2 * at * v_dim;
           w.row_new = p.io.k_new ? stored : UINT32_MAX;
@@ -2708,46 +2793,38 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         __syncwarp();
 #pragma unroll 1
         for (uint32_t c = warp; c < columns; c += n_warps)
-          rdkv_cuda_query<PAIRED>(nullptr, p.tail_bf16,
-                                  c < x.columns ? rows + c * (p.row_bytes + 16) : nullptr, p.dtype,
-                                  p.k_dim, p.factor_log2, c, tail_fragments,
-                                  tail_fragments + tail_rest, &sh->tail_factor[c]);
+          rdkv_cuda__query_plain(rows + c * (k_dim + 4), rows[c * (k_dim + 4) + k_dim], p.tail_bf16,
+                                 k_dim, p.factor_log2, tail_fragments + (PAIRED ? 64 : 32) * c,
+                                 tail_rest, &sh->tail_factor[c]);
       }
     }
-    if (threadIdx.x == 0 && !again) { /* the last to start has what others left to it */
-      const uint32_t last = (started + one_more) >> 16 ? 0 : started & 0xffffu;
-      if (last) atomicSub(starts, last);
-      sh->last = last, sh->left = 0, sh->set = own_word & 1;
+    if (keeper && !again) {
+      sh->left = 0, sh->set = own_word & 1;
       own_words[0] = own_word ^ 1u, own_words[1] = RDKV_CUDA__ABSENT; /* its share is its own */
     }
     if (threadIdx.x < columns && !again)
       sh->max[threadIdx.x] = rdkv_cuda__ordered(__float_as_int(-INFINITY));
+    if (!again && tile_begin + warp + s.n * n_warps < tile_end)
+      where_tiles_lie(); /* more to fill */
     __syncthreads();
-    if (threadIdx.x == 0 && !again) seen = rdkv_cuda__look(starts);
     busy = max(busy, tail ? n_warps : min(n_warps, tile_end - min(tile_begin, tile_end)));
 
     uint32_t slot = 0;
     float2 key_factor[2] = {};
-    if (keys)
-#pragma unroll
-      for (uint32_t k = 0; k < (PAIRED ? 1 : 2); ++k) {
-        key_factor[k].x = sh->factor[mine + k].x;
-        const float4 y = *reinterpret_cast<const float4 *>(constants + 4 * (mine + k));
-        key_factor[k].y = y.x + y.y + (y.z + y.w);
-      }
+    if (keys) key_factor[0] = sh->factor[mine], key_factor[1] = sh->factor[mine + !PAIRED];
 #pragma unroll 1
     for (uint32_t tile = tile_begin + warp; tile < tile_end; tile += n_warps) {
       const uint32_t what = __shfl_sync(RDKV_CUDA__FULL, s.what, static_cast<int>(slot));
-      const int run = static_cast<int>(what & 255);
+      const int run = static_cast<int>(what & 15);
       rdkv_cuda__take(ring, slot);
       rdkv_cuda__units(a, run == 3);
       const uint8_t *one[1] = {own + slot * s.stride};
-      rdkv_cuda__tiles<PAIRED, false, 2>(a, one, widths, run, what >> 8, key_fragments, key_rest,
-                                         false, key_factor,
+      rdkv_cuda__tiles<PAIRED, false, 2>(a, one, widths, run, what >> 4 & 255, key_fragments,
+                                         key_rest, false, key_factor,
                                          rdkv_cuda__lift_of<PAIRED>(run)); /* 2: less code */
       __syncwarp();
       if (tile + s.n * n_warps < tile_end)
-        rdkv_cuda__fill_slots<false>(ring, head, v_dim, tile_end, n_warps, 1u << slot, false, s);
+        rdkv_cuda__fill_slots<false>(ring, head, v_dim, tile_end, n_warps, 1u << slot, s);
       slot = slot + 1 == s.n ? 0 : slot + 1;
     }
     if (tail) {
@@ -2760,18 +2837,27 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
                                             tail_rest, factor);
     }
     if (!(flags & RDKV_CUDA__MORE)) break;
-    piece = p.pieces + piece->next, x = *piece, again = true;
+    piece = p.pieces + RDKV_CUDA__FIELD(next), again = true;
+    if (lane - RDKV_CUDA__HASTE < sizeof(rdkv_cuda__piece) / 16)
+      u = reinterpret_cast<const uint4 *>(piece)[lane - RDKV_CUDA__HASTE];
     __syncthreads(); /* all have done with the query */
+  }
+
+  if (keeper) { /* the last to start has what others left to it */
+    const uint32_t last = (started + one_more) >> 16 ? 0 : started & 0xffffu;
+    if (last) atomicSub(starts, last);
+    sh->last = last;
+    seen = rdkv_cuda__look(starts);
   }
 
   clear(part + (sh->set ? 0 : static_cast<size_t>(p.n_blocks) * part_words));
   /* all warps' sums to one scale, that of the block's largest logit */
   const uint32_t n = sh->piece[1].n_parts;
   const float unit = a.plain ? 1.0f : RDKV_CUDA__CODE_UNIT;
-  float *const values = reinterpret_cast<float *>(rings); /* [warps][dims][columns] */
-  float2 *const sums = reinterpret_cast<float2 *>(values + n_warps * n_values); /* and mids */
-  constexpr uint32_t own_columns = PAIRED ? 1 : 2;                              /* of a lane */
-  float sum = 0; /* lanes 16 to 31: mid; every second 8 lanes: the second column, if there is one */
+  float *const values = reinterpret_cast<float *>(own); /* [dims][columns], then sums */
+  const uint32_t apart = p.ring_bytes / sizeof(float);  /* from one warp's to the next */
+  constexpr uint32_t own_columns = PAIRED ? 1 : 2;      /* of a lane */
+  float sum = 0, mid[2] = {}; /* every second 8 lanes: the second column, if there is one */
   const bool upper = lane & 16, second = !PAIRED && lane & 8;
   if (warp < busy) {
     float pair[2] = {};
@@ -2784,6 +2870,9 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
     sum = (second ? pair[1] : pair[0]) +
           __shfl_xor_sync(RDKV_CUDA__FULL, PAIRED || second ? pair[0] : pair[1], 8);
     sum += __shfl_xor_sync(RDKV_CUDA__FULL, sum, 4);
+#pragma unroll
+    for (uint32_t k = 0; k < own_columns; ++k) /* lanes 16 to 31 have mids */
+      mid[k] = __shfl_sync(RDKV_CUDA__FULL, sum, static_cast<int>(16 + 8 * k + (lane & 3)));
   }
   __syncthreads();
   if (warp < busy) {
@@ -2793,21 +2882,22 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
       const float top = __int_as_float(rdkv_cuda__ordered(sh->max[mine + k]));
       f[k] = a.max[k] == top ? 1.0f : rdkv_cuda__exp2(a.max[k] - top);
     }
-    if ((lane & (PAIRED ? 12 : 4)) == 0)
-      reinterpret_cast<float *>(sums + warp * columns + mine + second)[upper] =
-          sum * (second ? f[1] : f[0]);
+    if ((lane & (PAIRED ? 28 : 20)) == 0)
+      values[n_values + mine + second] = sum * (second ? f[1] : f[0]);
+    mid[0] *= f[0], mid[1] *= f[1];
     f[0] *= unit, f[1] *= unit;
-    float *to = values + warp * n_values + (lane >> 2) * columns + mine;
+    float *const to = values + (lane >> 2) * columns + mine;
 #pragma unroll
     for (uint32_t i = 0; i < 2 * D; ++i) {
       const float x0 = a.acc[i / 2][2 * (i & 1)], x1 = a.acc[i / 2][2 * (i & 1) + 1];
       if (PAIRED)
-        to[8 * i * columns] = (x0 + x1) * f[0];
+        to[8 * i * columns] = (x0 + x1) * f[0] + mid[0];
       else
-        *reinterpret_cast<float2 *>(to + 8 * i * columns) = make_float2(x0 * f[0], x1 * f[1]);
+        *reinterpret_cast<float2 *>(to + 8 * i * columns) =
+            make_float2(x0 * f[0] + mid[0], x1 * f[1] + mid[1]);
     }
   }
-  if (threadIdx.x == 0 && seen >> 16 && (seen = rdkv_cuda__look(starts)) >> 16) {
+  if (keeper && seen >> 16 && (seen = rdkv_cuda__look(starts)) >> 16) {
     /* Not all of the head's blocks have started: this one must not wait for them, as they may wait
        for its place. The last to start will take over its share. */
     own_words[1] = 0;
@@ -2821,8 +2911,8 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
     }
   }
   __syncthreads();
-  /* From here on a warp works for itself. It adds up every n_warps-th 32 values of the warps, and
-     leaves the sums in memory, where a word says itself whether it is there. */
+  /* From here on a warp works for itself. The first ones add up the warps' values, the last one
+     their sums, and leave them in memory, where a word says itself whether it is there. */
   const rdkv_cuda__piece &y = sh->piece[1];
   if (sh->set) part += static_cast<size_t>(p.n_blocks) * part_words;
   const auto write = [&](uint32_t o, float value, float all, float high) {
@@ -2832,35 +2922,42 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
                      all > 0 ? __fdividef(value, all) : 0.0f);
     if (d == 0 && p.io.lse) p.io.lse[row] = all > 0 ? (high + log2f(all)) * 0.69314718f : -INFINITY;
   };
-  if (32 * warp < n_values) {
-    const uint32_t c = lane & (columns - 1);
-    const float high = __int_as_float(rdkv_cuda__ordered(sh->max[c]));
-    float2 all = make_float2(0, 0); /* sum and mid */
-#pragma unroll 2
-    for (uint32_t k = lane / columns; k < busy; k += 32 / columns) {
-      const float2 one = sums[k * columns + c];
-      all.x += one.x, all.y += one.y;
-    }
-#pragma unroll
-    for (uint32_t d = columns; d < 32; d <<= 1) {
-      all.x += __shfl_xor_sync(RDKV_CUDA__FULL, all.x, d);
-      all.y += __shfl_xor_sync(RDKV_CUDA__FULL, all.y, d);
-    }
-    if (n > 1 && warp == 0) rdkv_cuda__leave(part + n_values + 2 * lane, high, all.x);
-#pragma unroll 1
-    for (uint32_t o = threadIdx.x; o < n_values; o += blockDim.x) {
-      float value = all.y;
+  const float *const first_values = reinterpret_cast<const float *>(rings);
+  const auto top_of = [&](uint32_t c) { return __int_as_float(rdkv_cuda__ordered(sh->max[c])); };
+  const auto sum_of = [&](uint32_t c) {
+    float all = 0;
 #pragma unroll 4
-      for (uint32_t k = 0; k < busy; ++k) value += values[k * n_values + o];
-      if (n > 1)
-        rdkv_cuda__leave(part + o, value);
-      else
-        write(o, value, all.x, high);
+    for (uint32_t k = 0; k < busy; ++k) all += first_values[k * apart + n_values + c];
+    return all;
+  };
+  if (n > 1 &&
+      warp == n_warps - 1) { /* tops, sums, and so on: each share's readers have their own */
+    const uint32_t c = lane & (columns - 1);
+    const float all = sum_of(c), x = lane & columns ? all : top_of(c);
+    rdkv_cuda__leave(part + n_values + lane, x), rdkv_cuda__leave(part + n_values + 32 + lane, x);
+  }
+#pragma unroll 1
+  for (uint32_t o = 4 * threadIdx.x; o < n_values; o += 4 * blockDim.x) {
+    float4 value = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+    for (uint32_t k = 0; k < busy; ++k)
+      rdkv_cuda__fma4(value, make_float4(1, 1, 1, 1),
+                      *reinterpret_cast<const float4 *>(first_values + k * apart + o));
+    if (n > 1) {
+      rdkv_cuda__leave(part + o, value);
+    } else {
+      const float v[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll 1
+      for (uint32_t k = 0; k < 4; ++k) {
+        const uint32_t c = (o + k) & (columns - 1);
+        write(o + k, k & 2 ? (k & 1 ? v[3] : v[2]) : (k & 1 ? v[1] : v[0]), sum_of(c), top_of(c));
+      }
     }
   }
   if (n == 1) return;
-  /* The head's blocks share the values: every n-th 32 of them are a block's, one after the other
-     its warps', the last one's first. */
+  /* The head's blocks share the values: every n-th 32 or 8 of them are a block's, one after the
+     other its warps', the last one's first. With more than four parts 8 lanes have every fourth. */
+  const uint32_t share = n > 4 ? 8 : 32;
   const float *const first_part = part - static_cast<size_t>(y.part) * part_words;
 #pragma unroll 1
   for (uint32_t k = 0, who = y.part; k < n; ++k, who = who + 1 == n ? 0 : who + 1) {
@@ -2869,17 +2966,37 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
                : rdkv_cuda__look(own_words + (static_cast<int64_t>(who) - y.part) * part_words + 1))
       continue;
 #pragma unroll 1
-    for (uint32_t o = 32 * (who + n * (n_warps - 1 - warp)) + lane; o < n_values;
-         o += n * blockDim.x) {
-      const float *at = first_part + o;
-      const float *pair = first_part + n_values + 2 * ((who * columns + o % columns) & 31);
+    for (uint32_t first = share * (who + n * (n_warps - 1 - warp)); first < n_values;
+         first += share * n * n_warps) {
+      const uint32_t o = first + (lane & (share - 1)), turn = lane / share;
+      const float *at = first_part + turn * part_words + o;
+      const float *tops = first_part + turn * part_words + n_values + ((2 * columns * who) & 63) +
+                          (o & (columns - 1));
       float value = 0, all = 0, high = -INFINITY;
+      if (n <= 4) {
+        rdkv_cuda__add_parts<false, columns, part_words>(at, tops, n, high, value, all);
+        write(o, value, all, high);
+        continue;
+      }
       uint32_t left = n;
 #pragma unroll 1
-      for (; left >= 16; left -= 16, at += 16 * part_words, pair += 16 * part_words)
-        rdkv_cuda__add_parts<true, part_words>(at, pair, 16, high, value, all);
-      if (left) rdkv_cuda__add_parts<false, part_words>(at, pair, left, high, value, all);
-      write(o, value, all, high);
+      for (; left >= 16; left -= 16, at += 16 * part_words, tops += 16 * part_words)
+        rdkv_cuda__add_parts<true, columns, 4 * part_words>(at, tops, 4, high, value, all);
+      if (left)
+        rdkv_cuda__add_parts<false, columns, 4 * part_words>(
+            at, tops, left > turn ? (left - turn + 3) / 4 : 0, high, value, all);
+      float top = high;
+#pragma unroll
+      for (uint32_t d = 8; d < 32; d <<= 1)
+        top = fmaxf(top, __shfl_xor_sync(RDKV_CUDA__FULL, top, d));
+      const float f = high == top ? 1.0f : rdkv_cuda__exp2(high - top);
+      value *= f, all *= f;
+#pragma unroll
+      for (uint32_t d = 8; d < 32; d <<= 1) {
+        value += __shfl_xor_sync(RDKV_CUDA__FULL, value, d);
+        all += __shfl_xor_sync(RDKV_CUDA__FULL, all, d);
+      }
+      if (turn == 0) write(o, value, all, top);
     }
   }
 #else
@@ -2955,20 +3072,22 @@ static uint32_t rdkv_cuda__row_bytes(const rdkv_cuda_config *c) {
 
 static uint32_t rdkv_cuda__source_bytes(const rdkv_cuda_config *c) {
   const uint32_t group = static_cast<uint32_t>(c->n_q_heads / c->n_kv_heads);
-  if (c->latency > 0) { /* no table, but a row for each warp that makes a part of the query */
-    const uint32_t columns = group <= 4 ? 4 : 8, warps = static_cast<uint32_t>(c->n_warps);
-    return ((warps < columns ? columns : warps) * (rdkv_cuda__row_bytes(c) + 16) + 127) / 128 * 128;
+  if (c->latency > 0) { /* no table, but rows as floats, each with its largest magnitude */
+    const uint32_t columns = group <= 4 ? 4 : 8;
+    return (columns * (static_cast<uint32_t>(c->k_dim) + 4) * 4 + 127) / 128 * 128;
   }
   return rdkv_cuda__table_room(c) +
          ((group < 8 ? group : 8) * rdkv_cuda__row_bytes(c) + 127) / 128 * 128;
 }
 
 static uint32_t rdkv_cuda__shared_bytes(const rdkv_cuda_config *c) {
+  const uint32_t warps = static_cast<uint32_t>(c->n_warps);
   return rdkv_cuda__source_bytes(c) + rdkv_cuda__fragments(c, c->k_dim / 16 + 2) +
          (c->latency > 0 ? rdkv_cuda__fragments(c, c->k_dim / 16) : 0) +
          static_cast<uint32_t>(sizeof(rdkv_cuda__shared)) +
-         static_cast<uint32_t>(c->n_warps) *
-             (static_cast<uint32_t>(sizeof(rdkv_cuda__warp)) + rdkv_cuda__ring_bytes(c));
+         (c->latency > 0 ? RDKV_CUDA__MOST_WARPS : warps) *
+             static_cast<uint32_t>(sizeof(rdkv_cuda__warp)) +
+         warps * rdkv_cuda__ring_bytes(c);
 }
 
 /* The latency kernel's geometry and latency = 1, if there are blocks for at least two parts of each
@@ -3123,6 +3242,7 @@ extern "C" cudaError_t rdkv_cuda_plan(const rdkv_cuda_config *cfg,
   p.group = l.group;
   p.first_layer = cfg->first_layer, p.k_dim = cfg->k_dim, p.v_dim = cfg->v_dim;
   p.latency = cfg->latency > 0, p.n_warps = cfg->n_warps;
+  p.ring_bytes = rdkv_cuda__ring_bytes(cfg);
   p.parts = reinterpret_cast<uint4 *>(p.plan + l.bytes * static_cast<size_t>(cfg->n_layers));
   p.n_parts = static_cast<uint32_t>(2 * l.part / sizeof(uint4)) * p.n_blocks;
   rdkv_cuda__plan_kernel<<<static_cast<uint32_t>(cfg->n_layers), RDKV_CUDA__PLAN_THREADS, 0,
@@ -3143,12 +3263,13 @@ extern "C" cudaError_t rdkv_cuda_attend(const rdkv_cuda_config *cfg, const void 
   p.pieces = reinterpret_cast<const rdkv_cuda__piece *>(base);
   p.counters = reinterpret_cast<uint32_t *>(const_cast<uint8_t *>(base) + l.counters);
   p.starts = base + l.starts, p.start_bytes = rdkv_cuda__start_bytes(cfg->k_dim);
+  p.entries = p.starts + RDKV_CUDA__MOST_WARPS * RDKV_CUDA__HASTE * sizeof(rdkv_cuda__first);
   p.partials = static_cast<float *>(workspace);
   if (l.part)
     p.partials =
         reinterpret_cast<float *>(const_cast<uint8_t *>(static_cast<const uint8_t *>(plan)) +
                                   l.bytes * static_cast<size_t>(cfg->n_layers));
-  p.io = *io;
+  p.io = *io, p.q = static_cast<const uint8_t *>(io->q), p.tail_tokens = io->tail_tokens;
   p.passes = l.passes;
   p.n_kv_heads = static_cast<uint32_t>(cfg->n_kv_heads);
   p.k_dim = cfg->k_dim, p.dtype = cfg->dtype, p.tail_bf16 = cfg->tail_dtype == RDKV_BF16;
