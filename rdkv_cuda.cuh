@@ -9464,7 +9464,7 @@ static cudaError_t allocate(const rdkv_config *cfg, const rdkv_layer *layers, in
     if (!e)
       e = cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, PAPER_WORDS * 4);
     if (e) return e;
-    uint32_t size = 1;
+    uint32_t size = 1; /* blocks of a head: code for a device before Hopper knows one */
     while (is.ptxVersion >= 90 && size < CLUSTER && size * CLUSTER_PART < n &&
            2 * size * a.n_heads <= 128)
       size *= 2;
@@ -9473,9 +9473,9 @@ static cudaError_t allocate(const rdkv_config *cfg, const rdkv_layer *layers, in
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = size;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    launch.gridDim = dim3(size * a.n_kv_heads, static_cast<uint32_t>(n_layers)),
-    launch.blockDim = dim3(SOLVE);
-    launch.dynamicSmemBytes = PAPER_WORDS * 4, launch.stream = stream;
+    launch.gridDim = dim3(size * a.n_kv_heads, static_cast<uint32_t>(n_layers));
+    launch.blockDim = dim3(SOLVE), launch.dynamicSmemBytes = PAPER_WORDS * 4;
+    launch.stream = stream;
     launch.attrs = &attribute, launch.numAttrs = size > 1;
     return cudaLaunchKernelEx(&launch, paper_kernel, a);
   }
