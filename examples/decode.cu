@@ -43,7 +43,7 @@ static __global__ void warp_attend(const void *block, const __half *q, float sca
   rdkv_cuda_head_of(block, 0, static_cast<int>(blockIdx.x), &head);
   for (uint32_t c = 0; c < GROUP; ++c)
     rdkv_cuda_query<true>(&head, false, q + (blockIdx.x * GROUP + c) * DIM, RDKV_F16, DIM,
-                    scale * 1.442695f, c, fragments, fragments + 32, &factors[c]);
+                          scale * 1.442695f, c, fragments, fragments + 32, &factors[c]);
   __syncwarp();
   const uint32_t lane = threadIdx.x, g = lane >> 2, column = lane & 3;
   const float2 factor[2] = {factors[column], factors[column]};
