@@ -28,6 +28,7 @@ static void *device_memory(size_t bytes) {
   void *p = nullptr;
   check(cudaMalloc(&p, bytes));
   check(cudaMemset(p, 0, bytes));
+  check(cudaDeviceSynchronize()); /* main's stream does not wait for it */
   return p;
 }
 static float noise(uint32_t i) { /* from a hash of i, uniform, variance 1 */
