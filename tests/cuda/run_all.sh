@@ -59,8 +59,8 @@ if has sanitize; then
     for test in test_cuda test_compress test_sequence; do
       options="--error-exitcode 9 --tool $tool"
       names=all
-      case $tool.$test in # six barriers a warp; room for more takes more time
-        synccheck.test_cuda) options="$options --num-cuda-barriers 65536" ;;
+      case $tool.$test in # room for all barriers; more takes more time
+        synccheck.test_cuda | synccheck.test_compress) options="$options --num-cuda-barriers 65536" ;;
         synccheck.test_sequence) options="$options --num-cuda-barriers 4096" ;;
         # of the solver, whose blocks wait for one another, a few launches: each takes minutes
         racecheck.test_compress) names="pack measure score items paper graph" ;;
