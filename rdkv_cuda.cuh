@@ -1734,6 +1734,22 @@ __device__ __forceinline__ void rdkv_cuda__take(rdkv_cuda__ring &r, uint32_t slo
 #endif
 }
 
+/* A lane's tile to its slot, if it is one of mine. */
+__device__ __forceinline__ void rdkv_cuda__copy_tile(const rdkv_cuda__ring &r, uint32_t to,
+                                                     uint64_t from, uint32_t bytes, bool mine) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n\t.reg .pred mine;\n\t"
+      "setp.ne.u32 mine, %5, 0;\n\t"
+      "@mine mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n\t"
+      "@mine cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;\n\t}" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(r.barrier + 8u * (threadIdx.x & 31)), "l"(r.policy),
+      "r"(static_cast<uint32_t>(mine))
+      : "memory");
+#endif
+}
+
 /* Copies the tiles in front of end that are due once the warp has come to tile. */
 __device__ __forceinline__ void rdkv_cuda__fill(rdkv_cuda__ring &r, rdkv_cuda__feed &f,
                                                 uint32_t n_warps, uint32_t tile,
@@ -1741,15 +1757,7 @@ __device__ __forceinline__ void rdkv_cuda__fill(rdkv_cuda__ring &r, rdkv_cuda__f
   const uint32_t lane = threadIdx.x & 31;
   const bool mine = f.due <= tile && f.next < end;
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n\t.reg .pred mine;\n\t"
-      "setp.ne.u32 mine, %5, 0;\n\t"
-      "@mine mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n\t"
-      "@mine cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4;\n\t}" ::"r"(r.base + lane * f.bytes),
-      "l"(f.source), "r"(f.bytes), "r"(r.barrier + 8u * lane), "l"(r.policy),
-      "r"(static_cast<uint32_t>(mine))
-      : "memory");
+  rdkv_cuda__copy_tile(r, r.base + lane * f.bytes, f.source, f.bytes, mine);
 #else
   for (uint32_t left = __ballot_sync(RDKV_CUDA__FULL, mine); left;) { /* in the tiles' order */
     const bool wanted = left >> lane & 1;
@@ -2373,22 +2381,6 @@ typedef struct rdkv_cuda__slots {
   uint32_t what;      /* of the one that is in it: V run, tokens << 4 */
   uint32_t stride, n; /* bytes from one slot to the next, and how many there are */
 } rdkv_cuda__slots;
-
-/* A lane's tile to its slot, if it is one of mine. */
-__device__ __forceinline__ void rdkv_cuda__copy_tile(const rdkv_cuda__ring &r, uint32_t to,
-                                                     uint64_t from, uint32_t bytes, bool mine) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n\t.reg .pred mine;\n\t"
-      "setp.ne.u32 mine, %5, 0;\n\t"
-      "@mine mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n\t"
-      "@mine cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4;\n\t}" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(r.barrier + 8u * (threadIdx.x & 31)), "l"(r.policy),
-      "r"(static_cast<uint32_t>(mine))
-      : "memory");
-#endif
-}
 
 /* Has tiles copied to the slots in mask, while there are any; at first divides the ring. */
 template <bool FIRST>
