@@ -2374,18 +2374,19 @@ static void rdkv__solve_at(rdkv__solver *s, float threshold) {
   for (i = 0; i < s->n_heads; i++) rdkv__assign(s, &s->heads[i], rdkv__fine_edge(base, 0));
 }
 
-/* Where the budget is only a few tiles a step of K is large against it and the threshold a poor
-   guide: then K is tried dearer and cheaper, on tiny problems somewhat smaller budgets too (so that
-   more bytes are not worse), and the best is taken. */
+/* Where a short prompt's budget is only a few tiles a step of K is large against it and the
+   threshold a poor guide: then K is tried dearer and cheaper, on tiny problems somewhat smaller
+   budgets too (so that more bytes are not worse), and the best is taken. */
 static void rdkv__solve_best(rdkv__solver *s, uint64_t budget, double *threshold_used) {
   static const float bias[7] = {1, 4, 0.25f, 16, 64, 2, 0.5f};
   uint64_t tile = (uint64_t)rdkv__pad16(s->cfg->k_dim + s->cfg->v_dim) / 16 * 256, b;
   uint64_t n = s->heads[0].n_tokens, least, best_budget = budget;
   double best = 0;
   int i, which = -1,
-         n_bias = budget / tile < 8 * s->n_heads                ? 7
-                  : n < 1024 && budget / tile < 64 * s->n_heads ? 5
-                                                                : 1;
+         n_bias = n >= 1024                         ? 1
+                  : budget / tile < 8 * s->n_heads  ? 7
+                  : budget / tile < 64 * s->n_heads ? 5
+                                                    : 1;
   least = rdkv__least_bytes(s, s->heads, s->n_heads);
   if (least < budget / 4 * 3) least = budget / 4 * 3; /* far smaller ones are worse anyway */
   if (n * s->n_heads * (budget / 128) > 1 << 17) least = budget;

@@ -8026,9 +8026,10 @@ __device__ inline uint64_t least_bytes(const solver &s, uint32_t first, uint32_t
 /* rdkv__solve_best. */
 __device__ inline void solve_best(solver &s, uint64_t budget, double *used) {
   const uint64_t tile = static_cast<uint64_t>(pad16(s.a.k_dim + s.a.v_dim)) / 16 * 256;
-  const int n_bias = budget / tile < 8ull * s.n_heads                    ? 7
-                     : s.a.n < 1024 && budget / tile < 64ull * s.n_heads ? 5
-                                                                         : 1;
+  const int n_bias = s.a.n >= 1024                       ? 1
+                     : budget / tile < 8ull * s.n_heads  ? 7
+                     : budget / tile < 64ull * s.n_heads ? 5
+                                                         : 1;
   uint64_t lowest = least_bytes(s, s.first, s.n_heads), best_budget = budget;
   double best = 0;
   float best_bias = 0;
