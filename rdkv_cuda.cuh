@@ -1282,9 +1282,10 @@ rdkv_cuda__piece; /* 128 bytes, read 16 at a time */
   ((values) + 96u) /* own words: the last 32, in the first set */
 #define RDKV_CUDA__ABSENT 0xffffffffu
 
-/* What a warp of the latency kernel asks for at once, beside its block's first piece: a tile for
-   each slot that is filled before the query has come, for more would stand in its way. Behind those
-   of all warps the table of the piece's head. */
+/* What a warp of the latency kernel asks for at once, beside its block's first piece: its first
+   tile, and how its ring is divided, for its other slots are filled once the query has come: at
+   most HASTE in all, for more would stand in the first ones' way. Behind those of all warps the
+   table of the piece's head. */
 #define RDKV_CUDA__HASTE 2
 
 typedef struct __align__(16) rdkv_cuda__first {
@@ -1734,9 +1735,10 @@ __device__ __forceinline__ void rdkv_cuda__take(rdkv_cuda__ring &r, uint32_t slo
 #endif
 }
 
-/* A lane's tile to its slot, if it is one of mine. */
-__device__ __forceinline__ void rdkv_cuda__copy_tile(const rdkv_cuda__ring &r, uint32_t to,
-                                                     uint64_t from, uint32_t bytes, bool mine) {
+/* A lane's tile to a slot of its own, which lies at to, if it is one of mine. */
+__device__ __forceinline__ void rdkv_cuda__copy_tile(const rdkv_cuda__ring &r, uint32_t slot,
+                                                     uint32_t to, uint64_t from, uint32_t bytes,
+                                                     bool mine) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n\t.reg .pred mine;\n\t"
@@ -1744,7 +1746,7 @@ __device__ __forceinline__ void rdkv_cuda__copy_tile(const rdkv_cuda__ring &r, u
       "@mine mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n\t"
       "@mine cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1], %2, [%3], %4;\n\t}" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(r.barrier + 8u * (threadIdx.x & 31)), "l"(r.policy),
+      "l"(from), "r"(bytes), "r"(r.barrier + 8u * slot), "l"(r.policy),
       "r"(static_cast<uint32_t>(mine))
       : "memory");
 #endif
@@ -1757,7 +1759,7 @@ __device__ __forceinline__ void rdkv_cuda__fill(rdkv_cuda__ring &r, rdkv_cuda__f
   const uint32_t lane = threadIdx.x & 31;
   const bool mine = f.due <= tile && f.next < end;
 #if __CUDA_ARCH__ >= 900
-  rdkv_cuda__copy_tile(r, r.base + lane * f.bytes, f.source, f.bytes, mine);
+  rdkv_cuda__copy_tile(r, lane, r.base + lane * f.bytes, f.source, f.bytes, mine);
 #else
   for (uint32_t left = __ballot_sync(RDKV_CUDA__FULL, mine); left;) { /* in the tiles' order */
     const bool wanted = left >> lane & 1;
@@ -2375,41 +2377,25 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
    every launch's end. A block that finds another number leaves its share to the block that starts
    last, which reads in the lower half that somebody has; one word tells both, so they agree. */
 
-/* A warp's tiles: every n_warps-th of a piece, whatever their widths. Lane j looks after slot j. */
-typedef struct rdkv_cuda__slots {
-  uint32_t next;      /* tile that goes to the slot next */
-  uint32_t what;      /* of the one that is in it: V run, tokens << 4 */
+/* A warp's tiles: every n_warps-th of a piece, whatever their widths. Lane j looks up every 32nd of
+   them, from its j-th on, before the warp comes to it. */
+typedef struct rdkv_cuda__look_ahead {
+  uint32_t next;      /* the lane's next tile */
+  uint32_t what;      /* as in rdkv_cuda__first */
+  uint64_t source;    /* its address */
   uint32_t stride, n; /* bytes from one slot to the next, and how many there are */
-} rdkv_cuda__slots;
+} rdkv_cuda__look_ahead;
 
-/* Has tiles copied to the slots in mask, while there are any; at first divides the ring. */
-template <bool FIRST>
-__device__ __forceinline__ void rdkv_cuda__fill_slots(const rdkv_cuda__ring &r,
-                                                      const rdkv_cuda_head &head, int v_dim,
-                                                      uint32_t tile_end, uint32_t n_warps,
-                                                      uint32_t mask, rdkv_cuda__slots &s) {
-#if __CUDA_ARCH__ >= 900
-  const uint32_t lane = threadIdx.x & 31;
-  const uint32_t tile = FIRST && lane == 31 ? tile_end - 1 : min(s.next, tile_end - 1);
-  const bool there = s.next < tile_end;
+__device__ __forceinline__ void rdkv_cuda__look_up(const rdkv_cuda_head &head, int v_dim,
+                                                   uint32_t tile_end, rdkv_cuda__look_ahead &s) {
   int run;
   uint32_t tokens;
   uint64_t offset;
-  rdkv_cuda_tile_at(head, v_dim, tile, &run, &tokens, &offset);
+  rdkv_cuda_tile_at(head, v_dim, min(s.next, tile_end - 1), &run, &tokens, &offset);
   const uint32_t bytes =
       rdkv_cuda_key_bytes(head) + 128u + (static_cast<uint32_t>(v_dim * 8) << run);
-  /* of the warp's largest tile; widths ascend, where lanes are too few for all. More slots than
-     HASTE take longer all in all, though there may be room. */
-  if (FIRST) {
-    s.stride = __reduce_max_sync(RDKV_CUDA__FULL, there ? bytes : 0);
-    s.n = static_cast<uint32_t>(__popc(__ballot_sync(
-        RDKV_CUDA__FULL, lane < RDKV_CUDA__HASTE && (lane + 1) * s.stride <= r.size)));
-  }
-  const bool mine = mask >> lane & 1 && lane < s.n && there;
-  rdkv_cuda__copy_tile(r, r.base + lane * s.stride, __cvta_generic_to_global(head.tiles + offset),
-                       bytes, mine);
-  if (mine) s.what = static_cast<uint32_t>(run) | tokens << 4, s.next += s.n * n_warps;
-#endif
+  s.what = static_cast<uint32_t>(run) | tokens << 4 | bytes << 12;
+  s.source = __cvta_generic_to_global(head.tiles + offset);
 }
 
 /* 16 bytes of a row of q, past the first-level cache, which may hold older values; 0 if q is NULL.
@@ -2669,11 +2655,12 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
     }
   };
   if (!p.overlap) ask();
-  rdkv_cuda__slots s;
-  s.what = u.z, s.stride = __shfl_sync(RDKV_CUDA__FULL, u.w, 1);
-  s.n = s.stride >> 24, s.stride &= 0xffffffu;
-  rdkv_cuda__copy_tile(ring, ring.base + lane * s.stride, static_cast<uint64_t>(u.y) << 32 | u.x,
-                       u.z >> 12, lane < RDKV_CUDA__HASTE && u.z);
+  rdkv_cuda__look_ahead s;
+  s.what = u.z, s.source = static_cast<uint64_t>(u.y) << 32 | u.x;
+  s.stride = __shfl_sync(RDKV_CUDA__FULL, u.w, 1), s.n = s.stride >> 24, s.stride &= 0xffffffu;
+  __syncwarp(); /* the barriers are there */
+  rdkv_cuda__copy_tile(ring, lane, ring.base + lane * s.stride, s.source, s.what >> 12,
+                       lane == 0 && s.what);
   if (p.overlap) {
     asm volatile("griddepcontrol.wait;" ::: "memory");
     ask();
@@ -2707,14 +2694,20 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         head.n_tokens[i] =
             rdkv_cuda__word(u, offsetof(rdkv_cuda__piece, head.n_tokens) + sizeof(uint32_t) * i);
     };
-    s.next = tile_begin + warp + lane * n_warps;
+    /* has tiles copied to all slots from first on */
+    const auto fill = [&](uint32_t first) {
+      s.next = tile_begin + warp + lane * n_warps;
+      rdkv_cuda__look_up(head, v_dim, tile_end, s);
+      rdkv_cuda__copy_tile(ring, lane, ring.base + lane * s.stride, s.source, s.what >> 12,
+                           lane >= first && lane < s.n && s.next < tile_end);
+    };
     if (again) {
       where_tiles_lie();
       head.table = reinterpret_cast<const uint8_t *>(RDKV_CUDA__LONG(head.table));
-      if (keys)
-        rdkv_cuda__fill_slots<true>(ring, head, v_dim, tile_end, n_warps, RDKV_CUDA__FULL, s);
-    } else {
-      s.next += s.n * n_warps;
+      const int most = head.n_tokens[3] ? 3 : head.n_tokens[2] ? 2 : head.n_tokens[1] ? 1 : 0;
+      s.stride = rdkv_cuda_key_bytes(head) + 128u + (v_dim * 8u << most);
+      s.n = min(ring.size / s.stride, static_cast<uint32_t>(RDKV_CUDA__HASTE));
+      if (keys) fill(0);
     }
     const uint32_t widths = rdkv_cuda__uniform(rdkv_cuda_key_widths(head));
     const float scale =
@@ -2730,7 +2723,9 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         const uint8_t *const from =
             c < columns_here ? p.q + static_cast<size_t>(first_query + c) * p.row_bytes : nullptr;
         if (!fresh) q = rdkv_cuda__row_at(from, p.row_bytes, 16 * lane);
-        row[k_dim] = rdkv_cuda__row(row, from, p.row_bytes, q, p.dtype);
+        const float largest = rdkv_cuda__row(row, from, p.row_bytes, q, p.dtype);
+        if (lane == 0) row[k_dim] = largest;
+        __syncwarp();
       }
       if (!keys) continue;
       const uint32_t exponent =
@@ -2796,17 +2791,16 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
     }
     if (threadIdx.x < columns && !again)
       sh->max[threadIdx.x] = rdkv_cuda__ordered(__float_as_int(-INFINITY));
-    if (!again && tile_begin + warp + s.n * n_warps < tile_end)
-      where_tiles_lie(); /* more to fill */
     __syncthreads();
+    if (!again && tile_begin + warp + n_warps < tile_end) where_tiles_lie(), fill(1);
     busy = max(busy, tail ? n_warps : min(n_warps, tile_end - min(tile_begin, tile_end)));
 
-    uint32_t slot = 0;
+    uint32_t slot = 0, turn = 0; /* which of the warp's tiles */
     float2 key_factor[2] = {};
     if (keys) key_factor[0] = sh->factor[mine], key_factor[1] = sh->factor[mine + !PAIRED];
 #pragma unroll 1
     for (uint32_t tile = tile_begin + warp; tile < tile_end; tile += n_warps) {
-      const uint32_t what = __shfl_sync(RDKV_CUDA__FULL, s.what, static_cast<int>(slot));
+      const uint32_t what = __shfl_sync(RDKV_CUDA__FULL, s.what, static_cast<int>(turn & 31));
       const int run = static_cast<int>(what & 15);
       rdkv_cuda__take(ring, slot);
       rdkv_cuda__units(a, run == 3);
@@ -2816,8 +2810,13 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
                                          rdkv_cuda__lift_of<PAIRED>(run)); /* 2: less code */
       __syncwarp();
       if (tile + s.n * n_warps < tile_end)
-        rdkv_cuda__fill_slots<false>(ring, head, v_dim, tile_end, n_warps, 1u << slot, s);
-      slot = slot + 1 == s.n ? 0 : slot + 1;
+        rdkv_cuda__copy_tile(ring, slot, ring.base + slot * s.stride, s.source, s.what >> 12,
+                             lane == (turn + s.n & 31));
+      if (tile + 32 * n_warps < tile_end) { /* the lane whose tile this was goes on */
+        s.next += lane == (turn & 31) ? 32 * n_warps : 0;
+        rdkv_cuda__look_up(head, v_dim, tile_end, s);
+      }
+      slot = slot + 1 == s.n ? 0 : slot + 1, ++turn;
     }
     if (tail) {
       const float2 factor[2] = {sh->tail_factor[mine], sh->tail_factor[mine + !PAIRED]};

@@ -534,6 +534,11 @@ static void test_latency() {
     s = plain_shape(), s.latency = 1, s.name = "latency, warps", s.n_warps = warps, s.tail = 50;
     run_case(s, ++seed);
   }
+  for (int g : {4, 8}) { /* more tiles for a warp than it has lanes */
+    s = plain_shape(), s.latency = 1, s.group = g, s.name = "latency, long", s.tokens = 9000;
+    s.n_warps = 2, s.n_blocks = 4;
+    run_case(s, ++seed);
+  }
   for (int g : {4, 8}) {
     s = plain_shape(), s.latency = 1, s.group = g, s.name = "latency, one dominates";
     s.spread_q = 8, s.spread_k = 2;
