@@ -4068,7 +4068,7 @@ __device__ __forceinline__ uint32_t store_if(uint32_t is, uint32_t *to, uint32_t
 
 /* Channels of a head: how many of each level, where each stands in the table, and the predicted
    distortion, which rdkv.h adds up one after the other. One block. */
-static __device__ void list_channels(const pack_args &a, int head, uint32_t kept) {
+static __device__ void list_channels(const pack_args &a, int head) {
   __shared__ uint32_t of_warp[MAX_DIM / 32][4];
   __shared__ double distortion[MAX_DIM];
   const uint32_t tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
@@ -4112,7 +4112,7 @@ static __device__ void list_channels(const pack_args &a, int head, uint32_t kept
     double k = 0;
 #pragma unroll 16
     for (uint32_t i = 0; i < kd; ++i) k = __dadd_rn(k, distortion[i]);
-    h->k = kept ? k : 0;
+    h->k = k;
   }
 }
 
@@ -4193,16 +4193,13 @@ static __device__ void list_part(const pack_args &p, int head, uint32_t part) {
     for (int w = 1; w < LIST_THREADS / 32; ++w) d += distortion[w];
     a.sums[static_cast<size_t>(head) * a.parts + part] = d;
   }
-  if (part > 0) return;
+  if (part > 0 || tid > 0) return;
   head_counts *h = p.heads + head;
-  if (tid == 0) {
-    if (head == 0) *p.bytes = 0;
-    if (h == p.all_heads) p.state->done = 0, p.state->head_sum = p.state->body_sum = 0;
-    h->count[0] = a.n - first[4];
+  if (head == 0) *p.bytes = 0;
+  if (h == p.all_heads) p.state->done = 0, p.state->head_sum = p.state->body_sum = 0;
+  h->count[0] = a.n - first[4];
 #pragma unroll
-    for (int l = 1; l < 5; ++l) h->count[l] = first[l] - first[l - 1];
-  }
-  list_channels(p, head, first[4]);
+  for (int l = 1; l < 5; ++l) h->count[l] = first[l] - first[l - 1];
 }
 
 /* K's rows are shared out to teams of 16 lanes, or of all 32 where there are more than 128
@@ -4229,14 +4226,123 @@ __device__ __forceinline__ void load_bits(const pack_args &a, int head, uint32_t
     }
 }
 
-/* Lowest and highest K of every channel over the kept tokens of a slice, that is of every so
-   manieth span of a head; and where the head drops channels the sums of K over each span, in the
-   order that rdkv__carry defines. */
-template <int DTYPE, bool WHOLE, bool SUMS>
+/* Writes down a slice's lowest and highest K, found by the warps. */
+template <int DTYPE>
+static __device__ __forceinline__ void store_slice(const pack_args &a, int head, uint32_t slice,
+                                                   const extremes<DTYPE> (&ends)[4],
+                                                   float (*memory)[LIST_WARPS][MAX_DIM]) {
+  const uint32_t tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  const uint32_t kd = static_cast<uint32_t>(a.k_dim), teams = teams_of(a);
+  const uint32_t team = teams == 2 ? lane >> 4 : 0, part = teams == 2 ? lane & 15 : lane;
+  __syncthreads();
+  bool bad = false;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    float2 low = ends[c].lowest(), high = ends[c].highest();
+    bad |= !(in_range(low.x) && in_range(low.y) && in_range(high.x) && in_range(high.y));
+    if (teams == 2) {
+      low.x = fminf(low.x, __shfl_xor_sync(FULL, low.x, 16));
+      low.y = fminf(low.y, __shfl_xor_sync(FULL, low.y, 16));
+      high.x = fmaxf(high.x, __shfl_xor_sync(FULL, high.x, 16));
+      high.y = fmaxf(high.y, __shfl_xor_sync(FULL, high.y, 16));
+    }
+    if (team > 0) continue;
+    *reinterpret_cast<float2 *>(&memory[0][warp][8 * part + 2 * static_cast<uint32_t>(c)]) = low;
+    *reinterpret_cast<float2 *>(&memory[1][warp][8 * part + 2 * static_cast<uint32_t>(c)]) = high;
+  }
+  if (bad) fail(a.list.status, RDKV_ERR_NONFINITE);
+  __syncthreads();
+  if (tid >= kd) return;
+  float2 end = make_float2(memory[0][0][tid], memory[1][0][tid]);
+#pragma unroll
+  for (int w = 1; w < LIST_WARPS; ++w)
+    end.x = fminf(end.x, memory[0][w][tid]), end.y = fmaxf(end.y, memory[1][w][tid]);
+  a.ends[(static_cast<size_t>(head) * a.slices + slice) * kd + tid] = end;
+}
+
+/* Lowest and highest K of every channel over the kept ones of tokens begin .. end - 1, which are a
+   slice of a head; x: the first 16 widths of this thread. */
+template <int DTYPE, bool WHOLE>
 static __device__ __forceinline__ void find_ends(const pack_args &a, int head, uint32_t slice,
-                                                 uint32_t (&bits)[2][2],
-                                                 float (*memory)[LIST_WARPS][MAX_DIM],
-                                                 int (*lists)[2][STRETCH + 8]) {
+                                                 uint32_t begin, uint32_t end, uint32_t (&x)[4],
+                                                 float (*memory)[LIST_WARPS][MAX_DIM]) {
+  enum { ROWS = DTYPE == RDKV_F32 ? 4 : 8 }; /* asked for at once */
+  __shared__ uint32_t of_warp[LIST_WARPS];
+  uint16_t *list = reinterpret_cast<uint16_t *>(memory); /* [LIST] */
+  const uint32_t tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  const uint32_t teams = teams_of(a), lanes = 32 / teams, part = lane % lanes;
+  const int channels = a.k_dim - static_cast<int>(8 * part); /* of this lane, at most 8 */
+  const ptrdiff_t stride = a.k.dim_stride ? a.k.dim_stride : 1;
+  const int step = step_of(a.k);
+  const char *base = static_cast<const char *>(row_of(a.k, 0, head)) +
+                     8 * part * stride * (DTYPE == RDKV_F32 ? 4 : 2);
+  extremes<DTYPE> ends[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) ends[c].clear();
+  for (uint32_t t0 = begin; t0 < end; t0 += LIST) {
+    if (t0 > begin) {
+      load_widths(a.list.v_bits + static_cast<size_t>(head) * a.list.n, t0 + 16 * tid, end, x);
+      __syncthreads(); /* the list has been read */
+    }
+    uint32_t mask = 0; /* kept tokens */
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t y = x[j] | x[j] >> 2;
+      mask |= ((y >> 1 | y >> 2) & 0x01010101u) * 0x10204080u >> 28 << (4 * j);
+    }
+    uint32_t at = static_cast<uint32_t>(__popc(mask)); /* up to this thread's */
+#pragma unroll
+    for (uint32_t d = 1; d < 32; d *= 2) {
+      const uint32_t other = __shfl_up_sync(FULL, at, d);
+      if (lane >= d) at += other;
+    }
+    if (lane == 31) of_warp[warp] = at;
+    __syncthreads();
+    const uint32_t of_lane = lane < LIST_WARPS ? of_warp[lane] : 0,
+                   kept = __reduce_add_sync(FULL, of_lane);
+    at += __reduce_add_sync(FULL, lane < warp ? of_lane : 0) - static_cast<uint32_t>(__popc(mask));
+#pragma unroll 1
+    for (; mask; mask &= mask - 1)
+      list[at++] = static_cast<uint16_t>(16 * tid +
+                                         static_cast<uint32_t>(__ffs(static_cast<int>(mask))) - 1);
+    __syncthreads();
+    const char *rows = base + static_cast<ptrdiff_t>(t0) * step;
+    const uint32_t all_teams = LIST_WARPS * teams;
+#pragma unroll 1
+    for (uint32_t r = warp * teams + lane / lanes; r < kept && channels > 0;
+         r += ROWS * all_teams) {
+      raw_pair<DTYPE> k[ROWS][4];
+#pragma unroll
+      for (uint32_t j = 0; j < ROWS; ++j) { /* the last one again and again does no harm */
+        const char *row =
+            rows + static_cast<ptrdiff_t>(list[least(r + j * all_teams, kept - 1)]) * step;
+        if (WHOLE) {
+          const uint4 y = __ldg(reinterpret_cast<const uint4 *>(row));
+          k[j][0].set(y.x), k[j][1].set(y.y), k[j][2].set(y.z), k[j][3].set(y.w);
+        } else {
+#pragma unroll
+          for (int c = 0; c < 4; ++c)
+            k[j][c].load(row + 2 * c * stride * (DTYPE == RDKV_F32 ? 4 : 2), stride, false,
+                         channels - 2 * c);
+        }
+      }
+#pragma unroll
+      for (uint32_t j = 0; j < ROWS; ++j)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) ends[c].take(k[j][c]);
+    }
+  }
+  store_slice(a, head, slice, ends, memory);
+}
+
+/* The same over every so manieth span of a head that drops channels, and the sums of K over each
+   span, in the order that rdkv__carry defines. */
+template <int DTYPE, bool WHOLE>
+static __device__ __noinline__ void find_sums(const pack_args &a, int head, uint32_t slice,
+                                              float (*memory)[LIST_WARPS][MAX_DIM],
+                                              int (*lists)[2][STRETCH + 8]) {
+  uint32_t bits[2][2];
+  load_bits(a, head, slice, 0, bits);
   enum { ROWS = DTYPE == RDKV_F32 ? 4 : 8 }; /* asked for at once */
   const uint32_t tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
   const uint32_t kd = static_cast<uint32_t>(a.k_dim);
@@ -4298,18 +4404,16 @@ static __device__ __forceinline__ void find_ends(const pack_args &a, int head, u
       for (uint32_t j = 0; j < ROWS; ++j)
 #pragma unroll
         for (int c = 0; c < 4; ++c) ends[c].take(x[j][c]);
-      if (SUMS) {
 #pragma unroll
-        for (uint32_t j = 0; j < ROWS; ++j)
+      for (uint32_t j = 0; j < ROWS; ++j)
 #pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const float2 y = x[j][c].values();
-            sum[2 * c] = __fadd_rn(sum[2 * c], i + j < kept ? y.x : 0);
-            sum[2 * c + 1] = __fadd_rn(sum[2 * c + 1], i + j < kept ? y.y : 0);
-          }
-      }
+        for (int c = 0; c < 4; ++c) {
+          const float2 y = x[j][c].values();
+          sum[2 * c] = __fadd_rn(sum[2 * c], i + j < kept ? y.x : 0);
+          sum[2 * c + 1] = __fadd_rn(sum[2 * c + 1], i + j < kept ? y.y : 0);
+        }
     }
-    if (SUMS) {
+    {
       float *of_stretch = &memory[0][0][0]; /* [teams of the block][channels] */
       const uint32_t row = 256 / teams;
       __syncthreads();
@@ -4328,30 +4432,7 @@ static __device__ __forceinline__ void find_ends(const pack_args &a, int head, u
       }
     }
   }
-  __syncthreads();
-  bool bad = false;
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    float2 low = ends[c].lowest(), high = ends[c].highest();
-    bad |= !(in_range(low.x) && in_range(low.y) && in_range(high.x) && in_range(high.y));
-    if (teams == 2) {
-      low.x = fminf(low.x, __shfl_xor_sync(FULL, low.x, 16));
-      low.y = fminf(low.y, __shfl_xor_sync(FULL, low.y, 16));
-      high.x = fmaxf(high.x, __shfl_xor_sync(FULL, high.x, 16));
-      high.y = fmaxf(high.y, __shfl_xor_sync(FULL, high.y, 16));
-    }
-    if (team > 0) continue;
-    *reinterpret_cast<float2 *>(&memory[0][warp][8 * part + 2 * static_cast<uint32_t>(c)]) = low;
-    *reinterpret_cast<float2 *>(&memory[1][warp][8 * part + 2 * static_cast<uint32_t>(c)]) = high;
-  }
-  if (bad) fail(a.list.status, RDKV_ERR_NONFINITE);
-  __syncthreads();
-  if (tid >= kd) return;
-  float2 end = make_float2(memory[0][0][tid], memory[1][0][tid]);
-#pragma unroll
-  for (int w = 1; w < LIST_WARPS; ++w)
-    end.x = fminf(end.x, memory[0][w][tid]), end.y = fmaxf(end.y, memory[1][w][tid]);
-  a.ends[(static_cast<size_t>(head) * a.slices + slice) * kd + tid] = end;
+  store_slice(a, head, slice, ends, memory);
 }
 
 /* DTYPE is K's; WHOLE: 8 channels are one load. Blocks with slices of K come first, as they take
@@ -4359,23 +4440,28 @@ static __device__ __forceinline__ void find_ends(const pack_args &a, int head, u
 template <int DTYPE, bool WHOLE>
 __global__ void __launch_bounds__(LIST_THREADS, 2)
     list_kernel(const __grid_constant__ pack_args a) {
-  __shared__ float memory[2][LIST_WARPS][MAX_DIM];
+  __shared__ __align__(16) float memory[2][LIST_WARPS][MAX_DIM];
   __shared__ __align__(16) int lists[LIST_WARPS][2][STRETCH + 8];
   const int head = static_cast<int>(blockIdx.y);
-  const uint32_t slices = gridDim.x - a.list.parts, tid = threadIdx.x; /* all or none */
+  const uint32_t slices = gridDim.x - a.list.parts - 1, tid = threadIdx.x; /* all or none */
   if (blockIdx.x >= slices) {
-    list_part(a, head, blockIdx.x - slices);
+    if (blockIdx.x - slices < a.list.parts)
+      list_part(a, head, blockIdx.x - slices);
+    else
+      list_channels(a, head);
     return;
   }
-  uint32_t bits[2][2];
-  load_bits(a, head, blockIdx.x, 0, bits);
+  const uint32_t each = ((a.list.n + slices - 1) / slices + 15) / 16 * 16; /* tokens of a slice */
+  const uint32_t begin = least(blockIdx.x * each, a.list.n), end = least(begin + each, a.list.n);
+  uint32_t x[4];
+  load_widths(a.list.v_bits + static_cast<size_t>(head) * a.list.n, begin + 16 * tid, end, x);
   const uint8_t *k_bits = a.k_bits + static_cast<size_t>(head) * static_cast<size_t>(a.k_dim);
   const bool sums =
       __syncthreads_or(a.joint && tid < static_cast<uint32_t>(a.k_dim) && k_bits[tid] == 0);
   if (sums)
-    find_ends<DTYPE, WHOLE, true>(a, head, blockIdx.x, bits, memory, lists);
+    find_sums<DTYPE, WHOLE>(a, head, blockIdx.x, memory, lists);
   else if (!a.again)
-    find_ends<DTYPE, WHOLE, false>(a, head, blockIdx.x, bits, memory, lists);
+    find_ends<DTYPE, WHOLE>(a, head, blockIdx.x, begin, end, x, memory);
 }
 
 /* What a block that writes tiles or the table has to know of its head. */
@@ -4385,6 +4471,7 @@ struct block_plan {
   uint32_t channels[4];
   uint32_t first_tile[5]; /* tiles before each run; [4] all */
   uint32_t run_bytes[4];  /* of a tile of each run */
+  uint64_t run_at[4];     /* where the run's first tile stands */
   uint32_t k_blocks[4];   /* blocks of 16 channels up to each level */
   uint32_t k_tile, kept;
   uint64_t table, position, tile; /* offsets */
@@ -4393,12 +4480,36 @@ struct block_plan {
   bool go;                        /* there is something to write */
 };
 
-enum { TILE_WARPS = 4 }; /* of a block: K or V of a tile for each */
+enum { TILE_WARPS = 4 }; /* of a block, which has a tile at a time */
 
-/* Blocks that write so many tiles. */
-__host__ __device__ inline uint32_t blocks_with(uint32_t tiles, uint32_t limit) {
-  return least((2 * tiles + TILE_WARPS - 1) / TILE_WARPS, limit);
-}
+/* Tokens of each run of a head. */
+struct run_counts {
+  uint32_t of[4];
+  __device__ __forceinline__ uint32_t tiles() const {
+    uint32_t n = 0;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) n += (of[r] + TILE - 1) / TILE;
+    return n;
+  }
+};
+
+/* A tile and its tokens in the list of its head. */
+struct tile_cursor {
+  uint32_t run, in_run; /* tiles of the run before this one */
+  uint32_t first, n;    /* 0: behind the last tile */
+  /* Goes on by so many tiles. runs: [5] tokens of each, 0 the last. */
+  __device__ __forceinline__ void advance(uint32_t tiles, const uint32_t *runs) {
+    uint32_t count = runs[run], in_all;
+    in_run += tiles;
+    while (run < 4 && in_run >= (in_all = (count + TILE - 1) / TILE))
+      in_run -= in_all, first += count, count = runs[++run];
+    n = run < 4 ? least(count - in_run * TILE, TILE) : 0;
+  }
+  /* Where token i of the list stands, or another one of the tile. */
+  __device__ __forceinline__ uint32_t at(uint32_t i) const {
+    return first + in_run * TILE + least(i, n - 1);
+  }
+};
 
 /* The same from what the first launch has found: of the first 32 heads, each lane one's, asked for
    before other things are waited for. */
@@ -4410,17 +4521,17 @@ struct plan_source {
     error = *a.list.status;
     if (lane < a.n_heads) first = a.all_heads[lane];
   }
-  /* Tiles of a head. All of a warp call it. */
-  __device__ __forceinline__ uint32_t tiles_of(const pack_args &a, int head) const {
+  /* Of a head. All of a warp call it. */
+  __device__ __forceinline__ run_counts runs_of(const pack_args &a, int head) const {
     const head_counts *own = a.heads + head;
     const uint32_t me = static_cast<uint32_t>(own - a.all_heads);
-    uint32_t tiles = 0;
+    run_counts runs;
 #pragma unroll
-    for (int l = 1; l < 5; ++l) {
-      const uint32_t count = __shfl_sync(FULL, first.count[l], static_cast<int>(me & 31));
-      tiles += ((me < 32 ? count : own->count[l]) + TILE - 1) / TILE;
+    for (int r = 0; r < 4; ++r) {
+      const uint32_t count = __shfl_sync(FULL, first.count[r + 1], static_cast<int>(me & 31));
+      runs.of[r] = me < 32 ? count : own->count[r + 1];
     }
-    return tiles;
+    return runs;
   }
   /* The first warp makes the plan; then a barrier. */
   __device__ __forceinline__ void make(const pack_args &a, int head, block_plan *h) const {
@@ -4435,7 +4546,7 @@ struct plan_source {
       head_bytes(a.v_dim, a.positions, other.count, other.channels, &p);
       tables += p.table, positions += p.positions, tiles += p.tiles;
       if (i < me) table += p.table, position += p.positions, tile += p.tiles;
-      blocks += 1 + blocks_with(p.n_tiles[0], a.tile_blocks);
+      blocks += 1 + least(p.n_tiles[0], a.tile_blocks);
       if (i != me) continue;
       h->k_tile = p.k_tile, h->kept = a.list.n - other.count[0];
       uint32_t run = 0, k_blocks = 0, n_tiles = 0;
@@ -4450,18 +4561,57 @@ struct plan_source {
       }
       h->first_tile[4] = n_tiles;
     }
-    table = warp_sum(table), position = warp_sum(position), tile = warp_sum(tile);
-    tables = warp_sum(tables), positions = warp_sum(positions), tiles = warp_sum(tiles);
+    table = warp_sum(table), tile = warp_sum(tile);
+    tables = warp_sum(tables), tiles = warp_sum(tiles);
+    if (a.positions) position = warp_sum(position), positions = warp_sum(positions);
     blocks = __reduce_add_sync(FULL, blocks);
+    __syncwarp();
     if (lane > 0) return;
     const uint64_t fixed = fixed_bytes(a.n_heads);
     h->table = fixed + table, h->position = a.positions ? fixed + tables + position : 0;
     h->tile = fixed + tables + positions + tile;
+    u64 at = h->tile;
+#pragma unroll
+    for (int l = 0; l < 4; ++l) {
+      h->run_at[l] = at;
+      at += static_cast<u64>(h->first_tile[l + 1] - h->first_tile[l]) * h->run_bytes[l];
+    }
     h->head_bytes = fixed + tables, h->total = fixed + tables + positions + tiles;
     h->blocks = blocks, h->go = error == RDKV_OK && h->total <= a.capacity;
     if (h->total > a.capacity) fail(a.list.status, RDKV_ERR_MEMORY);
   }
 };
+
+/* x / c, rounded to nearest, where r is the rounded 1 / c. */
+__device__ __forceinline__ float divided(float x, float c, float r) {
+  float q = __fmul_rn(x, r);
+  q = __fmaf_rn(__fmaf_rn(-q, c, x), r, q);
+  return __fmaf_rn(__fmaf_rn(-q, c, x), r, q);
+}
+
+/* fit() at 2, 4 or 8 bits. */
+__device__ __forceinline__ affine fit_level(float lo, float hi, int level) {
+  const float n = level == 1 ? 2.0f : level == 2 ? 8.0f : 128.0f;
+  const float step = divided(__fsub_rn(hi, lo), 2 * n - 1,
+                             level == 1   ? 1 / 3.0f
+                             : level == 2 ? 1 / 15.0f
+                                          : 1 / 255.0f);
+  affine a;
+  a.mid = nearest_half(__fadd_rn(lo, __fmul_rn(step, n)));
+  const float up = divided(__fsub_rn(hi, a.mid), n - 1,
+                           level == 1   ? 1.0f
+                           : level == 2 ? 1 / 7.0f
+                                        : 1 / 127.0f),
+              down = __fmul_rn(__fsub_rn(a.mid, lo), level == 1   ? 0.5f
+                                                     : level == 2 ? 0.125f
+                                                                  : 0.0078125f);
+  const float want = up > down ? up : (down > 0 ? down : 0);
+  uint16_t h = to_half(want);
+  if (half_value(h) < want) ++h;
+  a.scale = half_value(h);
+  a.inv = a.scale > 0 ? __frcp_rn(a.scale) : 0;
+  return a;
+}
 
 /* How a channel becomes codes. */
 struct channel_code {
@@ -4472,15 +4622,13 @@ struct channel_code {
 
 /* What is known of a channel. */
 struct channel_ends {
-  int level;
-  uint32_t slot;
+  uint32_t bits, slot;
   float lo, hi;
   __device__ __forceinline__ channel_ends(const pack_args &a, int head, uint32_t c) {
     const uint32_t kd = static_cast<uint32_t>(a.k_dim);
     const size_t at = static_cast<size_t>(head) * kd + c;
     const float2 *ends = a.ends + static_cast<size_t>(head) * a.slices * kd + c;
-    level = static_cast<int>(least(static_cast<uint32_t>(level_of(a.k_bits[at])), 3));
-    slot = a.slots[at];
+    bits = a.k_bits[at], slot = a.slots[at];
     lo = 3.402823466e38f, hi = -3.402823466e38f;
 #pragma unroll 16
     for (uint32_t s = 0; s < a.slices; ++s, ends += kd) {
@@ -4488,15 +4636,20 @@ struct channel_ends {
       lo = fminf(lo, x.x), hi = fmaxf(hi, x.y);
     }
   }
-  /* Its code; scale_mid: as the table has them. */
-  __device__ __forceinline__ channel_code code(bool joint, uint32_t *scale_mid) const {
+  /* 16 is stored as 8. */
+  __device__ __forceinline__ int level() const {
+    return 31 - __clz(static_cast<int>(least(bits, 8) | 1));
+  }
+  /* Its code; scale_mid: as the table has them. rows: K is of 16 bits. */
+  __device__ __forceinline__ channel_code code(bool joint, bool rows, uint32_t *scale_mid) const {
     channel_code code = {0, 0, 0};
+    const int level = this->level();
     *scale_mid = 0;
     if (level == 0) return code;
     const int bits = width_of(level);
     affine q;
     if (joint) {
-      q = fit(lo, hi, bits);
+      q = rows ? fit_level(lo, hi, level) : fit(lo, hi, bits);
       code.mid = q.mid, code.inv = q.inv;
       code.back = 12582912.0f + static_cast<float>(1 << (bits - 1));
     } else {
@@ -4616,21 +4769,27 @@ static __device__ __noinline__ void write_header(const pack_args &a, uint64_t to
                                                  uint64_t head_bytes) {
   static_assert(sizeof(rdkv_header) == 32 * 8, "a word for each thread");
   const uint32_t lane = threadIdx.x;
-  if (lane >= 32 || *static_cast<volatile uint32_t *>(a.list.status) != RDKV_OK) return;
+  if (lane >= 32) return;
+  /* all are asked for at once */
+  const uint32_t status = *static_cast<volatile uint32_t *>(a.list.status);
+  const u64 body = __ldcg(&a.state->body_sum), tables = __ldcg(&a.state->head_sum);
+  const double lambda = a.lambda ? *a.lambda : 0;
+  const u64 budget = a.budget ? *a.budget : a.header.budget_bytes;
   u64 *out = reinterpret_cast<u64 *>(a.block);
   u64 word = reinterpret_cast<const u64 *>(&a.header)[lane];
   if (lane == offsetof(rdkv_header, total_bytes) / 8) word = total;
   if (lane == offsetof(rdkv_header, head_bytes) / 8) word = head_bytes;
-  if (lane == offsetof(rdkv_header, body_sum) / 8) word = __ldcg(&a.state->body_sum);
+  if (lane == offsetof(rdkv_header, body_sum) / 8) word = body;
   if (lane == offsetof(rdkv_header, lambda) / 8)
-    word = a.lambda ? static_cast<u64>(__double_as_longlong(*a.lambda)) : 0;
-  if (lane == offsetof(rdkv_header, budget_bytes) / 8 && a.budget) word = *a.budget;
+    word = static_cast<u64>(__double_as_longlong(lambda));
+  if (lane == offsetof(rdkv_header, budget_bytes) / 8) word = budget;
+  if (status != RDKV_OK) return;
   u64 sum = mix(word + salt_of(lane));
   const uint32_t records = 32 + a.n_heads * static_cast<uint32_t>(sizeof(rdkv_record) / 8);
   const uint32_t fixed = static_cast<uint32_t>(fixed_bytes(a.n_heads) / 8);
   for (uint32_t i = records + lane; i < fixed; i += 32) /* up to the tables */
     out[i] = 0, sum += mix(salt_of(i));
-  sum = warp_sum(sum) + __ldcg(&a.state->head_sum);
+  sum = warp_sum(sum) + tables;
   out[lane] = lane == offsetof(rdkv_header, head_sum) / 8 ? sum : word;
   if (lane == 0) *a.bytes = total;
 }
@@ -4680,9 +4839,9 @@ __global__ void __launch_bounds__(THREADS) tile_kernel(const __grid_constant__ p
   plan_source(a).make(a, head, h);
   if (tid < a.k_dim) {
     const channel_ends x(a, head, static_cast<uint32_t>(tid));
-    code_of_channel[tid] = x.code(a.joint, &channel.scale_mid[tid]);
+    code_of_channel[tid] = x.code(a.joint, false, &channel.scale_mid[tid]);
     channel.slot[tid] = static_cast<uint16_t>(x.slot),
-    channel.level[tid] = static_cast<uint8_t>(x.level);
+    channel.level[tid] = static_cast<uint8_t>(x.level());
   }
   __syncthreads();
   if (!h->go) return;
@@ -4709,21 +4868,13 @@ __global__ void __launch_bounds__(THREADS) tile_kernel(const __grid_constant__ p
     }
   }
   for (int i = tid; i < TILE * (PACKED + 4); i += THREADS) (&codes[0][0])[i] = 0;
-  uint32_t tile_bytes[4];
-  uint64_t run_at[5];
-  run_at[0] = h->tile;
-  for (int r = 0; r < 4; ++r) {
-    tile_bytes[r] = h->run_bytes[r];
-    run_at[r + 1] =
-        run_at[r] + static_cast<uint64_t>(h->first_tile[r + 1] - h->first_tile[r]) * tile_bytes[r];
-  }
   for (uint32_t tile = blockIdx.x - 1; tile < h->first_tile[4]; tile += gridDim.x - 1) {
     int run = 0;
     while (tile >= h->first_tile[run + 1]) ++run;
     const uint32_t in_run = tile - h->first_tile[run];
     const int level = run + 1,
               in_tile = static_cast<int>(least(h->count[run] - in_run * TILE, TILE));
-    uint8_t *out = a.block + run_at[run] + static_cast<uint64_t>(in_run) * tile_bytes[run];
+    uint8_t *out = a.block + h->run_at[run] + static_cast<uint64_t>(in_run) * h->run_bytes[run];
     __syncthreads();
     if (tid < TILE) {
       const uint32_t t = tid < in_tile
@@ -4852,13 +5003,26 @@ __global__ void __launch_bounds__(THREADS) tile_kernel(const __grid_constant__ p
   if (bad) fail(a.list.status, RDKV_ERR_NONFINITE);
 }
 
-/* ---- tiles of 16-bit K and V in aligned rows: a warp copies K or V of a tile to shared memory,
-   from where each thread takes what makes a word. Short loops, for most warps run their code once
-   or twice, and then it has to come from the L2. */
+/* ---- tiles of 16-bit K and V in aligned rows: a block copies a tile's to shared memory, from
+   where each thread takes what makes a word; the rows of the next tile are on their way meanwhile.
+   Short loops, for most blocks run their code a few times, and then it has to come from the L2. */
 
 /* Lowest byte of each. */
 __device__ __forceinline__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+__device__ __forceinline__ uint32_t word_of_pair(__half2 x) {
+  return __half_as_ushort(__low2half(x)) | static_cast<uint32_t>(__half_as_ushort(__high2half(x)))
+                                               << 16;
+}
+__device__ __forceinline__ uint32_t word_of_pair(__nv_bfloat162 x) {
+  return __bfloat16_as_ushort(__low2bfloat16(x)) |
+         static_cast<uint32_t>(__bfloat16_as_ushort(__high2bfloat16(x))) << 16;
+}
+__device__ __forceinline__ __nv_bfloat162 bf16_pair(uint32_t x) {
+  return __halves2bfloat162(__ushort_as_bfloat16(static_cast<uint16_t>(x)),
+                            __ushort_as_bfloat16(static_cast<uint16_t>(x >> 16)));
 }
 
 template <bool BF16>
@@ -4870,93 +5034,66 @@ __device__ __forceinline__ float2 pair_of(uint32_t x) {
 /* A code in the low byte of a float's bits; mid, inv and back as in channel_code, top the authors'
    largest code. Ranges are those of the tokens themselves, so nothing saturates with RDKV_JOINT. */
 template <bool JOINT>
-__device__ __forceinline__ uint32_t code_bits(float x, float mid, float inv, float back,
-                                              float top) {
+__device__ __forceinline__ uint32_t code_bits(float x, float mid, float inv, float back, float top,
+                                              float bottom = 0) {
   if (JOINT) return __float_as_uint(__fadd_rn(__fmul_rn(__fsub_rn(x, mid), inv), back));
-  /* x / inv, rounded to nearest: two corrections of a product with the rounded reciprocal */
+  /* x / inv by one correction of a product with the rounded reciprocal: x / inv within 2^-46, then
+     rounded. Where that is not x / inv rounded, the code is the same: of all x of 11 bits and all
+     inv, 1832 quotients come so near to where one of the 65,532 codes of a zero begins, and all of
+     them get the same code. */
   float q = __fmul_rn(x, back);
   q = __fmaf_rn(__fmaf_rn(-q, inv, x), back, q);
-  q = __fmaf_rn(__fmaf_rn(-q, inv, x), back, q);
   q = __fadd_rn(q, mid);
-  return __float_as_uint(__fadd_rn(fminf(fmaxf(q, 0), top), 12582912.0f));
-}
-
-/* x / c, rounded to nearest, where r is the rounded 1 / c. */
-__device__ __forceinline__ float divided(float x, float c, float r) {
-  float q = __fmul_rn(x, r);
-  q = __fmaf_rn(__fmaf_rn(-q, c, x), r, q);
-  return __fmaf_rn(__fmaf_rn(-q, c, x), r, q);
-}
-
-/* fit() of V at 2, 4 or 8 bits. */
-__device__ __forceinline__ affine fit_v(float lo, float hi, int level) {
-  const float n = level == 1 ? 2.0f : level == 2 ? 8.0f : 128.0f;
-  const float step = divided(__fsub_rn(hi, lo), 2 * n - 1,
-                             level == 1   ? 1 / 3.0f
-                             : level == 2 ? 1 / 15.0f
-                                          : 1 / 255.0f);
-  affine a;
-  a.mid = nearest_half(__fadd_rn(lo, __fmul_rn(step, n)));
-  const float up = divided(__fsub_rn(hi, a.mid), n - 1,
-                           level == 1   ? 1.0f
-                           : level == 2 ? 1 / 7.0f
-                                        : 1 / 127.0f),
-              down = __fmul_rn(__fsub_rn(a.mid, lo), level == 1   ? 0.5f
-                                                     : level == 2 ? 0.125f
-                                                                  : 0.0078125f);
-  const float want = up > down ? up : (down > 0 ? down : 0);
-  uint16_t h = to_half(want);
-  if (half_value(h) < want) ++h;
-  a.scale = half_value(h);
-  a.inv = a.scale > 0 ? __frcp_rn(a.scale) : 0;
-  return a;
+  return __float_as_uint(__fadd_rn(fminf(fmaxf(q, bottom), top), 12582912.0f));
 }
 
 /* Bytes from row to row in shared memory: eight rows' 16-byte pieces lie in different banks. */
 __host__ __device__ inline uint32_t row_pitch(int dim) {
   return 2 * static_cast<uint32_t>(dim) + 16;
 }
-/* Most slots of a channel table, whose codes come before the warps' rows. */
+/* Most slots of a channel table, whose codes come before the rows. */
 __host__ __device__ inline uint32_t slots_of(int k_dim) {
   return static_cast<uint32_t>(k_dim) + 32;
 }
-__host__ __device__ inline uint32_t rows_of_warp(int k_dim, int v_dim) { /* in bytes */
-  return TILE * (k_dim > v_dim ? row_pitch(k_dim) : row_pitch(v_dim));
+__host__ __device__ inline uint32_t stage_bytes(int k_dim, int v_dim) {
+  return TILE * (row_pitch(k_dim) + row_pitch(v_dim));
 }
 static size_t rows_shared(int k_dim, int v_dim) {
-  return slots_of(k_dim) * sizeof(uint4) + TILE_WARPS * rows_of_warp(k_dim, v_dim);
+  return slots_of(k_dim) * sizeof(uint4) + most(2 * stage_bytes(k_dim, v_dim), TABLE_BYTES);
 }
 
 struct tile_place {
   uint8_t *out;
-  u64 at;           /* of out in the block, in words of 8 bytes */
-  uint32_t token;   /* this lane's */
+  u64 salt;         /* of its first word of 8 bytes */
   uint32_t in_tile; /* tokens that there are; behind them codes are 0 */
+  uint32_t turn;    /* which of the block's shares this warp has */
 };
 
-/* Rows of a tile into shared memory. */
-__device__ __forceinline__ void copy_rows(const rdkv_tensor &x, int dim, int head, uint32_t token,
-                                          char *to) {
-  const uint32_t lane = threadIdx.x & 31, pieces = static_cast<uint32_t>(dim) / 8;
-  const uint32_t lanes = pieces <= 16 ? 16 : 32; /* that share a row */
-  const uint32_t e = least(lane % lanes, pieces - 1), pitch = row_pitch(dim);
-  const char *from = static_cast<const char *>(row_of(x, 0, head)) + 16 * e;
-  const ptrdiff_t step = x.token_stride * 2;
-  to += 16 * e;
-#pragma unroll 1
-  for (uint32_t first = lane / lanes; first < TILE; first += 8 * (32 / lanes)) {
-    uint4 row[8];
-#pragma unroll
-    for (uint32_t i = 0; i < 8; ++i) {
-      const uint32_t t = __shfl_sync(FULL, token, static_cast<int>(first + i * (32 / lanes)));
-      row[i] = __ldg(reinterpret_cast<const uint4 *>(from + t * step));
-    }
-#pragma unroll
-    for (uint32_t i = 0; i < 8; ++i)
-      *reinterpret_cast<uint4 *>(to + (first + i * (32 / lanes)) * pitch) = row[i];
+/* Rows of K or V on their way to shared memory, 16 bytes a thread at a time. */
+struct row_copy {
+  const char *from;
+  int step;
+  uint32_t to, jump, row, rows; /* rows at once, and bytes to the next ones */
+  __device__ __forceinline__ row_copy(const rdkv_tensor &x, int dim, int head, uint32_t at) {
+    const uint32_t lane = threadIdx.x & 31, pieces = static_cast<uint32_t>(dim) / 8;
+    const uint32_t lanes = pieces <= 16 ? 16 : 32; /* that share a row */
+    const uint32_t e = least(lane % lanes, pieces - 1);
+    from = static_cast<const char *>(row_of(x, 0, head)) + 16 * e, step = step_of(x);
+    row = threadIdx.x / lanes, rows = 32 * TILE_WARPS / lanes;
+    to = at + 16 * e + row * row_pitch(dim), jump = rows * row_pitch(dim);
   }
-  __syncwarp();
-}
+  /* Asks for a tile, whose tokens the lanes of each warp have. */
+  __device__ __forceinline__ void ask(uint32_t token, uint32_t offset) const {
+    uint32_t at = to + offset;
+#pragma unroll 1
+    for (uint32_t i = row; i < TILE; i += 4 * rows)
+#pragma unroll
+      for (uint32_t j = 0; j < 4; ++j, at += jump) {
+        const uint32_t t = __shfl_sync(FULL, token, static_cast<int>(i + j * rows));
+        copy_16(at, from + static_cast<ptrdiff_t>(t) * step);
+      }
+  }
+};
 
 /* Words of 16 codes [8 sub + 4 pr + 2 r + e], each in the low byte, of `1 << LEVEL` bits. */
 template <int LEVEL>
@@ -4978,13 +5115,15 @@ __device__ __forceinline__ void words_of(const uint32_t (&z)[16], uint32_t (&w)[
   }
 }
 
-/* Of these words, the bits of codes that exist: bit 8 sub + 4 pr + 2 r + e of `exists`. */
+/* Of such words of K, the bits of tokens that exist: bit 2 sub + r of `exists`. */
 template <int LEVEL>
-__device__ __forceinline__ void masks_of(uint32_t exists, uint32_t (&mask)[1 << (LEVEL - 1)]) {
-  uint32_t z[16];
-#pragma unroll
-  for (int i = 0; i < 16; ++i) z[i] = exists >> i & 1 ? (1u << (1 << LEVEL)) - 1 : 0;
-  words_of<LEVEL>(z, mask);
+__device__ __forceinline__ uint32_t mask_of(uint32_t exists, int j) {
+  if (LEVEL == 1)
+    return (exists & 1) * 0x000f000fu + (exists >> 1 & 1) * 0x0f000f00u +
+           (exists >> 2 & 1) * 0x00f000f0u + (exists >> 3) * 0xf000f000u;
+  const uint32_t pair = exists >> (LEVEL == 2 ? 2 * j : j / 2 * 2), low = pair & 1,
+                 high = pair >> 1 & 1;
+  return LEVEL == 2 ? low * 0x00ff00ffu + high * 0xff00ff00u : low * 0xffffu + high * 0xffff0000u;
 }
 
 /* Stores words j of a thread as LEVEL has them: 2 or 4 side by side. Returns their part of the
@@ -5013,55 +5152,121 @@ __device__ __forceinline__ u64 put_halves(uint32_t a, uint32_t b, bool there, ui
   return mix_words(low, high, salt);
 }
 
-/* Blocks first..end - 1 of K of a tile, all of a level, 16 channels each. codes: of the slots, with
+/* The authors' codes of 2 bits go by where each of them begins, pairs of values at a time. */
+template <bool BF16>
+__device__ __forceinline__ float value_16(uint32_t bits) {
+  return BF16 ? __uint_as_float(bits << 16) : half_value(static_cast<uint16_t>(bits));
+}
+template <bool BF16>
+__device__ __forceinline__ uint32_t nearest_16(float x) {
+  return BF16 ? static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(x))) : to_half(x);
+}
+
+/* The least values from lo to hi with codes 1, 2 and 3, twice in a word each; infinity where there
+   is none. back: 1 / scale. A code begins within a few 2^-23 of where it should, so at the nearest
+   value or a neighbour: which one, the codes tell. */
+template <bool BF16>
+__device__ __forceinline__ void codes_begin(zero_point z, float back, float lo, float hi,
+                                            uint32_t (&begin)[3]) {
+  const auto code = [&](float x) { /* lifted, not clamped */
+                                   return __uint_as_float(code_bits<false>(x, z.zero, z.scale, back,
+                                                                           3.402823466e38f,
+                                                                           -3.402823466e38f));
+  };
+  const float of_lo = code(lo), of_hi = code(hi);
+#pragma unroll
+  for (int k = 1; k < 4; ++k) {
+    const float want = 12582912.0f + static_cast<float>(k);
+    const uint32_t bits =
+        nearest_16<BF16>(__fmul_rn(__fsub_rn(static_cast<float>(k) - 0.5f, z.zero), z.scale));
+    const uint32_t up = bits & 0x8000 ? bits == 0x8000 ? 0 : bits - 1 : bits + 1,
+                   down = bits & 0x8000 ? bits + 1
+                          : bits == 0   ? 0x8000
+                                        : bits - 1;
+    uint32_t t = code(value_16<BF16>(down)) >= want   ? down
+                 : code(value_16<BF16>(bits)) >= want ? bits
+                                                      : up;
+    if (of_lo >= want) t = BF16 ? 0xff80 : 0xfc00;
+    if (of_hi < want) t = BF16 ? 0x7f80 : 0x7c00;
+    begin[k - 1] = t * 0x10001u;
+  }
+}
+
+/* sum + weight * the codes of two values, which are sums of small whole numbers. */
+template <bool BF16>
+__device__ __forceinline__ uint32_t add_codes(uint32_t sum, uint32_t x, const uint32_t (&begin)[3],
+                                              float weight) {
+  if (BF16) {
+    const __nv_bfloat162 y = bf16_pair(x);
+    __nv_bfloat162 c = __hge2(y, bf16_pair(begin[0]));
+    c = __hadd2(c, __hge2(y, bf16_pair(begin[1])));
+    c = __hadd2(c, __hge2(y, bf16_pair(begin[2])));
+    c = __hfma2(c, __float2bfloat162_rn(weight), bf16_pair(sum));
+    return word_of_pair(c);
+  }
+  const __half2 y = rdkv_cuda__halves(x);
+  __half2 c = __hge2(y, rdkv_cuda__halves(begin[0]));
+  c = __hadd2(c, __hge2(y, rdkv_cuda__halves(begin[1])));
+  c = __hadd2(c, __hge2(y, rdkv_cuda__halves(begin[2])));
+  c = __hfma2(c, __float2half2_rn(weight), rdkv_cuda__halves(sum));
+  return word_of_pair(c);
+}
+/* Such a sum, up to 255, as bytes 0 and 2 of a word. */
+template <bool BF16>
+__device__ __forceinline__ uint32_t sum_bytes(uint32_t sum) {
+  if (!BF16) return word_of_pair(__hadd2(rdkv_cuda__halves(sum), __float2half2_rn(1024)));
+  const uint32_t low = __float_as_uint(__fadd_rn(__uint_as_float(sum << 16), 12582912.0f)),
+                 high = __float_as_uint(__fadd_rn(__uint_as_float(sum & 0xffff0000u), 12582912.0f));
+  return __byte_perm(low, high, 0x0400);
+}
+
+/* A block of 16 channels of K of a tile, or two of 2 bits if `both`. codes: of their slots, with
    the byte where a channel's value stands in a row. Thread 4 g + t has tokens g + 8 r + 16 sub and
-   slots 4 t + 2 pr + e. out: where the tile's first block of the level begins. */
+   slots 4 t + 2 pr + e. salt: of the first word of `out`. */
 template <int LEVEL, bool JOINT, bool BF16>
-__device__ __forceinline__ u64 pack_k(const uint4 *codes, const char *rows, uint32_t pitch,
-                                      uint32_t first, uint32_t end, uint32_t exists, uint8_t *out,
-                                      u64 at) {
-  enum { WORDS = 1 << (LEVEL - 1), BOTH = LEVEL == 1 ? 2 : 1 };
+__device__ __forceinline__ u64 pack_k(const uint4 *codes, bool both, const char *rows,
+                                      uint32_t pitch, uint32_t exists, uint8_t *out, u64 salt) {
+  enum { WORDS = 1 << (LEVEL - 1), BLOCKS = LEVEL == 1 ? 2 : 1 };
   const uint32_t lane = threadIdx.x & 31, t = lane & 3;
   const float top = static_cast<float>((1 << (1 << LEVEL)) - 1);
-  uint32_t mask[WORDS];
-  masks_of<LEVEL>(exists, mask);
-  u64 sum = 0, salt;
-  if (LEVEL == 1)
-    out += lane % 2 * 128 + lane / 2 * 8, salt = salt_of(at + lane % 2 * 16 + lane / 2);
-  else
-    out += lane * 4 * WORDS, salt = salt_of(at + lane * WORDS / 2);
-#pragma unroll 1
-  for (uint32_t b = first; b < end; b += BOTH) {
-    uint32_t w[BOTH][WORDS];
+  const uint32_t to = LEVEL == 1 ? lane % 2 * 128 + lane / 2 * 8 : lane * (4 * WORDS);
+  uint32_t w[BLOCKS][WORDS];
 #pragma unroll
-    for (uint32_t i = 0; i < BOTH; ++i) {
-      uint32_t z[16];
-      const uint4 *q = codes + 16 * least(b + i, end - 1) + 4 * t;
+  for (uint32_t i = 0; i < BLOCKS; ++i) {
+    uint32_t z[16], sum[2] = {0, 0}; /* e */
+    const uint4 *q = codes + (i > 0 && both ? 16 : 0) + 4 * t;
 #pragma unroll
-      for (int c = 0; c < 4; ++c) { /* 2 pr + e */
-        const uint4 code = q[c];
-        const char *x = rows + code.w;
+    for (int c = 0; c < 4; ++c) { /* 2 pr + e */
+      const uint4 code = q[c];
+      const char *x = rows + code.w;
+      if (LEVEL == 1 && !JOINT) {
+        const uint32_t begin[3] = {code.x, code.y, code.z};
 #pragma unroll
-        for (int j = 0; j < 4; ++j) { /* 2 sub + r */
-          const uint16_t h = *reinterpret_cast<const uint16_t *>(x + 8 * j * pitch);
-          const float value =
-              BF16 ? __uint_as_float(static_cast<uint32_t>(h) << 16) : half_value(h);
-          z[8 * (j / 2) + 4 * (c / 2) + 2 * (j % 2) + c % 2] =
-              code_bits<JOINT>(value, __uint_as_float(code.x), __uint_as_float(code.y),
-                               __uint_as_float(code.z), top);
+        for (int sub = 0; sub < 2; ++sub) {
+          const uint32_t low = *reinterpret_cast<const uint16_t *>(x + 16 * sub * pitch),
+                         high = *reinterpret_cast<const uint16_t *>(x + (16 * sub + 8) * pitch);
+          sum[c % 2] = add_codes<BF16>(sum[c % 2], low | high << 16, begin,
+                                       static_cast<float>(1 << (4 * sub + 2 * (c / 2))));
         }
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) /* 2 sub + r */
+          z[8 * (j / 2) + 4 * (c / 2) + 2 * (j % 2) + c % 2] = code_bits<JOINT>(
+              value_16<BF16>(*reinterpret_cast<const uint16_t *>(x + 8 * j * pitch)),
+              __uint_as_float(code.x), __uint_as_float(code.y), __uint_as_float(code.z), top);
       }
+    }
+    if (LEVEL == 1 && !JOINT)
+      w[i][0] = __byte_perm(sum_bytes<BF16>(sum[0]), sum_bytes<BF16>(sum[1]), 0x6420);
+    else
       words_of<LEVEL>(z, w[i]);
 #pragma unroll
-      for (int j = 0; j < WORDS; ++j) w[i][j] &= mask[j];
-    }
-    if (LEVEL == 1)
-      sum += put_halves(w[0][0], w[BOTH - 1][0], b + lane % 2 < end, out, salt);
-    else
-      sum += put_words<LEVEL>(w[0], out, salt);
-    out += BOTH * (128 * WORDS), salt += BOTH * (16 * WORDS) * SALT;
+    for (int j = 0; j < WORDS; ++j) w[i][j] &= mask_of<LEVEL>(exists, j);
   }
-  return sum;
+  salt += to / 8 * SALT;
+  if (LEVEL == 1)
+    return put_halves(w[0][0], w[BLOCKS - 1][0], lane % 2 == 0 || both, out + to, salt);
+  return put_words<LEVEL>(w[0], out + to, salt);
 }
 
 /* Smallest and largest of pairs of halves; a NaN stays. */
@@ -5082,64 +5287,70 @@ __device__ __forceinline__ uint32_t pair_max(uint32_t a, uint32_t b) {
   return a;
 }
 
-/* V of a tile at `1 << LEVEL` bits. Thread 16 half + 4 p + t has dims 2 p + o + 8 r of every other
-   block of 16 dims, tokens 16 sub + 2 t + 8 pr + e. mid, inv and back: of token lane. */
+/* A warp's share of V of a tile at `1 << LEVEL` bits, every so manieth pair of blocks of 16 dims.
+   Thread 16 half + 4 p + t has dims 2 p + o + 8 r of one of the pair, tokens 16 sub + 2 t + 8 pr +
+   e. codes: of the tokens, mid, inv and back. */
 template <int LEVEL, bool JOINT, bool BF16>
-__device__ __forceinline__ u64 pack_v(const char *rows, uint32_t pitch, uint32_t blocks, float mid,
-                                      float inv, float back, uint32_t in_tile, uint8_t *out,
-                                      u64 at) {
+__device__ __forceinline__ u64 pack_v(const float4 *codes, const char *rows, uint32_t pitch,
+                                      uint32_t blocks, uint32_t turn, uint8_t *out, u64 salt) {
   enum { WORDS = 1 << (LEVEL - 1) };
+  if (2 * turn >= blocks) return 0;
   const uint32_t lane = threadIdx.x & 31, t = lane & 3, p = lane >> 2 & 3, half = lane >> 4;
   const float top = static_cast<float>((1 << (1 << LEVEL)) - 1);
-  float mids[8], invs[8], backs[8]; /* of tokens [4 sub + 2 pr + e] */
-  uint32_t exists = 0, mask[WORDS];
+  float mids[8], invs[8], backs[8]; /* of tokens [4 sub + 2 pr + e]; or where their codes begin */
 #pragma unroll
   for (uint32_t k = 0; k < 8; ++k) {
     const uint32_t i = 16 * (k / 4) + 2 * t + 8 * (k / 2 % 2) + k % 2;
-    mids[k] = __shfl_sync(FULL, mid, static_cast<int>(i));
-    invs[k] = __shfl_sync(FULL, inv, static_cast<int>(i));
-    backs[k] = JOINT ? 12582912.0f + static_cast<float>(1 << ((1 << LEVEL) - 1))
-                     : __shfl_sync(FULL, back, static_cast<int>(i));
-    if (i < in_tile) exists |= 5u << (8 * (k / 4) + 4 * (k / 2 % 2) + k % 2);
+    const float4 code = codes[i];
+    mids[k] = code.x, invs[k] = code.y;
+    backs[k] = JOINT ? 12582912.0f + static_cast<float>(1 << ((1 << LEVEL) - 1)) : code.z;
   }
-  masks_of<LEVEL>(exists, mask);
-  rows += 2 * t * pitch + 32 * half + 4 * p;
-  u64 sum = 0, salt;
-  if (LEVEL == 1) /* words 8 p + t and 8 p + 4 + t */
-    out += half * 128 + (8 * p + 4 * (t % 2) + t / 2 * 2) * 4,
-        salt = salt_of(at + half * 16 + 4 * p + 2 * (t % 2) + t / 2);
-  else
-    out += half * (128 * WORDS) + (8 * p + t) * (4 * WORDS),
-        salt = salt_of(at + half * (16 * WORDS) + (8 * p + t) * (WORDS / 2));
+  uint32_t b = 2 * turn + half;
+  rows += 2 * t * pitch + 32 * b + 4 * p;
+  u64 sum = 0; /* words 8 p + t and 8 p + 4 + t */
+  const uint32_t to = b * (128 * WORDS) + (LEVEL == 1 ? (8 * p + 4 * (t % 2) + t / 2 * 2) * 4
+                                                      : (8 * p + t) * (4 * WORDS));
+  salt += to / 8 * SALT, out += to;
 #pragma unroll 1
-  for (uint32_t b = half; b - half < blocks; b += 2) {
+  for (; b - half < blocks; b += 2 * TILE_WARPS) {
     uint32_t w[2][WORDS];
-    uint32_t z[2][16]; /* o */
+    uint32_t z[2][16], sums[4] = {0, 0, 0, 0}; /* [o][..]; [2 r + e] */
     const bool there = b < blocks;
     if (!there) rows -= 32; /* some values or other */
 #pragma unroll
     for (int k = 0; k < 8; ++k)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float2 x = pair_of<BF16>(*reinterpret_cast<const uint32_t *>(
-            rows + (16 * (k / 4) + 8 * (k / 2 % 2) + k % 2) * pitch + 16 * r));
-        const int to = 8 * (k / 4) + 4 * (k / 2 % 2) + 2 * r + k % 2;
-        z[0][to] = code_bits<JOINT>(x.x, mids[k], invs[k], backs[k], top);
-        z[1][to] = code_bits<JOINT>(x.y, mids[k], invs[k], backs[k], top);
+        const uint32_t pair = *reinterpret_cast<const uint32_t *>(
+            rows + (16 * (k / 4) + 8 * (k / 2 % 2) + k % 2) * pitch + 16 * r);
+        if (LEVEL == 1 && !JOINT) {
+          const uint32_t begin[3] = {__float_as_uint(mids[k]), __float_as_uint(invs[k]),
+                                     __float_as_uint(backs[k])};
+          sums[2 * r + k % 2] = add_codes<BF16>(sums[2 * r + k % 2], pair, begin,
+                                                static_cast<float>(1 << (k / 2 * 2)));
+        } else {
+          const float2 x = pair_of<BF16>(pair);
+          const int to = 8 * (k / 4) + 4 * (k / 2 % 2) + 2 * r + k % 2;
+          z[0][to] = code_bits<JOINT>(x.x, mids[k], invs[k], backs[k], top);
+          z[1][to] = code_bits<JOINT>(x.y, mids[k], invs[k], backs[k], top);
+        }
       }
+    if (LEVEL == 1 && !JOINT) {
+      uint32_t bytes[4];
 #pragma unroll
-    for (int o = 0; o < 2; ++o) {
-      words_of<LEVEL>(z[o], w[o]);
-#pragma unroll
-      for (int j = 0; j < WORDS; ++j) w[o][j] &= mask[j];
+      for (int i = 0; i < 4; ++i) bytes[i] = sum_bytes<BF16>(sums[i]);
+      w[0][0] = low_bytes(bytes[0], bytes[2], bytes[1], bytes[3]);
+      w[1][0] = low_bytes(bytes[0] >> 16, bytes[2] >> 16, bytes[1] >> 16, bytes[3] >> 16);
     }
+    if (LEVEL > 1 || JOINT) words_of<LEVEL>(z[0], w[0]), words_of<LEVEL>(z[1], w[1]);
     if (LEVEL == 1) {
       sum += put_halves(w[0][0], w[1][0], there, out, salt);
     } else if (there) {
       sum += put_words<LEVEL>(w[0], out, salt);
       sum += put_words<LEVEL>(w[1], out + 16 * WORDS, salt + 2 * WORDS * SALT);
     }
-    rows += 64, out += 2 * 128 * WORDS, salt += 2 * 16 * WORDS * SALT;
+    rows += 64 * TILE_WARPS, out += 2 * TILE_WARPS * 128 * WORDS;
+    salt += 2 * TILE_WARPS * 16 * WORDS * SALT;
   }
   return sum;
 }
@@ -5148,11 +5359,11 @@ __device__ __forceinline__ u64 pack_v(const char *rows, uint32_t pitch, uint32_t
    e. */
 template <bool BF16>
 __device__ __forceinline__ u64 copy_v(const char *rows, uint32_t pitch, uint32_t blocks,
-                                      uint32_t in_tile, uint8_t *out, u64 at) {
+                                      const tile_place &tile, uint8_t *out, u64 salt) {
   const uint32_t lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   u64 sum = 0;
 #pragma unroll 1
-  for (uint32_t b = 0; b < 2 * blocks; ++b) {
+  for (uint32_t b = tile.turn; b < 2 * blocks; b += TILE_WARPS) {
     const uint32_t first = (b < blocks ? 0 : 16) + 2 * t;
     const char *from = rows + first * pitch + b % blocks * 32 + 2 * g;
     uint32_t w[4]; /* 2 pr + r */
@@ -5164,21 +5375,22 @@ __device__ __forceinline__ u64 copy_v(const char *rows, uint32_t pitch, uint32_t
         const uint32_t token = 8 * (i / 2) + e;
         uint16_t x = *reinterpret_cast<const uint16_t *>(from + token * pitch + 16 * (i % 2));
         if (BF16) x = to_half(__uint_as_float(static_cast<uint32_t>(x) << 16));
-        if (first + token < in_tile) w[i] |= static_cast<uint32_t>(x) << (16 * e);
+        if (first + token < tile.in_tile) w[i] |= static_cast<uint32_t>(x) << (16 * e);
       }
     }
-    sum += put_words<3>(w, out + (32 * b + lane) * 16, salt_of(at + 64 * b + 2 * lane));
+    sum += put_words<3>(w, out + (32 * b + lane) * 16, salt + (64 * b + 2 * lane) * SALT);
   }
   return sum;
 }
 
-/* Parameters of V of a tile, then V. */
+/* Parameters of V of a tile, by a warp: a thread has a token. codes: what pack_v wants; a token
+   that is not there gets codes 0. */
 template <bool JOINT, bool BF16>
-__device__ __forceinline__ u64 pack_values(const pack_args &a, int level, const tile_place &tile,
-                                           const char *rows, uint32_t k_tile, bool *bad) {
-  const uint32_t lane = threadIdx.x & 31, pitch = row_pitch(a.v_dim);
-  const uint32_t pieces = static_cast<uint32_t>(a.v_dim) / 8;
-  const char *own = rows + lane * pitch; /* a thread has a token */
+__device__ __forceinline__ u64 fit_values(int level, const tile_place &tile, const char *rows,
+                                          uint32_t pitch, uint32_t pieces, uint8_t *out, u64 salt,
+                                          float4 *codes, bool *bad) {
+  const uint32_t lane = threadIdx.x & 31;
+  const char *own = rows + lane * pitch;
   uint32_t low = BF16 ? 0x7f7f7f7fu : 0x7bff7bffu, high = low | 0x80008000u;
 #pragma unroll 4
   for (uint32_t i = 0; i < pieces; ++i) {
@@ -5191,142 +5403,207 @@ __device__ __forceinline__ u64 pack_values(const pack_args &a, int level, const 
   const float lo = pair_of<BF16>(low).x, hi = pair_of<BF16>(high).x;
   const bool there = lane < tile.in_tile;
   *bad |= there && (!in_range(lo) || !in_range(hi));
-  float mid = 0, inv = 1, back = 0;
-  uint32_t param = there ? 0x3c00 : 0; /* a half is its own value */
+  uint32_t param = 0x3c00; /* a half is its own value */
   if (level < 4) {
     affine q;
+    float4 code = make_float4(0, 0, 0, 0);
     if (JOINT) {
-      q = fit_v(lo, hi, level);
-      mid = q.mid, inv = q.inv;
+      q = fit_level(lo, hi, level);
+      code.x = q.mid, code.y = q.inv;
     } else {
       const zero_point z = fit_paper(lo, hi, 1 << level);
       q = affine_paper(z, 1 << level);
-      mid = z.zero, inv = z.scale, back = __fdiv_rn(1, z.scale);
+      code.x = z.zero, code.y = z.scale, code.z = __fdiv_rn(1, z.scale);
+      if (level == 1) {
+        uint32_t begin[3];
+        codes_begin<BF16>(z, code.z, lo, hi, begin);
+        code = make_float4(__uint_as_float(begin[0]), __uint_as_float(begin[1]),
+                           __uint_as_float(begin[2]), 0);
+      }
     }
-    param = there ? to_half(q.scale) | static_cast<uint32_t>(to_half(q.mid)) << 16 : 0;
+    param = to_half(q.scale) | static_cast<uint32_t>(to_half(q.mid)) << 16;
+    if (!there && JOINT) { /* (x - 2^60) inv is half the codes below 0 */
+      code.x = 1152921504606846976.0f;
+      code.y = static_cast<float>(1 << ((1 << level) - 1)) / code.x;
+    }
+    if (!there && !JOINT) code.x = code.y = code.z = __uint_as_float(0x7fff7fffu);
+    codes[lane] = code;
   }
+  if (!there) param = 0;
   /* token i's word is 4 (i mod 8) + i / 8 */
   const uint32_t other = __shfl_xor_sync(FULL, param, 8);
-  uint8_t *params = tile.out + k_tile, *out = params + 128;
-  u64 sum = 0, at = tile.at + k_tile / 8;
-  if (!(lane & 8)) {
-    const uint32_t i = 2 * (lane & 7) + (lane >> 4);
-    reinterpret_cast<uint2 *>(params)[i] = make_uint2(param, other);
-    sum = mix_words(param, other, salt_of(at + i));
-  }
-  at += 16;
-  const uint32_t blocks = pieces / 2;
+  if (lane & 8) return 0;
+  const uint32_t i = 2 * (lane & 7) + (lane >> 4);
+  reinterpret_cast<uint2 *>(out)[i] = make_uint2(param, other);
+  return mix_words(param, other, salt + i * SALT);
+}
+
+/* A warp's share of V of a tile. */
+template <bool JOINT, bool BF16>
+__device__ __forceinline__ u64 pack_values(int level, const tile_place &tile, const char *rows,
+                                           uint32_t pitch, uint32_t blocks, uint8_t *out, u64 salt,
+                                           const float4 *codes) {
   switch (level) {
     case 1:
-      return sum +
-             pack_v<1, JOINT, BF16>(rows, pitch, blocks, mid, inv, back, tile.in_tile, out, at);
+      return pack_v<1, JOINT, BF16>(codes, rows, pitch, blocks, tile.turn, out, salt);
     case 2:
-      return sum +
-             pack_v<2, JOINT, BF16>(rows, pitch, blocks, mid, inv, back, tile.in_tile, out, at);
+      return pack_v<2, JOINT, BF16>(codes, rows, pitch, blocks, tile.turn, out, salt);
     case 3:
-      return sum +
-             pack_v<3, JOINT, BF16>(rows, pitch, blocks, mid, inv, back, tile.in_tile, out, at);
+      return pack_v<3, JOINT, BF16>(codes, rows, pitch, blocks, tile.turn, out, salt);
     default:
-      return sum + copy_v<BF16>(rows, pitch, blocks, tile.in_tile, out, at);
+      return copy_v<BF16>(rows, pitch, blocks, tile, out, salt);
   }
 }
 
-/* K of a tile. */
+/* A share of K of a tile: a block, or two of 2 bits. */
+struct __align__(16) key_share {
+  uint32_t what; /* level, 4 if it has two, 8 * the first block */
+  uint32_t out;  /* bytes before it */
+  u64 salt;      /* of these, to be added */
+};
+enum { KEY_SHARES = MAX_DIM / 16 + 3 };
+
+/* The i-th of them. */
+__device__ __forceinline__ key_share share_of(const block_plan &h, uint32_t i) {
+  const uint32_t end1 = h.k_blocks[1], end2 = h.k_blocks[2], twos = end1 / 2;
+  const uint32_t b = i + (i < end1 - twos ? i : twos);
+  key_share s;
+  s.what = (b < end1 ? 1 : b < end2 ? 2 : 3) + (b + 1 < end1 ? 4 : 0) + 8 * b;
+  s.out = 128 * least(b, end1) + 256 * (most(least(b, end2), end1) - end1) +
+          512 * (most(b, end2) - end2);
+  s.salt = s.out / 8 * SALT;
+  return s;
+}
+
+/* A warp's part of the shares of K: of seven the first three warps have two and the last, which
+   finds the parameters of V, one. */
 template <bool JOINT, bool BF16>
-__device__ __forceinline__ u64 pack_keys(const pack_args &a, const block_plan &h,
+__device__ __forceinline__ u64 pack_keys(const key_share *shares, uint32_t n,
                                          const tile_place &tile, const uint4 *codes,
-                                         const char *rows) {
-  const uint32_t g = threadIdx.x >> 2 & 7, pitch = row_pitch(a.k_dim);
+                                         const char *rows, uint32_t pitch) {
+  static_assert(TILE_WARPS == 4, "shares of four warps");
+  const uint32_t g = threadIdx.x >> 2 & 7;
   uint32_t exists = 0;
 #pragma unroll
   for (uint32_t j = 0; j < 4; ++j) /* 2 sub + r */
-    if (g + 8 * j < tile.in_tile) exists |= 0x33u << (8 * (j / 2) + 2 * (j % 2));
+    if (g + 8 * j < tile.in_tile) exists |= 1u << j;
   rows += g * pitch;
-  const uint32_t end1 = h.k_blocks[1], end2 = h.k_blocks[2], end3 = h.k_blocks[3];
   u64 sum = 0;
-  uint32_t at = 0; /* bytes so far */
-  if (end1 > 0)
-    sum += pack_k<1, JOINT, BF16>(codes, rows, pitch, 0, end1, exists, tile.out, tile.at);
-  at = 128 * end1;
-  if (end2 > end1)
-    sum += pack_k<2, JOINT, BF16>(codes, rows, pitch, end1, end2, exists, tile.out + at,
-                                  tile.at + at / 8);
-  at += 256 * (end2 - end1);
-  if (end3 > end2)
-    sum += pack_k<3, JOINT, BF16>(codes, rows, pitch, end2, end3, exists, tile.out + at,
-                                  tile.at + at / 8);
+#pragma unroll 1
+  for (uint32_t i = tile.turn, of_seven = i; i < n;) {
+    const key_share s = shares[i];
+    const uint4 *q = codes + 16 * (s.what / 8);
+    const uint32_t level = s.what & 3;
+    uint8_t *out = tile.out + s.out;
+    const u64 salt = tile.salt + s.salt;
+    if (level == 1)
+      sum += pack_k<1, JOINT, BF16>(q, s.what & 4, rows, pitch, exists, out, salt);
+    else if (level == 2)
+      sum += pack_k<2, JOINT, BF16>(q, false, rows, pitch, exists, out, salt);
+    else
+      sum += pack_k<3, JOINT, BF16>(q, false, rows, pitch, exists, out, salt);
+    const uint32_t step = of_seven < 3 ? 4 : of_seven > 3 ? 3 : 7;
+    i += step, of_seven += of_seven < 3 ? 4 : of_seven > 3 ? -4u : 0;
+  }
   return sum;
 }
 
 template <bool JOINT, bool BF16>
 __global__ void __launch_bounds__(32 * TILE_WARPS, 5)
     rows_kernel(const __grid_constant__ pack_args a) {
-  extern __shared__ uint4 rows_memory[]; /* codes of the slots, then rows of the warps */
+  extern __shared__ uint4 rows_memory[]; /* codes of the slots, then rows of two tiles */
   __shared__ u64 scratch[TILE_WARPS];
   __shared__ block_plan h;
   __shared__ channel_table channel;
+  __shared__ float4 v_codes[TILE];
+  __shared__ key_share shares[KEY_SHARES];
+  __shared__ uint32_t run_of[5];
   const int head = static_cast<int>(blockIdx.y);
   const uint32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const uint32_t kd = static_cast<uint32_t>(a.k_dim), slots = slots_of(a.k_dim);
   const plan_source source(a);
   channel_ends x(a, head, least(threadIdx.x, kd - 1));
-  const uint32_t tiles = source.tiles_of(a, head), blocks = blocks_with(tiles, a.tile_blocks);
-  if (blockIdx.x > blocks) return;
-  /* slots without a channel have codes 0 */
+  const run_counts runs = source.runs_of(a, head);
+  const uint32_t tiles = runs.tiles(), blocks = least(tiles, a.tile_blocks);
+  if (blockIdx.x > blocks || source.error != RDKV_OK) return; /* then there may be no list */
+  if (threadIdx.x < 5) run_of[threadIdx.x] = 0;
+#pragma unroll
+  for (uint32_t r = 0; r < 4; ++r)
+    if (threadIdx.x == r) run_of[r] = runs.of[r];
+  __syncthreads();
+  uint32_t tile = blockIdx.x > 0 ? blockIdx.x - 1 : tiles;
+  const uint32_t *order = a.list.order + static_cast<size_t>(head) * a.list.n;
+  const uint32_t k_pitch = row_pitch(a.k_dim), v_pitch = row_pitch(a.v_dim);
+  char *const stages = reinterpret_cast<char *>(rows_memory + slots);
+  const uint32_t stages_at = static_cast<uint32_t>(__cvta_generic_to_shared(stages)),
+                 stage_size = stage_bytes(a.k_dim, a.v_dim);
+  const row_copy k_copy(a.k, a.k_dim, head, stages_at),
+      v_copy(a.v, a.v_dim, head, stages_at + TILE * k_pitch);
+  tile_cursor now = {0, 0, 0, 0}, next;
+  now.advance(tile, run_of), next = now, next.advance(blocks, run_of);
+  const uint32_t first_token = now.n ? order[now.at(lane)] : 0;
+  uint32_t token = next.n ? order[next.at(lane)] : 0; /* of the next tile */
+  if (now.n) k_copy.ask(first_token, 0), v_copy.ask(first_token, 0);
+  asm volatile("cp.async.commit_group;" ::: "memory");
+  /* slots without a channel have codes 0, which is what the authors' come to with NaN everywhere */
+  const uint32_t none = JOINT ? 0 : 0x7fff7fffu;
   for (uint32_t i = threadIdx.x; i < slots; i += blockDim.x)
-    rows_memory[i] = make_uint4(0, 0, JOINT ? __float_as_uint(12582912.0f) : 0, 0);
+    rows_memory[i] = make_uint4(none, none, JOINT ? __float_as_uint(12582912.0f) : none, 0);
   __syncthreads();
   for (uint32_t c = threadIdx.x; c < kd; c += blockDim.x) {
     if (c >= blockDim.x) x = channel_ends(a, head, c);
-    const channel_code q = x.code(JOINT, &channel.scale_mid[c]);
+    const channel_code q = x.code(JOINT, true, &channel.scale_mid[c]);
     channel.slot[c] = static_cast<uint16_t>(x.slot),
-    channel.level[c] = static_cast<uint8_t>(x.level);
-    if (x.level > 0)
-      rows_memory[x.slot] = make_uint4(__float_as_uint(q.mid), __float_as_uint(q.inv),
-                                       __float_as_uint(q.back), 2 * c);
+    channel.level[c] = static_cast<uint8_t>(x.level());
+    uint32_t code[3] = {__float_as_uint(q.mid), __float_as_uint(q.inv), __float_as_uint(q.back)};
+    if (!JOINT && x.level() == 1) {
+      const zero_point z = {q.inv, q.mid};
+      codes_begin<BF16>(z, q.back, x.lo, x.hi, code);
+    }
+    if (x.level() > 0) rows_memory[x.slot] = make_uint4(code[0], code[1], code[2], 2 * c);
   }
   source.make(a, head, &h);
   __syncthreads();
   if (!h.go) return;
   if (blockIdx.x == 0) {
-    write_table(a, head, h, channel, rows_memory + slots);
+    write_table(a, head, h, channel, stages);
   } else {
-    char *rows =
-        reinterpret_cast<char *>(rows_memory + slots) + warp * rows_of_warp(a.k_dim, a.v_dim);
-    const uint32_t *order = a.list.order + static_cast<size_t>(head) * a.list.n;
+    const uint32_t n_shares = h.k_blocks[3] - h.k_blocks[1] / 2;
+    if (threadIdx.x < n_shares) shares[threadIdx.x] = share_of(h, threadIdx.x);
     u64 sum = 0;
     bool bad = false;
-    /* K of all tiles, which the L2 may still have, then V */
-    const uint32_t step = blocks * TILE_WARPS, first = (blockIdx.x - 1) * TILE_WARPS + warp;
+    uint32_t stage = 0, turn = warp + blockIdx.x;
 #pragma unroll 1
-    for (uint32_t unit = first; unit < 2 * tiles; unit += step) {
-      const bool values = unit >= tiles;
-      const uint32_t tile = values ? unit - tiles : unit;
-      uint64_t offset = h.tile;
-      int run = 0;
-      for (; tile >= h.first_tile[run + 1]; ++run)
-        offset +=
-            static_cast<uint64_t>(h.first_tile[run + 1] - h.first_tile[run]) * h.run_bytes[run];
-      const uint32_t in_run = tile - h.first_tile[run];
-      offset += static_cast<uint64_t>(in_run) * h.run_bytes[run];
-      tile_place place;
-      place.out = a.block + offset, place.at = offset / 8;
-      place.in_tile = least(h.count[run] - in_run * TILE, TILE);
-      place.token = order[h.run[run] + in_run * TILE + least(lane, place.in_tile - 1)];
-      __syncwarp(); /* the rows before have been read */
-      copy_rows(values ? a.v : a.k, values ? a.v_dim : a.k_dim, head, place.token, rows);
-      if (values) {
-        sum += pack_values<JOINT, BF16>(a, run + 1, place, rows, h.k_tile, &bad);
-        continue;
-      }
-      if (a.positions) {
-        const uint32_t t = lane < place.in_tile ? place.token : ~0u;
-        const uint32_t other = __shfl_xor_sync(FULL, t, 1);
+    for (; tile < tiles; tile += blocks, ++turn) {
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+      __syncthreads(); /* the rows are there, and those of the tile before have been read */
+      const char *k_rows = stages + stage * stage_size, *v_rows = k_rows + TILE * k_pitch;
+      stage ^= 1;
+      if (next.n) k_copy.ask(token, stage * stage_size), v_copy.ask(token, stage * stage_size);
+      asm volatile("cp.async.commit_group;" ::: "memory");
+      const uint64_t offset =
+          h.run_at[now.run] + static_cast<uint64_t>(now.in_run) * h.run_bytes[now.run];
+      const tile_place place = {a.block + offset, salt_of(offset / 8), now.n, turn % TILE_WARPS};
+      const int level = static_cast<int>(now.run) + 1;
+      if (a.positions && place.turn == 0) {
+        const uint32_t mine = lane < now.n ? order[now.at(lane)] : ~0u;
+        const uint32_t other = __shfl_xor_sync(FULL, mine, 1);
         const uint64_t to = h.position + 4 * (static_cast<uint64_t>(tile) * TILE + lane);
-        *reinterpret_cast<uint32_t *>(a.block + to) = t;
-        if (!(lane & 1)) sum += mix_words(t, other, salt_of(to / 8));
+        *reinterpret_cast<uint32_t *>(a.block + to) = mine;
+        if (!(lane & 1)) sum += mix_words(mine, other, salt_of(to / 8));
       }
-      sum += pack_keys<JOINT, BF16>(a, h, place, rows_memory, rows);
+      now = next, next.advance(blocks, run_of);
+      if (next.n) token = order[next.at(lane)];
+      uint8_t *out = place.out + h.k_tile; /* of V */
+      const u64 salt = place.salt + h.k_tile / 8 * SALT;
+      const uint32_t pieces = static_cast<uint32_t>(a.v_dim) / 8;
+      if (place.turn == TILE_WARPS - 1)
+        sum += fit_values<JOINT, BF16>(level, place, v_rows, v_pitch, pieces, out, salt, v_codes,
+                                       &bad);
+      sum += pack_keys<JOINT, BF16>(shares, n_shares, place, rows_memory, k_rows, k_pitch);
+      __syncthreads(); /* V's parameters are there */
+      sum += pack_values<JOINT, BF16>(level, place, v_rows, v_pitch, pieces / 2, out + 128,
+                                      salt + 16 * SALT, v_codes);
     }
     if (bad) fail(a.list.status, RDKV_ERR_NONFINITE);
     sum = warp_sum(sum);
@@ -9128,7 +9405,7 @@ static void launch_list(const pack_args &a, uint32_t heads, uint32_t slices, cud
       : a.k.dtype == RDKV_F16
           ? (whole ? list_kernel<RDKV_F16, true> : list_kernel<RDKV_F16, false>)
           : (whole ? list_kernel<RDKV_BF16, true> : list_kernel<RDKV_BF16, false>);
-  list<<<dim3(slices + a.list.parts, heads), LIST_THREADS, 0, stream>>>(a);
+  list<<<dim3(slices + a.list.parts + 1, heads), LIST_THREADS, 0, stream>>>(a);
 }
 
 /* The kernel for rows in 16-byte pieces; NULL where they are not. */
@@ -9822,10 +10099,9 @@ static cudaError_t pack(const rdkv_config *cfg, const rdkv_kv *kv, const rdkv_la
     launch_list(l, heads, a.slices, stream);
     all_rows = all_rows && rows_kernel_of(l);
   }
-  /* K and V of a tile for each warp, in at most a wave of blocks of 132 multiprocessors */
+  /* at most a wave of blocks of 132 multiprocessors */
   const uint32_t tiles = n ? n / TILE + 4 : 0;
-  a.tile_blocks =
-      all_rows ? blocks_with(tiles, most(5 * 132 / heads, 2) - 1) : least(tiles, 1024 / heads + 1);
+  a.tile_blocks = least(tiles, all_rows ? most(5 * 132 / heads, 2) - 1 : 1024 / heads + 1);
   a.again = 1;
   const size_t shared = all_rows ? rows_shared(cfg->k_dim, cfg->v_dim) : 0;
   for (int i = 0; i < n_layers; ++i) {

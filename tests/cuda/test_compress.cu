@@ -259,6 +259,31 @@ static void test_pack_values() {
   }
 }
 
+/* Such values as halves and as bf16, which have a kernel of their own: many at a tie between codes,
+   ranges without 0, subnormals. */
+static void test_pack_halves() {
+  rdkv_config c = config_of(2, 2, 64, 64);
+  for (int kind = 0; kind < 24; ++kind) {
+    if (small_run && kind % 9 != 5) continue;
+    test_where("pack halves: kind %d", kind);
+    c.profile = kind & 1 ? RDKV_PAPER : RDKV_JOINT;
+    const bool bf16 = kind & 2;
+    problem p = problem_make(&c, 300, bf16 ? RDKV_BF16 : RDKV_F16, DENSE, 5);
+    uint16_t *raw[2] = {static_cast<uint16_t *>(p.raw[0][0]), static_cast<uint16_t *>(p.raw[0][1])};
+    for (int i = 0; i < 2 * 300 * 128; ++i) {
+      const float n = static_cast<float>((i * 7 + i / 128 * 3) % 31 - i / 640 % 29);
+      const float value[6] = {65504.0f / 32 * n, n / 2,     50 + n / 8,
+                              n / 8 - 50,        6e-8f * n, n * 1e-3f + 3e-5f};
+      const float x = value[kind / 4];
+      raw[i & 1][i / 2] = bf16 ? rdkv__to_bf16(x) : rdkv__to_half(x);
+    }
+    problem_widths(&p, kind % 3 ? MIX_ALL : 0x42, 9);
+    device_problem d = to_device(&p);
+    compare_pack(&p, &d, 0, 0);
+    device_free(&d), problem_free(&p);
+  }
+}
+
 /* ---- measure --------------------------------------------------------------------------------- */
 
 static void compare_measure(problem *p, device_problem *d) {
@@ -996,6 +1021,7 @@ int main(int argc, char **argv) {
       wanted = argv[i];
   TEST(test_pack);
   TEST(test_pack_values);
+  TEST(test_pack_halves);
   TEST(test_measure);
   TEST(test_score);
   TEST(test_score_far);
