@@ -415,6 +415,11 @@ struct rdkv_cuda_acc {
 #else
 #define RDKV_CUDA__BYTES true
 #endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define RDKV_CUDA__REFILL true
+#else
+#define RDKV_CUDA__REFILL false /* copies complete in order there, and lanes share each */
+#endif
 #define RDKV_CUDA__PAIR 384 /* bytes of such a query for two blocks of 16 channels */
 #define RDKV_CUDA__FINE                                                                           \
   1.9073486e-6f /* a factor above this needs the query's third bytes: without them logits are off \
@@ -627,32 +632,44 @@ __device__ __forceinline__ void rdkv_cuda__query_bytes(const rdkv_cuda_head &hea
                                                        float2 *factor) {
   const uint32_t lane = threadIdx.x & 31;
   const uint32_t b2 = head.n_blocks[0], b4 = b2 + head.n_blocks[1], b8 = b4 + head.n_blocks[2];
-  const float most = fmaxf(largest, 1e-30f); /* = 30700 units; 4-bit q' grow by 1/16 at most */
-  const float unit = most * (factor_log2 / (16 * 30700.0f));
+  constexpr float range = 30580.0f; /* units of the largest; 4-bit q' grow by 1/15 at most */
+  const float most = fmaxf(largest, 1e-30f);
+  const float unit = most * (factor_log2 * (1 / (16 * range)));
   const bool fine = unit > RDKV_CUDA__FINE;
-  const float up = __fdividef(fine ? 256 * 30700.0f : 30700.0f, most);
+  const float up = __fdividef(fine ? 256 * range : range, most);
   int sum[2] = {0, 0}; /* of what the codes' midpoints add up to, 256ths apart */
+  float next = 0;      /* what the block behind the lane's brings along */
 #pragma unroll
-  for (uint32_t i = 0; i < 3; ++i) {
-    const uint32_t block = 8 * i + (lane >> 2);
-    if (8 * i >= b8 || block >= b8) continue;
+  for (int i = 2; i >= 0; --i) {
+    const uint32_t block = 8 * static_cast<uint32_t>(i) + (lane >> 2);
+    if (block - (lane >> 2) >= b8) continue;
     const bool four = block >= b2 && block < b4;
     const uint32_t begin = block < b2 ? 0 : four ? b2 : b4, end = block < b2 ? b2 : four ? b4 : b8;
     const uint32_t pairs = block < b2 ? 0 : (b2 + 1) / 2 + (four ? 0 : (b4 - b2 + 1) / 2);
     const uint32_t in_run = block - begin;
     uint8_t *to =
         fragments + RDKV_CUDA__PAIR * (pairs + in_run / 2) + 8 * (lane & 3) + 2 * (in_run & 1);
-    int v[4];
-#pragma unroll
-    for (int k = 3; k >= 0; --k) /* codes of an odd pair bring those of the even one, as 16ths */
-      v[k] = __float2int_rn(x[i][k] * up - (four && k < 2 ? 0.0625f * v[(k + 2) & 3] : 0.0f));
+    /* 4 bits: each code brings the one below it in its pair of blocks along, as a 16th */
+    const float part = four ? 0.0625f : 0.0f;
+    float v[4];
+    const auto chain =
+        [&](float above) { /* in bytes' order; not rounded yet */
+                           v[3] = x[i][3] * up - part * above, v[1] = x[i][1] * up - part * v[3];
+                           v[2] = x[i][2] * up - part * v[1], v[0] = x[i][0] * up - part * v[2];
+        };
+    chain(0);
+    const float from = __shfl_sync(RDKV_CUDA__FULL, lane < 4 ? next : v[0], (lane + 4) & 31);
+    next = v[0];
+    if (!(in_run & 1) && block + 1 < end) chain(from);
+    if (block >= b8) continue;
 #pragma unroll
     for (int pr = 0; pr < 2; ++pr) {
       uint32_t bytes[3] = {0, 0, 0};
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int y = v[2 * pr + e] * (fine ? 1 : 256), two = (y + 128) >> 8;
-        const int weight = four && pr ? 136 : 128; /* times its unit, middles of all widths */
+        const int y = __float2int_rn(v[2 * pr + e]) * (fine ? 1 : 256), two = (y + 128) >> 8;
+        /* times its unit, middles of all widths */
+        const int weight = four && (pr || e || in_run & 1) ? 136 : 128;
         const int low[3] = {(two + 128) >> 8, two, y};
         sum[0] += two * weight, sum[1] += (y - two * 256) * weight;
 #pragma unroll
@@ -708,17 +725,20 @@ __device__ __forceinline__ void rdkv_cuda_query(const rdkv_cuda_head *head, bool
     float value[4];
 #pragma unroll
     for (uint32_t k = 0; k < 4; ++k) /* all is a multiple of 4 for plain K alone */
-      from[k] = !head ? c + k : c + k < all ? channel[c + k] : 0;
+      from[k] = !head ? c + k : channel[min(c + k, all - 1)];
+    uint2 s = make_uint2(0, 0), m = s; /* past the last one lie the channels */
+    if (head && c < n) s = *reinterpret_cast<const uint2 *>(scale + c);
+    if (head) m = *reinterpret_cast<const uint2 *>(mid + c);
+    const float2 scales[2] = {__half22float2(rdkv_cuda__halves(s.x)),
+                              __half22float2(rdkv_cuda__halves(s.y))};
+    const float2 mids[2] = {__half22float2(rdkv_cuda__halves(m.x)),
+                            __half22float2(rdkv_cuda__halves(m.y))};
+    const float part = !head ? 1.0f : !bytes ? 1.0f : c < n2 ? 0.25f : c < n4 ? 1.0f : 16.0f;
     rdkv_cuda__gather(q, from, dtype, value);
 #pragma unroll
     for (uint32_t k = 0; k < 4; ++k) {
-      if (!head) {
-        x[i][k] = value[k];
-      } else {
-        if (c + k < all) constant += value[k] * __half2float(__ushort_as_half(mid[c + k]));
-        if (c < n) x[i][k] = value[k] * __half2float(__ushort_as_half(scale[c + k]));
-        if (bytes) x[i][k] *= c < n2 ? 0.25f : c < n4 ? 1.0f : 16.0f;
-      }
+      if (head && c + k < all) constant += value[k] * (k & 1 ? mids[k / 2].y : mids[k / 2].x);
+      x[i][k] = value[k] * (head ? part * (k & 1 ? scales[k / 2].y : scales[k / 2].x) : 1.0f);
       largest = max(largest, static_cast<uint32_t>(__float_as_int(fabsf(x[i][k]))));
     }
   }
@@ -780,22 +800,24 @@ __device__ __forceinline__ void rdkv_cuda_query(const rdkv_cuda_head *head, bool
                           constant * factor_log2);
 }
 
-/* Logits x (base 2) -> e = 2^(x - max) and p = e * scale; updates sum and, when p comes near the
-   end of fp16, max. x[i] is of the lane's column i % C, its token's V scale is scale[i / C]; logits
-   of tokens that are not there are -Inf. */
+/* Products x, logits x * factor.x + factor.y (base 2) -> e = 2^(logit - max) and p = e * scale;
+   updates sum and, when p comes near the end of fp16, max. x[i] is of the lane's column i % C, its
+   token's V scale is scale[i / C]; products of tokens that are not there are -Inf. */
 template <int D, bool PAIRED, int N>
 __device__ __forceinline__ void rdkv_cuda__weigh(rdkv_cuda_acc<D> &a, const float (&x)[N],
+                                                 const float2 *factor,
                                                  const float (&scale)[PAIRED ? N : N / 2],
                                                  float (&e)[N], float (&p)[N]) {
   constexpr int C = PAIRED ? 1 : 2; /* columns of a lane */
+  const float2 own[2] = {factor[0], factor[C - 1]};
   float high, all[C];
   const auto weigh = [&] {
-    high = all[0] = all[C - 1] = 0;
+    const float less[2] = {own[0].y - a.max[0], own[C - 1].y - a.max[C - 1]};
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      e[i] = rdkv_cuda__exp2(x[i] - a.max[i % C]);
+      e[i] = rdkv_cuda__exp2(fmaf(x[i], own[i % C].x, less[i % C]));
       p[i] = e[i] * scale[i / C];
-      high += p[i], all[i % C] += e[i];
+      high = i ? high + p[i] : p[i], all[i % C] = i < C ? e[i] : all[i % C] + e[i];
     }
   };
   weigh();
@@ -807,8 +829,8 @@ __device__ __forceinline__ void rdkv_cuda__weigh(rdkv_cuda_acc<D> &a, const floa
     for (int k = 0; k < C; ++k) {
       float m = a.max[k];
       for (int i = k; i < N; i += C) /* a scale of 0 counts as fp16's smallest */
-        m = fmaxf(m,
-                  x[i] + (rdkv_cuda__log2(fmaxf(scale[i / C], 5.9604645e-8f)) - RDKV_CUDA__LIFT));
+        m = fmaxf(m, fmaf(x[i], own[k].x, own[k].y) +
+                         (rdkv_cuda__log2(fmaxf(scale[i / C], 5.9604645e-8f)) - RDKV_CUDA__LIFT));
       for (int d = 4; d < 32; d <<= 1) m = fmaxf(m, __shfl_xor_sync(RDKV_CUDA__FULL, m, d));
       f[k] = m == a.max[k] ? 1.0f : rdkv_cuda__exp2(a.max[k] - m);
       a.max[k] = m, a.sum[k] *= f[k], a.mid[k] *= f[k];
@@ -835,8 +857,8 @@ __device__ __forceinline__ void rdkv_cuda__units(rdkv_cuda_acc<D> &a, bool plain
 
 /* A lane's words of a block, and the A fragment of 16 of its 32 rows. */
 template <int BITS>
-__device__ __forceinline__ uint4 rdkv_cuda__words(const uint8_t *block) {
-  const uint32_t lane = threadIdx.x & 31;
+__device__ __forceinline__ uint4 rdkv_cuda__words(const uint8_t *block,
+                                                  uint32_t lane = threadIdx.x & 31) {
   if (BITS == 8) return reinterpret_cast<const uint4 *>(block)[lane];
   if (BITS == 2) return make_uint4(reinterpret_cast<const uint32_t *>(block)[lane], 0, 0, 0);
   const uint2 w = reinterpret_cast<const uint2 *>(block)[lane];
@@ -904,7 +926,7 @@ __device__ __forceinline__ void rdkv_cuda__byte_fragment(uint4 x, uint4 y, int s
   } else if (BITS == 4) {
     const uint32_t p = sub ? x.y : x.x, q = sub ? y.y : y.x;
     a[2] = __byte_perm(p, q, 0x6420), a[3] = __byte_perm(p, q, 0x7531);
-    a[0] = a[2] << 4 & 0xf0f0f0f0u, a[1] = a[3] << 4 & 0xf0f0f0f0u;
+    a[0] = a[2] << 4, a[1] = a[3] << 4;
   } else {
     const uint32_t p = sub ? x.z : x.x, q = sub ? y.z : y.x;
     const uint32_t r = sub ? x.w : x.y, s = sub ? y.w : y.y;
@@ -913,41 +935,58 @@ __device__ __forceinline__ void rdkv_cuda__byte_fragment(uint4 x, uint4 y, int s
   }
 }
 
-/* Adds n blocks of K of T tiles to the products x, and with FINE those with the query's third bytes
-   to z. Behind an odd last block the next bytes of the tile stand in for another one: the query is
-   0 there. */
-template <int BITS, bool FINE, int T>
-__device__ __forceinline__ void rdkv_cuda__byte_keys(int (&x)[T][2][4], int (&z)[T][2][4],
-                                                     const uint8_t *(&block)[T],
-                                                     const uint8_t *&query, uint32_t n) {
-  const uint32_t lane = threadIdx.x & 31;
-#pragma unroll 1
-  for (uint32_t i = 0; i < n; i += 2) {
-    uint4 w[T][2]; /* all loads first */
-    const uint2 q = reinterpret_cast<const uint2 *>(query)[lane];
-    const uint2 r =
-        FINE ? reinterpret_cast<const uint2 *>(query + 256)[(lane >> 1 & 12) + (lane & 3)]
-             : uint2();
+/* Adds pairs of blocks of K of T tiles to the products x, and with FINE those with the query's
+   third bytes to z. The pointers are the lane's own. */
+template <int BITS, bool FINE, int N, int T>
+__device__ __forceinline__ void rdkv_cuda__byte_pairs(int (&x)[T][2][4], int (&z)[T][2][4],
+                                                      const uint8_t *(&block)[T],
+                                                      const uint8_t *&query,
+                                                      const uint8_t *&third) {
+  uint4 w[N][T][2]; /* all loads first */
+  uint2 q[N], r[N];
 #pragma unroll
-    for (int t = 0; t < T; ++t) {
-      w[t][0] = rdkv_cuda__words<BITS>(block[t]),
-      w[t][1] = rdkv_cuda__words<BITS>(block[t] + 64 * BITS);
-      block[t] += 128 * BITS;
-    }
-    query += RDKV_CUDA__PAIR;
-    asm volatile("" ::: "memory");
+  for (int k = 0; k < N; ++k) {
+    q[k] = *reinterpret_cast<const uint2 *>(query + RDKV_CUDA__PAIR * k);
+    if (FINE) r[k] = *reinterpret_cast<const uint2 *>(third + RDKV_CUDA__PAIR * k);
+#pragma unroll
+    for (int t = 0; t < T; ++t)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        w[k][t][i] = rdkv_cuda__words<BITS>(block[t] + 64 * BITS * (2 * k + i), 0);
+  }
+#pragma unroll
+  for (int t = 0; t < T; ++t) block[t] += 128 * BITS * N;
+  query += RDKV_CUDA__PAIR * N, third += RDKV_CUDA__PAIR * N;
+  asm volatile("" ::: "memory");
+#pragma unroll
+  for (int k = 0; k < N; ++k)
 #pragma unroll
     for (int t = 0; t < T; ++t)
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         uint32_t f[4];
-        rdkv_cuda__byte_fragment<BITS>(w[t][0], w[t][1], s, f);
-        rdkv_cuda__mma_bytes(x[t][s], f, q.x, q.y);
-        if (FINE) rdkv_cuda__mma_bytes(z[t][s], f, r.x, r.y);
+        rdkv_cuda__byte_fragment<BITS>(w[k][t][0], w[k][t][1], s, f);
+        rdkv_cuda__mma_bytes(x[t][s], f, q[k].x, q[k].y);
+        if (FINE) rdkv_cuda__mma_bytes(z[t][s], f, r[k].x, r[k].y);
       }
-  }
+}
+
+/* The same for n blocks. Behind an odd last block the next bytes of the tile stand in for another
+   one: the query is 0 there. */
+template <int BITS, bool FINE, int T>
+__device__ __forceinline__ void rdkv_cuda__byte_keys(int (&x)[T][2][4], int (&z)[T][2][4],
+                                                     const uint8_t *(&block)[T],
+                                                     const uint8_t *&query, uint32_t n) {
+  const uint32_t lane = threadIdx.x & 31;
+  const uint8_t *own[T], *first = query + 8 * lane;
+  const uint8_t *third = query + 256 + 8 * ((lane >> 1 & 12) + (lane & 3));
 #pragma unroll
-  for (int t = 0; t < T; ++t) block[t] -= (n & 1) * (64 * BITS);
+  for (int t = 0; t < T; ++t) own[t] = block[t] + 2 * BITS * lane, block[t] += n * (64 * BITS);
+  n = (n + 1) / 2, query += RDKV_CUDA__PAIR * n;
+  constexpr int N = T > 1 && BITS < 8 ? 2 : 1; /* as many as registers allow */
+#pragma unroll 1
+  for (; n >= N; n -= N) rdkv_cuda__byte_pairs<BITS, FINE, N>(x, z, own, first, third);
+  if (N > 1 && n) rdkv_cuda__byte_pairs<BITS, FINE, 1>(x, z, own, first, third);
 }
 
 /* The lane's products of T tiles with the query, in bytes: of its two columns the first bytes and
@@ -995,10 +1034,11 @@ __device__ __forceinline__ void rdkv_cuda__values(rdkv_cuda_acc<D> &a, const uin
 }
 
 /* What a V run's probabilities are multiplied by, to undo the factors that stay in its codes: for
-   the lane's tokens, in pairs as rdkv_cuda__tiles has them. */
+   the lane's tokens, in pairs as rdkv_cuda__tiles has them. PAIRED: for the lane's registers of B,
+   0 where its column has no part of a token. */
 template <bool PAIRED>
 struct rdkv_cuda__lift {
-  __half2 of[PAIRED ? 2 : 4];
+  __half2 of[4];
   float middle; /* of its codes */
 };
 
@@ -1007,10 +1047,11 @@ __device__ __forceinline__ rdkv_cuda__lift<PAIRED> rdkv_cuda__lift_of(int run) {
   rdkv_cuda__lift<PAIRED> l;
   const float odd = run == 0 ? 0.25f : run == 1 ? 0.0625f : 1.0f; /* pr = 1 */
   const float last = run == 0 ? 0.0625f : 1.0f;                   /* the second 16 tokens */
+  const bool second = threadIdx.x & 4;
 #pragma unroll
-  for (int i = 0; i < (PAIRED ? 2 : 4); ++i) {
-    const float f = PAIRED ? (i ? last : 1.0f) : (i >= 2 ? last : 1.0f) * (i & 1 ? odd : 1.0f);
-    l.of[i] = __floats2half2_rn(f, PAIRED ? f * odd : f);
+  for (int i = 0; i < 4; ++i) {
+    const float f = (i >= 2 ? last : 1.0f) * (i & 1 ? odd : 1.0f);
+    l.of[i] = __float2half2_rn(!PAIRED || second == (i & 1) ? f : 0.0f);
   }
   l.middle = run == 0 ? 2.0f : run == 1 ? 8.0f : run == 2 ? 128.0f : 0.0f;
   return l;
@@ -1081,15 +1122,12 @@ __device__ __forceinline__ void rdkv_cuda__tiles(rdkv_cuda_acc<D> &a, const uint
     }
     tile[t] += 128;
   }
-  const float2 factor2[2] = {factor[0], factor[C - 1]};
-#pragma unroll
-  for (int i = 0; i < N * T; ++i) x[i] = x[i] * factor2[i % C].x + factor2[i % C].y;
   if (T == 1 && tokens < 32)
 #pragma unroll
     for (int i = 0; i < N; ++i)
       if (8u * static_cast<uint32_t>(i / C) + g >= tokens) x[i] = -INFINITY;
 
-  rdkv_cuda__weigh<D, PAIRED, N * T>(a, x, scale, e, p);
+  rdkv_cuda__weigh<D, PAIRED, N * T>(a, x, factor, scale, e, p);
 
   /* probabilities times V scale, less the factors that stay in the codes, as B fragments */
   uint32_t b[T][4];
@@ -1102,13 +1140,12 @@ __device__ __forceinline__ void rdkv_cuda__tiles(rdkv_cuda_acc<D> &a, const uint
     for (int i = 0; i < N / 2; ++i) { /* two tokens of a column, or two columns of a token */
       const __half2 h = __floats2half2_rn(p[N * t + 2 * i], p[N * t + 2 * i + 1]);
       a.mid[0] -= __low2float(h) * lift.middle, a.mid[C - 1] -= __high2float(h) * lift.middle;
-      w[i] = rdkv_cuda__bits(__hmul2(h, lift.of[i]));
+      w[i] = rdkv_cuda__bits(PAIRED ? h : __hmul2(h, lift.of[i]));
     }
 #pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      uint32_t part[2];
-      rdkv_cuda__weights<PAIRED>(w[N / 4 * s], w[N / 4 * s + N / 8], part);
-      b[t][2 * s] = part[0], b[t][2 * s + 1] = part[1];
+    for (int i = 0; i < 4; ++i) {
+      b[t][i] = rdkv_cuda__transpose(w[PAIRED ? i / 2 : i]);
+      if (PAIRED) b[t][i] = rdkv_cuda__bits(__hmul2(rdkv_cuda__halves(b[t][i]), lift.of[i]));
     }
   }
   if (T > 1 || run < 2) {
@@ -1196,13 +1233,12 @@ __device__ __forceinline__ void rdkv_cuda_dense_keys(rdkv_cuda_acc<D> &a, uint32
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     x[i] = PAIRED ? y[2 * i] + y[2 * i + 1] : y[i];
-    x[i] = x[i] * factor[i % C].x + factor[i % C].y;
     if (8u * static_cast<uint32_t>(i / C) + g >= tokens) x[i] = -INFINITY;
   }
   const float one[2] = {1, 1};
   float e[N], w[N];
   rdkv_cuda__units(a, true);
-  rdkv_cuda__weigh<D, PAIRED, N>(a, x, one, e, w);
+  rdkv_cuda__weigh<D, PAIRED, N>(a, x, factor, one, e, w);
   rdkv_cuda__weights<PAIRED>(rdkv_cuda__pair<BF16>(w[0], w[1]),
                              PAIRED ? 0 : rdkv_cuda__pair<BF16>(w[C], w[C + 1]), p);
 }
@@ -1783,6 +1819,31 @@ __device__ __forceinline__ void rdkv_cuda__fill(rdkv_cuda__ring &r, rdkv_cuda__f
   f.source += static_cast<uint64_t>(step) * f.bytes, f.next += step;
 }
 
+/* While a run's tiles are taken in pairs and all its slots are filled, the next copies are those to
+   the slots just emptied, in turn: all lanes know them, and one issues them without looking for who
+   has the slot. Begins that: no lane's copy is due any more. Returns the source of the copy that
+   follows in the slot. */
+__device__ __forceinline__ uint64_t rdkv_cuda__steady(rdkv_cuda__feed &f, uint32_t slot) {
+  f.due = UINT32_MAX;
+  const uint32_t low = __shfl_sync(RDKV_CUDA__FULL, static_cast<uint32_t>(f.source), slot);
+  const uint32_t high = __shfl_sync(RDKV_CUDA__FULL, static_cast<uint32_t>(f.source >> 32), slot);
+  return static_cast<uint64_t>(rdkv_cuda__uniform(high)) << 32 | rdkv_cuda__uniform(low);
+}
+
+__device__ __forceinline__ void rdkv_cuda__refill(const rdkv_cuda__ring &r, uint32_t slot,
+                                                  uint64_t from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n\t.reg .pred one;\n\t"
+      "elect.sync _|one, 0xffffffff;\n\t"
+      "@one mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n\t"
+      "@one cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;\n\t}" ::"r"(r.base + slot * bytes),
+      "l"(from), "r"(bytes), "r"(r.barrier + 8u * slot), "l"(r.policy)
+      : "memory");
+#endif
+}
+
 /* Copies 16 rows of row_bytes (a multiple of 16) to shared address to, pitch apart. Rows from the
    last one on repeat it; row_new comes from source_new. */
 __device__ __forceinline__ void rdkv_cuda__issue_rows(rdkv_cuda__ring &r, uint32_t slot,
@@ -1859,7 +1920,7 @@ __device__ __forceinline__ void rdkv_cuda__next_run(const rdkv_cuda__piece &x, i
     base += static_cast<uint64_t>(n) * f.bytes, begin += n;
   }
   f.end = min(begin + n, tile_end);
-  f.slots = min(r.size / f.bytes, static_cast<uint32_t>(RDKV_CUDA__SLOTS));
+  f.slots = rdkv_cuda__count(lane < RDKV_CUDA__SLOTS && (lane + 1) * f.bytes <= r.size);
   uint32_t past = slot + left; /* the slot behind the last tile */
   past -= past > slots ? slots : 0;
   const bool mine = lane < f.slots, above = lane >= past && lane * f.bytes >= past * size;
@@ -1868,7 +1929,9 @@ __device__ __forceinline__ void rdkv_cuda__next_run(const rdkv_cuda__piece &x, i
   f.next = next + (lane >= f.first ? lane - f.first : lane + f.slots - f.first) * n_warps;
   f.source = base + static_cast<uint64_t>(f.next - begin) * f.bytes;
   /* the slots up to this one are those that the lane's reaches into, or whose barrier it has */
-  const uint32_t under = min(slots, max(lane + 1, ((lane + 1) * f.bytes + size - 1) / size));
+  const float reach = __fdividef(static_cast<float>((lane + 1) * f.bytes) - 0.5f,
+                                 static_cast<float>(size)); /* never near a whole number */
+  const uint32_t under = min(slots, max(lane, static_cast<uint32_t>(reach)) + 1);
   const int later = static_cast<int>(past + (above ? slots : 0)) - static_cast<int>(under);
   const uint32_t due =
       next - static_cast<uint32_t>(max(0, min(later, static_cast<int>(left)))) * n_warps;
@@ -2256,22 +2319,37 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         rdkv_cuda__fill(ring, f, n_warps, tile);
         if (tile >= last) /* all copies of the run are made */
           rdkv_cuda__next_run(x, 16 * D, n_warps, ring, f, tile, slot), last = end;
-        const uint32_t second = slot + 1 == slots ? 0 : slot + 1;
-        rdkv_cuda__take(ring, slot);
         if (PAIRED && !fine && run < 2 && slots >= 4 && tile + n_warps < full) {
-          rdkv_cuda__take(ring, second);
-          const uint8_t *at[2] = {own + slot * size, own + second * size};
-          rdkv_cuda__tiles<PAIRED, bytes>(a, at, widths, static_cast<int>(run), 32, fragments, rest,
-                                          fine, factor, lift);
-          slot = second + 1 == slots ? 0 : second + 1, tile += 2 * n_warps;
+          const bool steady = RDKV_CUDA__REFILL && last < end; /* the run's copies go on */
+          uint64_t source = 0;
+          if (steady) source = rdkv_cuda__steady(f, slot);
+#pragma unroll 1
+          while (true) {
+            const uint32_t second = slot + 1 == slots ? 0 : slot + 1;
+            rdkv_cuda__take(ring, slot), rdkv_cuda__take(ring, second);
+            const uint8_t *at[2] = {own + slot * size, own + second * size};
+            rdkv_cuda__tiles<PAIRED, bytes>(a, at, widths, static_cast<int>(run), 32, fragments,
+                                            rest, fine, factor, lift);
+            __syncwarp();
+            if (steady) {
+              const uint32_t step = n_warps * size;
+              rdkv_cuda__refill(ring, slot, source, size);
+              if (tile + n_warps < last) rdkv_cuda__refill(ring, second, source + step, size);
+              source += 2 * step;
+            }
+            slot = second + 1 == slots ? 0 : second + 1, tile += 2 * n_warps;
+            if (tile >= last || tile + n_warps >= full) break;
+            if (!steady) rdkv_cuda__fill(ring, f, n_warps, tile);
+          }
         } else {
+          rdkv_cuda__take(ring, slot);
           const uint8_t *at[1] = {own + slot * size};
           rdkv_cuda__tiles<PAIRED, bytes>(a, at, widths, static_cast<int>(run),
                                           tile < full ? 32 : x.head.n_tokens[run] % 32, fragments,
                                           rest, fine, factor, lift);
-          slot = second, tile += n_warps;
+          slot = slot + 1 == slots ? 0 : slot + 1, tile += n_warps;
+          __syncwarp();
         }
-        __syncwarp();
       }
     }
 
