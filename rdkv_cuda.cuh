@@ -7133,15 +7133,19 @@ static __global__ void __launch_bounds__(THREADS, 4)
 /* ---- allocate : one cooperative kernel, whose blocks all go through the steps of rdkv__solve */
 
 enum {
-  SOLVE = 512,   /* threads of a block, as many as there are fine bins */
-  FINE = 512,    /* as RDKV__FINE */
-  HIGH = 5,      /* as RDKV__HIGH */
-  MORE = 4,      /* as RDKV__MORE */
-  MARGIN = 128,  /* tokens above the threshold: more than all levels' last tiles may lack */
-  BATCH = 4,     /* tokens that a thread asks for at once */
-  SORT = 2048,   /* keys of a level that are sorted in shared memory */
-  BUCKETS = 512, /* of a short list */
-  SOLVE_WORDS = 4 * SORT * 2 /* of shared memory */
+  SOLVE = 512,    /* threads of a block, as many as there are fine bins */
+  FINE = 512,     /* as RDKV__FINE */
+  HIGH = 5,       /* as RDKV__HIGH */
+  MORE = 4,       /* as RDKV__MORE */
+  MARGIN = 128,   /* tokens above the threshold: more than all levels' last tiles may lack */
+  BATCH = 2,      /* tokens that a thread asks for at once */
+  ARRIVALS = 4,   /* of distortions on their way to shared memory, one after the other */
+  SORT = 1024,    /* keys of a level that a block lists in shared memory */
+  PAIR_WORDS = 4, /* of a head's level while the budget is spent */
+  BUCKETS = 512,  /* of a short list */
+  SOLVE_WORDS = 4 * SORT * 2, /* of shared memory beside them */
+  TEAM = 16,                  /* blocks of a cluster that solves by itself, at most */
+  TEAM_PART = 2048            /* tokens from which a block has company */
 };
 static const uint32_t PINNED = 0x7f7fffffu; /* FLT_MAX: what must be kept */
 
@@ -7156,16 +7160,15 @@ struct solve_head {
   uint32_t tiles[4];                   /* that reach level 1.. */
   uint32_t n_list[4], n_sure[4];       /* tokens of each level */
   uint32_t list_from[4], sure_from[4]; /* slopes from which up they are */
-  uint32_t n_offers[4], taken[4];
+  uint32_t n_offers[4];
   uint32_t no_lists; /* 1: they were too long */
-  uint32_t done;     /* units that have been counted or listed */
+  uint32_t done;     /* units that have been counted */
   double v, k;       /* predicted */
 };
 
 struct solve_state {
   uint32_t barrier, odd;
-  uint32_t offered; /* heads */
-  double sum[3];    /* used in turn, the next one being cleared */
+  double sum[3]; /* used in turn, the next one being cleared */
 };
 
 enum { VIEWS = 8 }; /* layers that go with the launch itself */
@@ -7188,6 +7191,7 @@ struct solve_args {
   u64 *hist[3];       /* [BINS] */
   u64 *list;          /* [heads][4][capacity] slope above inverted index: greater is better */
   u64 *offers;        /* [heads][4][max_offers] such keys of tiles that may come next */
+  uint32_t *pairs;    /* [PAIR_WORDS][heads * 4] where there are more than SOLVE */
   uint8_t *pin;       /* [heads][n] lowest levels, or NULL */
   solve_state *state;
   double *lambda; /* [n_layers] */
@@ -7195,11 +7199,13 @@ struct solve_args {
   const uint64_t *given_budget; /* on the device, or NULL */
   const double *device_lambda;  /* likewise */
   uint64_t budget, fixed, most; /* most: no block is larger */
+  uint64_t least_head;          /* what a head takes of which nothing is kept */
   double given_lambda, tokens, k_share, max_error, k_bits;
   float eps_k[5], eps_v[5];
   paper_edges edges; /* of eps_v */
   float v_mean;
   uint32_t n, n_heads, n_kv_heads, capacity, max_offers;
+  uint32_t stage; /* there is shared memory for so many tokens */
   int n_layers, k_dim, v_dim, positions, scope;
 };
 
@@ -7269,11 +7275,122 @@ static __global__ void __launch_bounds__(THREADS)
 }
 
 /* One function has it at a time. */
-extern __shared__ uint4 solve_shared[]; /* SOLVE_WORDS */
+extern __shared__ uint4 solve_shared[]; /* SOLVE_WORDS; distortions [5][stage] */
+
+/* m floats into shared memory, and zeroes up to the next multiple of 4, by a block; asynchronously.
+ */
+__device__ __noinline__ void stage_floats(float *to, const float *from, uint32_t m) {
+  const bool whole = (reinterpret_cast<uintptr_t>(from) & 15) == 0;
+  for (uint32_t t = 4 * threadIdx.x; t < m; t += 4 * SOLVE) {
+    if (whole && t + 4 <= m) {
+      copy_16(rdkv_cuda__shared_address(to + t), reinterpret_cast<const char *>(from + t));
+      continue;
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) to[t + i] = t + i < m ? from[t + i] : 0;
+  }
+}
+__device__ __forceinline__ void staged_floats() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 /* How many bytes K takes in a tile: 4 bits before anything is known, as it is, or chosen anew by
    the threshold and the tokens that all or the bins of the pass before count, or none. */
 enum { FRESH, KEEP, BY_BINS, BY_FINE, BY_ALL, BY_NONE };
+
+/* Tokens of a unit of work, and so many units that each block has one if there are no more heads
+   than blocks. */
+__host__ __device__ inline uint32_t slice_of(uint32_t n, uint32_t n_heads, uint32_t blocks) {
+  const uint32_t units = most(blocks / n_heads, 1), rows = n / 32 + (n % 32 > 0);
+  return 32 * least(most((rows + units - 1) / units, 1), 1u << 15);
+}
+
+/* What a token takes to reach a level from the one below, and 1 over what it takes from level to
+   level. */
+struct v_costs {
+  float cost[4], inv[4][5];
+};
+
+/* Tokens of a head that a block works on. In shared memory, like all that is looked up often: a
+   barrier makes a block forget what it has read from memory. Code that runs once takes its time
+   too: whatever is long is a function of its own. */
+struct unit {
+  uint32_t number, i, k, t0, t1; /* k: which of its head's */
+  uint32_t k_tile;               /* that costs are of, or FULL */
+  solve_head *h;
+  const float *v, *kd; /* the head's distortions */
+  const uint8_t *pin;
+  uint8_t *v_bits, *k_bits;
+  u64 *list;
+  v_costs costs;
+  alignas(16) float dk[4 * MAX_DIM]; /* as kd */
+};
+
+__device__ __forceinline__ unit &solve_unit() {
+  __shared__ unit x[1];
+  return x[0];
+}
+
+__device__ __noinline__ void enter_unit(const solve_args &a, uint32_t first, uint32_t slice,
+                                        uint32_t slices, uint32_t u) {
+  unit &x = solve_unit();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const uint32_t i = u / slices, head = first + i, layer = head / a.n_kv_heads;
+    const layer_view &view = a.n_layers <= VIEWS ? a.few.view[layer] : a.layers[layer];
+    const size_t row = head - layer * a.n_kv_heads, kd = static_cast<size_t>(a.k_dim);
+    x.number = u, x.i = i, x.k = u - i * slices, x.t0 = x.k * slice, x.k_tile = FULL;
+    x.t1 = least(x.t0 + slice, a.n), x.h = a.heads + head;
+    x.v = view.v_distortion + row * 5 * a.n, x.kd = view.k_distortion + row * 4 * kd;
+    x.pin = a.pin ? a.pin + static_cast<size_t>(head) * a.n : nullptr;
+    x.v_bits = view.v_bits + row * a.n, x.k_bits = view.k_bits + row * kd;
+    x.list = a.list + static_cast<size_t>(head) * 4 * a.capacity;
+  }
+  __syncthreads();
+  stage_floats(x.dk, x.kd, 4 * static_cast<uint32_t>(a.k_dim));
+}
+
+/* By the bytes that K takes in a tile; by at least 20 threads. */
+__device__ __noinline__ void set_costs(int v_dim, int positions, uint32_t k_tile, v_costs &c) {
+  const uint32_t tid = threadIdx.x, block = static_cast<uint32_t>(pad16(v_dim)) / 16 * 128;
+  const uint32_t whole = k_tile + 128 + block + (positions ? 128u : 0u);
+  __syncthreads();
+  /* bytes of a tile at a level, which are exact in floats as parts of a token, too */
+  const auto bytes = [&](uint32_t l) { return l ? whole + block * ((1u << (l - 1)) - 1) : 0; };
+  const auto step = [&](uint32_t from, uint32_t to) {
+    return static_cast<float>(bytes(to) - bytes(from)) / TILE;
+  };
+  if (tid < 4) c.cost[tid] = step(tid, tid + 1);
+  if (tid < 20 && tid / 5 < tid % 5) c.inv[tid / 5][tid % 5] = __fdiv_rn(1, step(tid / 5, tid % 5));
+  __syncthreads();
+}
+
+/* All blocks of a launch meet, and see what the others wrote. */
+__device__ __noinline__ void solve_sync(uint32_t *counter, uint32_t phase) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+  if (size == gridDim.x) {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    return;
+  }
+#endif
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    volatile uint32_t *barrier = counter;
+    __threadfence();
+    atomicAdd(counter, 1u);
+    while (*barrier < phase * gridDim.x) {
+    }
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+/* block_scan() with memory of its own. */
+__device__ __noinline__ u64 solve_scan(u64 x, u64 *total) {
+  __shared__ u64 scratch[33];
+  return block_scan(x, scratch, total);
+}
 
 /* The part of the heads that share a budget, and where this block stands. */
 struct solver {
@@ -7282,6 +7399,7 @@ struct solver {
   uint32_t first, n_heads;
   uint32_t slice;  /* tokens of a unit of work */
   uint32_t slices; /* units of a head */
+  bool staged;     /* this block's one unit is in shared memory */
   uint32_t set;    /* of bins */
   uint32_t sums;
   int choose;     /* K at the next pass */
@@ -7307,25 +7425,62 @@ struct solver {
 
   __device__ void part(uint32_t at, uint32_t n) {
     first = at, n_heads = n;
-    const uint64_t each = static_cast<uint64_t>(a.n) * n / gridDim.x + 1;
-    slice = static_cast<uint32_t>(round_up_to(each < (1u << 20) ? each : 1u << 20));
+    slice = slice_of(a.n, n, gridDim.x);
     slices = a.n > 0 ? (a.n + slice - 1) / slice : 1;
-  }
-  __device__ static uint64_t round_up_to(uint64_t x) { return (x + SOLVE - 1) / SOLVE * SOLVE; }
-
-  /* All blocks meet, and see what the others wrote. */
-  __device__ void sync() {
+    staged = slice <= a.stage && n * slices <= gridDim.x;
     __syncthreads();
-    ++phase;
-    if (threadIdx.x == 0) {
-      volatile uint32_t *barrier = &a.state->barrier;
-      __threadfence();
-      atomicAdd(&a.state->barrier, 1u);
-      while (*barrier < phase * gridDim.x) {
-      }
-      __threadfence();
+    if (threadIdx.x == 0) solve_unit().number = ~0u;
+    __syncthreads();
+    if (!staged || blockIdx.x >= n * slices) return;
+    const unit &x = enter(blockIdx.x);
+    const uint32_t m = x.t1 - x.t0, each = stretch();
+#pragma unroll 1
+    for (uint32_t q = 0; q < ARRIVALS; ++q) { /* each_token() waits for them */
+      const uint32_t t = q * each;
+#pragma unroll 1
+      for (uint32_t l = 0; l < 5 && t < m; ++l)
+        stage_floats(distortions() + l * slice + t, x.v + l * static_cast<size_t>(a.n) + x.t0 + t,
+                     least(each, m - t));
+      asm volatile("cp.async.commit_group;" ::: "memory");
     }
-    __syncthreads();
+  }
+  /* Waits until so many stretches are late at most. */
+  __device__ static void arrive(uint32_t late) {
+    if (late == 3) asm volatile("cp.async.wait_group 3;" ::: "memory");
+    if (late == 2) asm volatile("cp.async.wait_group 2;" ::: "memory");
+    if (late == 1) asm volatile("cp.async.wait_group 1;" ::: "memory");
+    if (late == 0) asm volatile("cp.async.wait_group 0;" ::: "memory");
+  }
+  /* Tokens that arrive together. */
+  __device__ uint32_t stretch() const {
+    return (slice + ARRIVALS * SOLVE - 1) / (ARRIVALS * SOLVE) * SOLVE;
+  }
+  __device__ unit &enter(uint32_t u) const {
+    if (solve_unit().number != u) enter_unit(a, first, slice, slices, u);
+    return solve_unit();
+  }
+  __device__ static float *distortions() {
+    return reinterpret_cast<float *>(solve_shared + SOLVE_WORDS / 4);
+  }
+  /* All of the shared memory, for n things of so many bytes if there is room; distortions that lie
+     there have to be read anew. */
+  __device__ bool take_memory(uint32_t n, uint32_t bytes) {
+    const u64 want = static_cast<u64>(n) * bytes;
+    if (want > 4 * SOLVE_WORDS) staged = false;
+    return want <= 4 * SOLVE_WORDS + 20ull * a.stage;
+  }
+
+  __device__ void sync() { solve_sync(&a.state->barrier, ++phase); }
+
+  /* The blocks are one cluster. */
+  __device__ static bool alone() {
+#if __CUDA_ARCH__ >= 900
+    uint32_t size;
+    asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+    return size == gridDim.x;
+#else
+    return false;
+#endif
   }
 
   __device__ solve_head *head(uint32_t i) const { return a.heads + first + i; }
@@ -7351,11 +7506,13 @@ struct solver {
     return a.bins[set == 0 ? 2 : set - 1] + static_cast<size_t>(i) * BINS;
   }
   __device__ u64 *hist() const { return a.hist[set]; }
-  __device__ u64 *list(uint32_t i) const {
-    return a.list + (first + i) * 4 * static_cast<size_t>(a.capacity);
-  }
   __device__ u64 *offers(uint32_t i, uint32_t l) const {
     return a.offers + ((first + i) * 4 + l) * static_cast<size_t>(a.max_offers);
+  }
+
+  /* Where a copy of another has come to. */
+  __device__ void leave(solver *other) const {
+    other->phase = phase, other->set = set, other->refused = refused, other->staged = staged;
   }
 
   /* To the next set of bins, which is clear; the one after it is cleared. */
@@ -7384,13 +7541,12 @@ __device__ inline void clear_widths(const solver &s) {
   }
 }
 
-/* Slopes of the hull, as rdkv__hull. */
-__device__ inline void hull(const float *d, const float *cost, int levels, int first,
-                            uint32_t *slope) {
+/* Slopes of a token's hull, as rdkv__hull. */
+__device__ inline void hull(const float *d, const float *cost, int first, uint32_t *slope) {
   float gain[4], width[4], s[4];
   int end[4], n = 0, l = 0;
   for (; l < first; ++l) slope[l] = PINNED;
-  for (; l < levels; ++l) {
+  for (; l < 4; ++l) {
     gain[n] = __fsub_rn(d[l], d[l + 1]), width[n] = cost[l], end[n] = l + 1;
     s[n] = __fdiv_rn(gain[n], width[n]);
     while (n > 0 && s[n] > s[n - 1]) {
@@ -7406,46 +7562,13 @@ __device__ inline void hull(const float *d, const float *cost, int levels, int f
     for (; l < end[i]; ++l) slope[l] = s[i] > 0 ? __float_as_uint(s[i]) : 0;
 }
 
-struct v_costs {
-  float cost[4], inv[4][5];
-};
-
-__device__ inline v_costs costs_of(uint32_t k_tile, int v_dim, int positions) {
-  v_costs c;
-  const uint32_t block = static_cast<uint32_t>(pad16(v_dim)) / 16 * 128;
-  const uint32_t whole = k_tile + 128 + block + (positions ? 128u : 0u);
-  c.cost[0] = static_cast<float>(whole) / TILE, c.cost[1] = static_cast<float>(block) / TILE;
-  c.cost[2] = static_cast<float>(2 * block) / TILE,
-  c.cost[3] = static_cast<float>(4 * block) / TILE;
-#pragma unroll
-  for (int a = 0; a < 4; ++a) {
-    float sum = 0;
-#pragma unroll
-    for (int b = a + 1; b < 5; ++b) {
-      sum += c.cost[b - 1]; /* exact: multiples of 4 */
-      c.inv[a][b] = __fdiv_rn(1, sum);
-    }
-  }
-  return c;
-}
-
 /* Bytes of K in a tile before K has been chosen: 4 bits. */
 __host__ __device__ inline uint32_t first_k_tile(int k_dim) {
   return static_cast<uint32_t>(pad16(k_dim)) / 16 * 256;
 }
 
-/* Slopes of a token that is pinned to a level. */
-__device__ __noinline__ uint4 pinned_slopes(float x0, float x1, float x2, float x3, float x4,
-                                            float4 costs, int level) {
-  const float x[5] = {x0, x1, x2, x3, x4}, cost[4] = {costs.x, costs.y, costs.z, costs.w};
-  uint32_t slope[4];
-  hull(x, cost, 4, level, slope);
-  return make_uint4(slope[0], slope[1], slope[2], slope[3]);
-}
-
 /* Slopes of a token's hull from its distortions x, as rdkv.h's hull kernel. They never rise. */
-__device__ __forceinline__ void slopes_of(const float *x, const v_costs &c, int pinned,
-                                          uint32_t slope[4]) {
+__device__ __forceinline__ void slopes_of(const float *x, const v_costs &c, uint32_t slope[4]) {
   float m[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int a = 0; a < 4; ++a) {
@@ -7458,169 +7581,243 @@ __device__ __forceinline__ void slopes_of(const float *x, const v_costs &c, int 
   }
 #pragma unroll
   for (int l = 0; l < 4; ++l) slope[l] = __float_as_uint(m[l]);
-  if (pinned) {
-    const uint4 p = pinned_slopes(x[0], x[1], x[2], x[3], x[4],
-                                  make_float4(c.cost[0], c.cost[1], c.cost[2], c.cost[3]), pinned);
-    slope[0] = p.x, slope[1] = p.y, slope[2] = p.z, slope[3] = p.w;
-  }
+}
+
+/* Of a token that is pinned to a level, if it is. */
+__device__ __noinline__ uint4 pinned_hull(float x0, float x1, float x2, float x3, float x4,
+                                          float4 costs, int level) {
+  const float x[5] = {x0, x1, x2, x3, x4}, cost[4] = {costs.x, costs.y, costs.z, costs.w};
+  uint32_t slope[4];
+  hull(x, cost, level, slope);
+  return make_uint4(slope[0], slope[1], slope[2], slope[3]);
+}
+__device__ __forceinline__ void pinned_slopes(const float *x, const v_costs &c, int pinned,
+                                              uint32_t slope[4]) {
+  if (!pinned) return;
+  const uint4 p = pinned_hull(x[0], x[1], x[2], x[3], x[4],
+                              make_float4(c.cost[0], c.cost[1], c.cost[2], c.cost[3]), pinned);
+  slope[0] = p.x, slope[1] = p.y, slope[2] = p.z, slope[3] = p.w;
 }
 
 /* Tokens in a head's bins from `from` up. */
-__device__ inline uint32_t count_from(const uint32_t *bins, uint32_t from) {
-  __shared__ u64 from_scratch[33];
-  u64 mine = 0, all;
-#pragma unroll
-  for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE) mine += b >= from ? bins[b] : 0;
-  block_scan(mine, from_scratch, &all);
-  return static_cast<uint32_t>(all);
+__device__ __forceinline__ uint32_t count_from(const uint32_t *bins, uint32_t from) {
+  __shared__ uint32_t from_sum[SOLVE / 32];
+  static_assert(BINS == 4 * SOLVE, "four bins a thread");
+  const uint32_t tid = threadIdx.x, b = 4 * tid;
+  const uint4 n = reinterpret_cast<const uint4 *>(bins)[tid];
+  const uint32_t mine = (b >= from ? n.x : 0) + (b + 1 >= from ? n.y : 0) +
+                        (b + 2 >= from ? n.z : 0) + (b + 3 >= from ? n.w : 0);
+  const uint32_t warp = __reduce_add_sync(FULL, mine);
+  if (tid % 32 == 0) from_sum[tid / 32] = warp;
+  __syncthreads();
+  return __reduce_add_sync(FULL, tid % 32 < SOLVE / 32 ? from_sum[tid % 32] : 0);
 }
 
-/* rdkv__choose_k by a block of a head's: what it takes one by one is here a rank. Returns the bytes
-   of K in a tile; write: writes down what it has chosen. */
-__device__ __noinline__ uint32_t choose_k(const solver &s, uint32_t i, bool write) {
-  __shared__ uint32_t k_slope[3][MAX_DIM];
+/* Slopes of a channel's hull, as rdkv__hull: a level takes `cost` more, the last one twice that. */
+__device__ __forceinline__ void k_slopes(const float d[4], float cost, uint32_t slope[3]) {
+  const float g0 = __fsub_rn(d[0], d[1]), g1 = __fsub_rn(d[1], d[2]), g2 = __fsub_rn(d[2], d[3]);
+  const float s0 = __fdiv_rn(g0, cost), s1 = __fdiv_rn(g1, cost), s2 = __fdiv_rn(g2, 2 * cost);
+  const bool two = s1 > s0; /* the first two steps are one */
+  const float g01 = two ? __fadd_rn(g0, g1) : g1, c01 = two ? 2 * cost : cost;
+  const float s01 = two ? __fdiv_rn(g01, c01) : s1;
+  const bool last = s2 > s01; /* the last one joins them, or the one before */
+  const float g12 = __fadd_rn(g01, g2), c12 = __fadd_rn(c01, 2 * cost);
+  const float s12 = last ? __fdiv_rn(g12, c12) : s2;
+  const bool all = last && !two && s12 > s0;
+  const float whole = all ? __fdiv_rn(__fadd_rn(g0, g12), __fadd_rn(cost, c12)) : s12;
+  const float y2 = whole, y1 = last ? whole : s01,
+              y0 = all || (two && last) ? whole
+                   : two                ? s01
+                                        : s0;
+  slope[0] = y0 > 0 ? __float_as_uint(y0) : 0, slope[1] = y1 > 0 ? __float_as_uint(y1) : 0;
+  slope[2] = y2 > 0 ? __float_as_uint(y2) : 0;
+}
+
+/* rdkv__choose_k for this block's unit: what it takes one by one is here a rank, for which each
+   warp has some of the channels, and a lane all that it compares them with. Returns the bytes of K
+   in a tile; a head's first block writes down what it has chosen. */
+__device__ __noinline__ uint32_t choose_k(const solve_args &a, uint32_t n_tokens, float lambda) {
+  enum { EACH = MAX_DIM / (SOLVE / 32) };
   __shared__ u64 k_key[MAX_DIM];
-  __shared__ uint32_t k_level[MAX_DIM], k_rank[MAX_DIM], k_count[4];
-  const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(s.a.k_dim);
-  float d[4] = {0, 0, 0, 0};
-  if (tid < kd)
-    for (uint32_t l = 0; l < 4; ++l) d[l] = s.k_distortion(i)[l * kd + tid];
-  const uint32_t n_tokens = s.choose == BY_BINS   ? count_from(s.bins_before(i), s.above)
-                            : s.choose == BY_FINE ? s.bins_before(i)[s.above]
-                            : s.choose == BY_ALL  ? s.a.n
-                                                  : 0;
+  __shared__ uint32_t k_rank[MAX_DIM];
+  const unit &x = solve_unit();
+  const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(a.k_dim), lane = tid & 31;
   const uint32_t tiles = (most(n_tokens, 1) + TILE - 1) / TILE;
-  const float lambda = s.chosen < 1e37f ? __fmul_rn(s.chosen, s.bias) : s.chosen;
-  const float cost[3] = {static_cast<float>(tiles * 8), static_cast<float>(tiles * 8),
-                         static_cast<float>(tiles * 16)};
-  /* some threads for each channel, which share the other channels out */
-  const uint32_t width = kd <= 128 ? 128 : MAX_DIM, shares = SOLVE / width;
-  const uint32_t c = tid % width, o0 = tid / width * (width / shares);
+  const uint32_t each = kd <= MAX_DIM / 2 ? EACH / 2 : EACH, first = tid / 32 * each;
+  float d[4] = {0, 0, 0, 0};
+  staged_floats();
   __syncthreads();
-  if (tid < 4) k_count[tid] = 0;
-  if (tid < MAX_DIM) k_level[tid] = 0;
-  __syncthreads();
-  if (tid < kd) {
-    uint32_t slope[4];
-    hull(d, cost, 3, 0, slope);
-    for (int l = 0; l < 3; ++l) {
-      k_slope[l][tid] = slope[l];
-      if (__uint_as_float(slope[l]) > lambda) atomicAdd(&k_count[l], 1u);
-    }
-  }
-  __syncthreads();
-  uint32_t level = kd;
+#pragma unroll
+  for (uint32_t l = 0; l < 4; ++l)
+    if (tid < kd) d[l] = x.dk[l * kd + tid];
+  uint32_t slope[3] = {0, 0, 0}, reach[4] = {kd, 0, 0, 0}, level = 0;
+  if (tid < kd) k_slopes(d, static_cast<float>(tiles * 8), slope);
+#pragma unroll
+  for (uint32_t l = 0; l < 3; ++l)
+    reach[l + 1] =
+        static_cast<uint32_t>(__syncthreads_count(tid < kd && __uint_as_float(slope[l]) > lambda));
+#pragma unroll
   for (uint32_t l = 0; l < 3; ++l) {
-    const uint32_t want = least((k_count[l] + 8) / 16 * 16, level);
-    if (want > 0 && want < level) {
-      if (tid < width) {
+    const uint32_t want = reach[l + 1] = least((reach[l + 1] + 8) / 16 * 16, reach[l]);
+    uint32_t rank = 0;
+    if (want > 0 && want < reach[l]) {
+      if (tid < MAX_DIM) {
+        k_key[tid] = tid < kd && level == l ? static_cast<u64>(slope[l]) << 32 | ~tid : 0;
         k_rank[tid] = 0;
-        k_key[tid] = tid < kd && k_level[tid] == l
-                         ? static_cast<u64>(k_slope[l][tid]) << 32 | static_cast<uint32_t>(~tid)
-                         : 0;
       }
       __syncthreads();
-      const u64 key = k_key[c];
-      uint32_t rank = 0;
-#pragma unroll 16
-      for (uint32_t o = 0; o < width / shares; ++o) rank += k_key[o0 + o] > key;
-      if (key) atomicAdd(&k_rank[c], rank);
+#pragma unroll 1
+      for (uint32_t o = first; o < first + each; o += 4) {
+        const u64 k0 = k_key[o], k1 = k_key[o + 1], k2 = k_key[o + 2], k3 = k_key[o + 3];
+        for (uint32_t c = lane; c < kd; c += 32) {
+          const u64 key = k_key[c];
+          const uint32_t above = (k0 > key) + (k1 > key) + (k2 > key) + (k3 > key);
+          if (above) atomicAdd(&k_rank[c], above);
+        }
+      }
       __syncthreads();
+      if (tid < kd) rank = k_rank[tid];
     }
-    if (tid < kd && k_level[tid] == l && want > 0 && (want == level || k_rank[tid] < want))
-      k_level[tid] = l + 1;
-    level = want;
-    __syncthreads();
+    if (level == l && rank < want) level = l + 1;
   }
-  if (tid < 4) k_count[tid] = 0;
-  __syncthreads();
-  if (tid < kd) {
-    if (write) s.k_bits(i)[tid] = static_cast<uint8_t>(width_of(static_cast<int>(k_level[tid])));
-    atomicAdd(&k_count[k_level[tid]], 1u);
-  }
-  __syncthreads();
   uint32_t k_tile = 0;
-  for (int l = 1; l < 4; ++l) k_tile += (k_count[l] + 15) / 16 * (64u << l);
-  if (write && tid < 4) s.head(i)->channels[tid] = k_count[tid];
-  if (write && tid == 0) s.head(i)->k_tile = k_tile;
+#pragma unroll
+  for (int l = 1; l < 4; ++l)
+    k_tile += (reach[l] - (l < 3 ? reach[l + 1] : 0) + 15) / 16 * (64u << l);
+  if (x.t0 == 0) {
+    if (tid < kd) x.k_bits[tid] = static_cast<uint8_t>(width_of(static_cast<int>(level)));
+    if (tid < 4)
+      x.h->channels[tid] = tid == 0   ? reach[0] - reach[1]
+                           : tid == 1 ? reach[1] - reach[2]
+                           : tid == 2 ? reach[2] - reach[3]
+                                      : reach[3];
+    if (tid == 0) x.h->k_tile = k_tile;
+  }
   return k_tile;
 }
 
-/* f(token, slopes) over all tokens of the part, begin(head) before and end(head, costs) after the
-   tokens of a unit; these are for the whole block. */
-template <typename Begin, typename F, typename End>
-__device__ __forceinline__ void each_token(solver &s, Begin begin, F f, End end) {
-  const uint32_t n = s.a.n, slice = s.slice, slices = s.slices, units = s.n_heads * slices;
+/* The costs of a unit whose head's K is as it is, or as it is chosen now. */
+__device__ __forceinline__ void find_costs(const solver &s, unit &x) {
+  uint32_t k_tile = first_k_tile(s.a.k_dim);
+  if (s.choose == KEEP) {
+    if (x.k_tile != FULL) return;
+    k_tile = x.h->k_tile;
+  } else if (s.choose != FRESH) {
+    const uint32_t n_tokens = s.choose == BY_BINS   ? count_from(s.bins_before(x.i), s.above)
+                              : s.choose == BY_FINE ? s.bins_before(x.i)[s.above]
+                              : s.choose == BY_ALL  ? s.a.n
+                                                    : 0;
+    k_tile = choose_k(s.a, n_tokens, s.chosen < 1e37f ? __fmul_rn(s.chosen, s.bias) : s.chosen);
+  }
+  set_costs(s.a.v_dim, s.a.positions, k_tile, x.costs);
+  if (threadIdx.x == 0) x.k_tile = k_tile; /* seen at the next meeting */
+}
+
+/* f(token, slopes) over all tokens of the part; but skip(token) where a warp has none with a slope
+   of at least what begin(unit) says. begin before and end(unit) after the tokens of a unit are for
+   the whole block. */
+template <typename Begin, typename F, typename Skip, typename End>
+__device__ __forceinline__ void each_token(solver &s, Begin begin, F f, Skip skip, End end) {
+  const uint32_t n = s.a.n, units = s.n_heads * s.slices;
   uint32_t top = 0;
   for (uint32_t u = blockIdx.x; u < units; u += gridDim.x) {
-    const uint32_t i = u / slices, t0 = (u - i * slices) * slice, t1 = least(t0 + slice, n);
-    const uint32_t k_tile = s.choose == FRESH  ? first_k_tile(s.a.k_dim)
-                            : s.choose == KEEP ? s.head(i)->k_tile
-                                               : choose_k(s, i, t0 == 0);
-    const v_costs c = costs_of(k_tile, s.a.v_dim, s.a.positions);
-    const float *d = s.v_distortion(i);
-    const uint8_t *pin = s.a.pin ? s.a.pin + static_cast<size_t>(s.first + i) * n : nullptr;
-    begin(i);
-    for (uint32_t t = t0 + threadIdx.x; t < t1; t += BATCH * SOLVE) {
-      float x[BATCH][5];
+    unit &x = s.enter(u);
+    find_costs(s, x);
+    const v_costs c = x.costs;
+    const uint32_t t0 = x.t0, t1 = x.t1;
+    const float *d = s.staged ? s.distortions() - t0 : x.v;
+    const size_t stride = s.staged ? s.slice : n;
+    const uint8_t *pin = x.pin;
+    const uint32_t floor = begin(x);
+    uint32_t there = s.choose == FRESH && s.staged ? t0 : t1, late = ARRIVALS;
+#pragma unroll 1
+    for (uint32_t base = t0; base < t1; base += BATCH * SOLVE) {
+      const uint32_t t = base + threadIdx.x;
+      for (; there < least(base + BATCH * SOLVE, t1); there += s.stretch()) {
+        s.arrive(--late);
+        __syncthreads();
+      }
+      float y[BATCH][5];
+      uint32_t slope[BATCH][4];
+      bool any = pin;
 #pragma unroll
       for (uint32_t b = 0; b < BATCH; ++b)
 #pragma unroll
         for (int l = 0; l < 5; ++l)
-          x[b][l] = t + b * SOLVE < t1 ? d[static_cast<size_t>(l) * n + t + b * SOLVE] : 0;
+          y[b][l] = t + b * SOLVE < t1 ? d[static_cast<size_t>(l) * stride + t + b * SOLVE] : 0;
 #pragma unroll
       for (uint32_t b = 0; b < BATCH; ++b) {
-        uint32_t slope[4];
-        if (t + b * SOLVE >= t1) break;
+        float first = 0; /* slope: the largest */
 #pragma unroll
-        for (int l = 0; l < 5; ++l) top = most(top, __float_as_uint(x[b][l]));
-        slopes_of(x[b], c, pin ? pin[t + b * SOLVE] : 0, slope);
-        f(t + b * SOLVE, slope);
+        for (int l = 0; l < 5; ++l) {
+          top = most(top, __float_as_uint(y[b][l]));
+          if (l) first = fmaxf(first, __fmul_rn(__fsub_rn(y[b][0], y[b][l]), c.inv[0][l]));
+        }
+        any |= __float_as_uint(first) >= floor;
+      }
+      if (!__any_sync(FULL, any)) {
+#pragma unroll
+        for (uint32_t b = 0; b < BATCH; ++b)
+          if (t + b * SOLVE < t1) skip(t + b * SOLVE);
+        continue;
+      }
+#pragma unroll
+      for (uint32_t b = 0; b < BATCH; ++b) {
+        slopes_of(y[b], c, slope[b]); /* of zeroes beyond the end */
+        if (t + b * SOLVE >= t1) continue;
+        if (pin) pinned_slopes(y[b], c, pin[t + b * SOLVE], slope[b]);
+        f(t + b * SOLVE, slope[b]);
       }
     }
-    end(i, c);
+    if (s.choose == FRESH && x.k == 0) { /* K is looked through, too */
+      staged_floats();
+      __syncthreads();
+      for (uint32_t j = threadIdx.x; j < 4 * static_cast<uint32_t>(s.a.k_dim); j += SOLVE)
+        top = most(top, __float_as_uint(x.dk[j]));
+    }
+    end(x);
   }
   if (top >= 0x7f800000u) atomicOr(&s.a.state->odd, 1u);
 }
 
-/* Shared memory as several copies of a histogram, which the lanes of a warp share out: tokens next
-   to each other often have slopes next to each other. */
-__device__ __forceinline__ uint32_t *clear_memory() {
+/* Shared memory as a histogram. Lanes that count the same at a time take no longer. */
+__device__ __forceinline__ uint32_t *clear_memory(uint32_t words) {
   __syncthreads();
-  for (uint32_t i = threadIdx.x; i < SOLVE_WORDS / 4; i += SOLVE)
+  for (uint32_t i = threadIdx.x; i < words / 4; i += SOLVE)
     solve_shared[i] = make_uint4(0, 0, 0, 0);
   __syncthreads();
   return reinterpret_cast<uint32_t *>(solve_shared);
 }
 
 /* Tokens of each head by slope of level 1, and what is spent at each slope. */
-__device__ __noinline__ void spectrum(solver &s, float floor) {
-  enum { COPIES = SOLVE_WORDS / (4 * BINS) };
+__device__ __forceinline__ void spectrum(solver &s, float floor) {
   uint32_t *count = nullptr;
   s.turn();
   each_token(
-      s, [&](uint32_t) { count = clear_memory(); },
+      s,
+      [&](const unit &) {
+        count = clear_memory(4 * BINS);
+        return __float_as_uint(floor) + 1;
+      },
       [&](uint32_t, const uint32_t *slope) {
         if (__uint_as_float(slope[0]) <= floor) return;
 #pragma unroll
         for (uint32_t l = 0; l < 4; ++l)
-          atomicAdd(
-              &count[(l * BINS + least(slope[l] >> 20, BINS - 1)) * COPIES + threadIdx.x % COPIES],
-              1u);
+          atomicAdd(&count[l * BINS + least(slope[l] >> 20, BINS - 1)], 1u);
       },
-      [&](uint32_t i, const v_costs &c) {
+      [](uint32_t) {},
+      [&](const unit &x) {
         __syncthreads();
+#pragma unroll 1
         for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE) {
           uint32_t bytes = 0, tokens = 0;
 #pragma unroll
           for (uint32_t l = 0; l < 4; ++l) {
-            uint32_t n = 0;
-#pragma unroll
-            for (uint32_t j = 0; j < COPIES; ++j) n += count[(l * BINS + b) * COPIES + j];
-            bytes += n * static_cast<uint32_t>(c.cost[l]); /* whole: 128 / 32 divides */
+            const uint32_t n = count[l * BINS + b];
+            bytes += n * static_cast<uint32_t>(x.costs.cost[l]); /* whole: 128 / 32 divides */
             if (l == 0) tokens = n;
           }
-          if (tokens) atomicAdd(&s.bins(i)[b], tokens);
+          if (tokens) atomicAdd(&s.bins(x.i)[b], tokens);
           if (bytes) atomicAdd(&s.hist()[b], static_cast<u64>(bytes));
         }
       });
@@ -7628,15 +7825,14 @@ __device__ __noinline__ void spectrum(solver &s, float floor) {
 }
 
 /* Lowest edge of a bin down to which everything fits; *lowest the edge of the lowest bin in use. */
-__device__ __noinline__ float spectrum_edge(const solver &s, uint64_t bytes, float *lowest) {
-  __shared__ u64 edge_scratch[33];
+__device__ __forceinline__ float spectrum_edge(const solver &s, uint64_t bytes, float *lowest) {
   __shared__ uint32_t edge_found[2];
   const uint32_t top = BINS - 1 - threadIdx.x * (BINS / SOLVE);
   const u64 *hist = s.hist();
   u64 here[BINS / SOLVE], mine = 0, all;
 #pragma unroll
   for (uint32_t i = 0; i < BINS / SOLVE; ++i) here[i] = hist[top - i], mine += here[i];
-  u64 sum = block_scan(mine, edge_scratch, &all);
+  u64 sum = solve_scan(mine, &all);
   if (threadIdx.x == 0) edge_found[0] = 0, edge_found[1] = BINS;
   __syncthreads();
 #pragma unroll
@@ -7673,8 +7869,8 @@ __device__ __forceinline__ uint32_t tiles_at(const solver &s, uint32_t reach, co
 }
 
 /* rdkv__reach. */
-__device__ __forceinline__ uint32_t reach_of(const solve_head *h, uint32_t l, uint32_t below) {
-  return least(most(h->tiles[l] * TILE, h->pinned[l + 1]), below);
+__device__ __forceinline__ uint32_t reach_of(uint32_t tiles, uint32_t pinned, uint32_t below) {
+  return least(most(tiles * TILE, pinned), below);
 }
 
 /* What a tile that reaches level l + 1 takes more than at level l. */
@@ -7693,18 +7889,17 @@ __device__ __forceinline__ uint32_t table_bytes(const solve_head *h) {
 
 /* Cumulates a head's fine bins from the top, and adds what it takes, in whole tiles, if the
    threshold lies at the lower edge of each to hist. By the head's last block. */
-__device__ __noinline__ void add_up(const solver &s, uint32_t i) {
-  __shared__ u64 fine_scratch[33];
+__device__ __forceinline__ void add_up(const solver &s, const unit &x) {
   __shared__ uint32_t fine_high[4][HIGH];
-  const solve_head *h = s.head(i);
+  const solve_head *h = x.h;
   const uint32_t tid = threadIdx.x;
   uint32_t n[4];
   u64 bytes = table_bytes(h);
   for (uint32_t l = 0; l < 4; l += 2) { /* two levels in one sum */
-    uint32_t *at = s.bins(i) + l * FINE + (FINE - 1 - tid);
+    uint32_t *at = s.bins(x.i) + l * FINE + (FINE - 1 - tid);
     const u64 mine = at[0] | static_cast<u64>(at[FINE]) << 32;
     u64 all;
-    const u64 sum = mine + block_scan(mine, fine_scratch, &all);
+    const u64 sum = mine + solve_scan(mine, &all);
     at[0] = n[l] = static_cast<uint32_t>(sum);
     at[FINE] = n[l + 1] = static_cast<uint32_t>(sum >> 32);
   }
@@ -7724,32 +7919,35 @@ __device__ __forceinline__ uint32_t fine_bin(uint32_t base, uint32_t slope) {
 }
 
 /* Tokens of every head and level by slope from base up, as add_up() leaves them. */
-__device__ __noinline__ void fine_bins(solver &s, float base) {
-  enum { COPIES = SOLVE_WORDS / (4 * FINE) };
+__device__ __forceinline__ void fine_bins(solver &s, float base) {
   const uint32_t bottom = __float_as_uint(base) >> 15;
   uint32_t *count = nullptr;
   s.turn();
   each_token(
-      s, [&](uint32_t) { count = clear_memory(); },
+      s,
+      [&](const unit &) {
+        count = clear_memory(4 * FINE);
+        return most(bottom << 15, 1);
+      },
       [&](uint32_t, const uint32_t *slope) {
 #pragma unroll
         for (uint32_t l = 0; l < 4; ++l) {
           const uint32_t b = slope[l] >> 15;
           if (slope[l] == 0 || b < bottom) break;
-          atomicAdd(&count[(l * FINE + fine_bin(bottom, b)) * COPIES + threadIdx.x % COPIES], 1u);
+          atomicAdd(&count[l * FINE + fine_bin(bottom, b)], 1u);
         }
       },
-      [&](uint32_t i, const v_costs &) {
+      [](uint32_t) {},
+      [&](const unit &x) {
         __syncthreads();
+#pragma unroll 1
         for (uint32_t b = threadIdx.x; b < 4 * FINE; b += SOLVE) {
-          uint32_t n = 0;
-#pragma unroll
-          for (uint32_t j = 0; j < COPIES; ++j) n += count[b * COPIES + j];
-          if (n) atomicAdd(&s.bins(i)[b], n);
+          const uint32_t n = count[b];
+          if (n) atomicAdd(&s.bins(x.i)[b], n);
         }
-        if (!last_block(&s.head(i)->done, s.slices)) return;
-        add_up(s, i);
-        if (threadIdx.x == 0) s.head(i)->done = 0;
+        if (!last_block(&x.h->done, s.slices)) return;
+        add_up(s, x);
+        if (threadIdx.x == 0) x.h->done = 0;
       });
   s.sync();
 }
@@ -7774,31 +7972,40 @@ struct windows {
   uint32_t from[4], to[4];
 };
 
-/* The last tile of a level that may be offered. */
-__device__ __forceinline__ uint32_t last_offer(const solver &s, const uint32_t *bins, uint32_t bin,
-                                               uint32_t tiles) {
-  return most(bins[bin > 0 ? bin - 1 : 0] / TILE, tiles) + MORE;
+/* The last tile of a level that may be offered, with `below` tokens down to the bin below the
+   threshold's. */
+__device__ __forceinline__ uint32_t last_offer(uint32_t below, uint32_t tiles) {
+  return most(below / TILE, tiles) + MORE;
 }
 
-__device__ __forceinline__ void find_windows(const solver &s, uint32_t i, const cut &at,
+__device__ __forceinline__ void find_windows(const solver &s, const unit &x, const cut &at,
                                              windows *out) {
   __shared__ uint32_t window_low[4], window_high[4];
   const uint32_t tid = threadIdx.x, bin = at.bin;
   __syncthreads();
-  if (tid < 4) window_low[tid] = at.floor(), window_high[tid] = ~0u;
-  __syncthreads();
+  if (bin < FINE) {
+    uint32_t here[4], n[4], above[4], below[4], high[4][HIGH], pinned[4];
 #pragma unroll
-  for (uint32_t l = 0; bin < FINE && l < 4; ++l) {
-    /* the bin of this thread is the one in which so many tokens have come together */
-    const uint32_t *bins = s.bins(i) + l * FINE, here = bins[bin], n = bins[tid];
-    const uint32_t above = tid + 1 < FINE ? bins[tid + 1] : 0;
-    const uint32_t pinned = s.head(i)->pinned[l + 1];
-    const uint32_t tiles = tiles_at(s, here, bins + FINE - HIGH, pinned);
-    const uint32_t enough = last_offer(s, bins, bin, tiles) * TILE + 3 * TILE;
-    if (tid >= bin && tid + 1 < FINE && here - above >= MARGIN && here - n < MARGIN)
-      window_high[l] = fine_edge(at.base, tid + 1);
-    if (tid < bin && n >= enough && above < enough)
-      window_low[l] = most(fine_edge(at.base, tid), 1);
+    for (uint32_t l = 0; l < 4; ++l) { /* all are asked for before any is waited for */
+      const uint32_t *bins = s.bins(x.i) + l * FINE;
+      here[l] = bins[bin], n[l] = bins[tid], above[l] = tid + 1 < FINE ? bins[tid + 1] : 0;
+      below[l] = bins[bin > 0 ? bin - 1 : 0], pinned[l] = x.h->pinned[l + 1];
+      for (uint32_t j = 0; j < HIGH; ++j) high[l][j] = bins[FINE - HIGH + j];
+    }
+    if (tid < 4) window_low[tid] = at.floor(), window_high[tid] = ~0u;
+    __syncthreads();
+#pragma unroll
+    for (uint32_t l = 0; l < 4; ++l) {
+      /* the bin of this thread is the one in which so many tokens have come together */
+      const uint32_t tiles = tiles_at(s, here[l], high[l], pinned[l]);
+      const uint32_t enough = last_offer(below[l], tiles) * TILE + 3 * TILE;
+      if (tid >= bin && tid + 1 < FINE && here[l] - above[l] >= MARGIN && here[l] - n[l] < MARGIN)
+        window_high[l] = fine_edge(at.base, tid + 1);
+      if (tid < bin && n[l] >= enough && above[l] < enough)
+        window_low[l] = most(fine_edge(at.base, tid), 1);
+    }
+  } else if (tid < 4) {
+    window_low[tid] = at.floor(), window_high[tid] = ~0u;
   }
   __syncthreads();
 #pragma unroll
@@ -7826,145 +8033,166 @@ __device__ __noinline__ void sort_long(u64 *keys, uint32_t n) {
   __syncthreads();
 }
 
-__device__ __forceinline__ uint32_t bucket_of(u64 key, uint32_t from, uint32_t shift) {
-  return least((static_cast<uint32_t>(key >> 32) - from) >> shift, BUCKETS - 1);
+/* A level's list of a head, what is offered of it, and the buckets that it is sorted by. */
+struct listing {
+  uint32_t m, from, shift, tiles, n_offers, above;
+};
+
+__device__ __forceinline__ listing &solve_listing(uint32_t l) {
+  __shared__ listing x[4];
+  return x[l];
 }
 
-/* Sorts LISTS lists of at most 4 * SORT / LISTS keys into `to`, so far apart, the greatest first:
+__device__ __forceinline__ uint32_t bucket_of(u64 key, const listing &x) {
+  return least((static_cast<uint32_t>(key >> 32) - x.from) >> x.shift, BUCKETS - 1);
+}
+
+/* Puts the lists of some levels in order, the greatest key first, for which there is shared memory:
    into buckets by slope, then by rank within the bucket. */
-template <uint32_t LISTS>
-__device__ __noinline__ void sort_short(u64 *to, u64 *const list[4], const uint32_t m[4],
-                                        const uint32_t from[4], const uint32_t shift[4]) {
-  enum { PITCH = 4 * SORT / LISTS, EACH = PITCH / SOLVE };
-  __shared__ uint32_t bucket_end[4][BUCKETS]; /* tokens of this bucket and those above */
-  __shared__ u64 bucket_scratch[33];
-  const uint32_t tid = threadIdx.x;
-  u64 key[EACH];
-  uint32_t place[EACH];
+__device__ __noinline__ void sort_short(u64 *lists, size_t capacity, uint32_t levels) {
+  __shared__ uint32_t bucket_end[4][BUCKETS]; /* keys of this bucket and those above */
+  u64 *const memory = reinterpret_cast<u64 *>(solve_shared), *keys = memory;
+  const uint32_t tid = threadIdx.x, bucket = BUCKETS - 1 - tid;
   __syncthreads();
-  for (uint32_t b = tid; b < 4 * BUCKETS; b += SOLVE) bucket_end[0][b] = 0;
+#pragma unroll
+  for (uint32_t l = 0; l < 4; ++l) bucket_end[l][tid] = 0;
   __syncthreads();
 #pragma unroll 1
-  for (uint32_t l = 0; l < LISTS; ++l)
-    for (uint32_t j = tid; j < m[l]; j += SOLVE)
-      atomicAdd(&bucket_end[l][bucket_of(list[l][j], from[l], shift[l])], 1u);
+  for (uint32_t l = 0; l < 4; ++l)
+    for (uint32_t j = tid; (levels >> l & 1) && j < solve_listing(l).m; j += SOLVE)
+      atomicAdd(&bucket_end[l][bucket_of(lists[l * capacity + j], solve_listing(l))], 1u);
   __syncthreads();
 #pragma unroll 1
-  for (uint32_t l = 0; l < LISTS; l += 2) { /* two lists in one sum, from the top bucket down */
-    const uint32_t b = BUCKETS - 1 - tid;
-    const u64 mine =
-        tid < BUCKETS ? bucket_end[l][b] | static_cast<u64>(bucket_end[l + 1][b]) << 32 : 0;
+  for (uint32_t l = 0; l < 2; ++l) { /* two lists in one sum, from the top bucket down */
+    if (!(levels >> l & 5)) continue;
+    const u64 here = bucket_end[l][bucket] | static_cast<u64>(bucket_end[l + 2][bucket]) << 32;
     u64 all;
-    const u64 sum = block_scan(mine, bucket_scratch, &all) + mine;
-    if (tid < BUCKETS)
-      bucket_end[l][b] = static_cast<uint32_t>(sum),
-      bucket_end[l + 1][b] = static_cast<uint32_t>(sum >> 32);
+    const u64 sum = solve_scan(here, &all) + here;
+    bucket_end[l][bucket] = static_cast<uint32_t>(sum);
+    bucket_end[l + 2][bucket] = static_cast<uint32_t>(sum >> 32);
   }
   __syncthreads();
 #pragma unroll 1
-  for (uint32_t l = 0; l < LISTS; ++l) /* filled from their ends, which become their starts */
-    for (uint32_t j = tid; j < m[l]; j += SOLVE) {
-      const u64 x = list[l][j];
-      to[l * PITCH + atomicSub(&bucket_end[l][bucket_of(x, from[l], shift[l])], 1u) - 1] = x;
+  for (uint32_t l = 0; l < 4; ++l) { /* filled from their ends, which become their starts */
+    if (!(levels >> l & 1)) continue;
+    const listing x = solve_listing(l);
+    for (uint32_t j = tid; j < x.m; j += SOLVE) {
+      const u64 key = lists[l * capacity + j];
+      keys[atomicSub(&bucket_end[l][bucket_of(key, x)], 1u) - 1] = key;
     }
+    keys += x.m;
+  }
   __syncthreads();
+  keys = memory;
 #pragma unroll 1
-  for (uint32_t l = 0; l < LISTS; ++l) {
-    u64 *keys = to + l * PITCH;
-#pragma unroll
-    for (uint32_t e = 0; e < EACH; ++e) {
-      const uint32_t j = tid + e * SOLVE;
-      if (j >= m[l]) break;
-      key[e] = keys[j];
-      const uint32_t b = bucket_of(key[e], from[l], shift[l]);
-      const uint32_t start = bucket_end[l][b], end = b > 0 ? bucket_end[l][b - 1] : m[l];
-      uint32_t rank = start;
-      for (uint32_t o = start; o < end; ++o) rank += keys[o] > key[e];
-      place[e] = rank;
+  for (uint32_t l = 0; l < 4; ++l) {
+    if (!(levels >> l & 1)) continue;
+    const listing x = solve_listing(l);
+    for (uint32_t j = tid; j < x.m; j += SOLVE) {
+      const u64 key = keys[j];
+      const uint32_t b = bucket_of(key, x), end = b > 0 ? bucket_end[l][b - 1] : x.m;
+      uint32_t rank = bucket_end[l][b];
+      for (uint32_t o = rank; o < end; ++o) rank += keys[o] > key;
+      lists[l * capacity + rank] = key;
     }
-    __syncthreads();
-#pragma unroll
-    for (uint32_t e = 0; e < EACH; ++e)
-      if (tid + e * SOLVE < m[l]) keys[place[e]] = key[e];
+    keys += x.m;
   }
   __syncthreads();
 }
 
-/* Key of a token for a level, where not every token has been looked at at once; slopes below the
-   floor as 0. */
-__device__ __noinline__ u64 key_of(const solver &s, uint32_t i, const v_costs &c, uint32_t t,
-                                   uint32_t l, uint32_t floor) {
-  const float *d = s.v_distortion(i);
-  float x[5];
+/* Slopes of a token of the unit's head, where not all tokens are looked at at once. */
+__device__ __forceinline__ void slopes_at(const solver &s, uint32_t t, uint32_t slope[4]) {
+  const unit &x = solve_unit();
+  const float *d = x.v + t;
+  float y[5];
+#pragma unroll
+  for (uint32_t j = 0; j < 5; ++j) y[j] = d[static_cast<size_t>(j) * s.a.n];
+  slopes_of(y, x.costs, slope);
+  if (x.pin) pinned_slopes(y, x.costs, x.pin[t], slope);
+}
+
+/* Its key for a level; slopes below the floor as 0. */
+__device__ __noinline__ u64 key_of(const solver &s, uint32_t t, uint32_t l, uint32_t floor) {
   uint32_t slope[4];
-  for (int j = 0; j < 5; ++j) x[j] = d[static_cast<size_t>(j) * s.a.n + t];
-  slopes_of(x, c, s.a.pin ? s.a.pin[static_cast<size_t>(s.first + i) * s.a.n + t] : 0, slope);
+  slopes_at(s, t, slope);
   const uint32_t y = l == 0 ? slope[0] : l == 1 ? slope[1] : l == 2 ? slope[2] : slope[3];
   return static_cast<u64>(y >= floor ? y : 0) << 32 | static_cast<uint32_t>(~t);
 }
 
-/* rdkv__offer for one head, by one block; leaves its lists in order. */
-__device__ __noinline__ void offer(const solver &s, uint32_t i, const cut &at, const windows &w) {
+/* rdkv__offer for a head, whose levels are shared out to its blocks; leaves its lists in order. */
+__device__ __forceinline__ void offer(solver &s, const unit &x, const cut &at) {
   __shared__ uint32_t offer_listed[1];
-  solve_head *h = s.head(i);
-  uint32_t m[4], from[4], shift[4], longest = 0;
-  u64 *list[4];
-  for (uint32_t l = 0; l < 4; ++l) {
-    m[l] = h->n_list[l], longest = most(longest, m[l]);
-    list[l] = s.list(i) + l * static_cast<size_t>(s.a.capacity);
-    const uint32_t span = (w.to[l] == ~0u ? 0x7f800000u : w.to[l]) - w.from[l];
-    from[l] = w.from[l], shift[l] = span < BUCKETS ? 0 : 32 - __clz(span / BUCKETS);
+  const uint32_t tid = threadIdx.x;
+  const size_t capacity = s.a.capacity;
+  const bool some = at.bin < FINE;
+  solve_head *h = x.h;
+  __syncthreads();
+  if (tid < 4) { /* a level each */
+    const uint32_t *bins = s.bins(x.i) + tid * FINE;
+    const uint32_t from = h->list_from[tid], to = h->sure_from[tid], pinned = h->pinned[tid + 1];
+    const uint32_t have = some ? bins[at.bin] : 0, all = bins[0];
+    const uint32_t below = bins[some && at.bin > 0 ? at.bin - 1 : 0];
+    uint32_t high[HIGH];
+#pragma unroll
+    for (uint32_t j = 0; j < HIGH; ++j) high[j] = bins[FINE - HIGH + j];
+    listing y = {h->n_list[tid], from, 0, 0, 0, h->n_sure[tid]};
+    const uint32_t span = ((to == ~0u ? 0x7f800000u : to) - from) / BUCKETS;
+    y.shift = span > 0 ? 32 - static_cast<uint32_t>(__clz(static_cast<int>(span))) : 0;
+    y.tiles = tiles_at(s, have, some ? high : nullptr, pinned);
+    if (at.bin > 0 && some && s.round_up == 0) {
+      const uint32_t end = least(last_offer(below, y.tiles), whole_tiles(all, s.a.n, nullptr, 0));
+      y.n_offers = end > y.tiles ? end - y.tiles : 0;
+    }
+    solve_listing(tid) = y;
   }
-  const bool lists = longest <= s.a.capacity;
-  u64 *here = reinterpret_cast<u64 *>(solve_shared);
-  if (lists && longest <= SORT) {
-    sort_short<4>(here, list, m, from, shift);
-    for (uint32_t l = 0; l < 4; ++l)
-      for (uint32_t j = threadIdx.x; j < m[l]; j += SOLVE) list[l][j] = here[l * SORT + j];
-  } else {
+  __syncthreads();
+  uint32_t longest = 0, all = 0, levels = 0;
+#pragma unroll
+  for (uint32_t l = 0; l < 4; ++l) longest = most(longest, solve_listing(l).m);
+  const bool lists = longest <= s.a.capacity; /* they have all tokens in question */
+#pragma unroll
+  for (uint32_t l = 0; l < 4; ++l) {
+    const uint32_t k = !lists || s.slices == 1 ? 0
+                       : s.slices == 2         ? l & 1
+                       : s.slices == 3         ? l % 3
+                                               : l;
+    if (x.k == k) levels |= 1u << l, all += solve_listing(l).m;
+  }
+  if (lists && s.take_memory(all, 8)) {
+    sort_short(x.list, capacity, levels);
+  } else if (lists) {
 #pragma unroll 1
-    for (uint32_t l = 0; l < 4 && lists; ++l) {
-      if (m[l] > 4 * SORT) {
-        sort_long(list[l], m[l]);
-        continue;
-      }
-      sort_short<1>(here, list + l, m + l, from + l, shift + l);
-      for (uint32_t j = threadIdx.x; j < m[l]; j += SOLVE) list[l][j] = here[j];
+    for (uint32_t l = 0; l < 4; ++l) {
+      if (!(levels >> l & 1)) continue;
+      if (s.take_memory(solve_listing(l).m, 8))
+        sort_short(x.list, capacity, 1u << l);
+      else
+        sort_long(x.list + l * capacity, solve_listing(l).m);
     }
   }
-  __syncthreads();
+#pragma unroll 1
   for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t *bins = s.bins(i) + l * FINE;
-    uint32_t have = at.bin < FINE ? bins[at.bin] : 0, n_offers = 0, n_above = h->n_sure[l];
-    const uint32_t pinned = h->pinned[l + 1];
-    const uint32_t tiles = tiles_at(s, have, at.bin < FINE ? bins + FINE - HIGH : nullptr, pinned);
-    if (at.bin > 0 && at.bin < FINE && s.round_up == 0) {
-      const uint32_t end =
-          least(last_offer(s, bins, at.bin, tiles), whole_tiles(bins[0], s.a.n, nullptr, 0));
-      n_offers = end > tiles ? end - tiles : 0;
-    }
-    if (!lists && n_offers > 0) { /* all the tokens in question, in the room of four lists */
-      const v_costs c = costs_of(h->k_tile, s.a.v_dim, s.a.positions);
+    if (!(levels >> l & 1)) continue;
+    const listing y = solve_listing(l);
+    const u64 *list = x.list + l * capacity;
+    uint32_t above = y.above;
+    if (!lists && y.n_offers > 0) { /* all the tokens in question, in the room of four lists */
       const u64 top = static_cast<u64>(fine_edge(at.base, at.bin)) << 32;
-      list[l] = s.list(i), n_above = have;
+      above = (s.bins(x.i) + l * FINE)[at.bin], list = x.list;
       __syncthreads();
-      if (threadIdx.x == 0) offer_listed[0] = 0;
+      if (tid == 0) offer_listed[0] = 0;
       __syncthreads();
-      for (uint32_t t = threadIdx.x; t < s.a.n; t += SOLVE) {
-        const u64 key = key_of(s, i, c, t, l, 0);
-        if (key < top && key >> 32 >= w.from[l]) list[l][atomicAdd(&offer_listed[0], 1u)] = key;
+      for (uint32_t t = tid; t < s.a.n; t += SOLVE) {
+        const u64 key = key_of(s, t, l, 0);
+        if (key < top && key >> 32 >= y.from) x.list[atomicAdd(&offer_listed[0], 1u)] = key;
       }
       __syncthreads();
-      sort_long(list[l], offer_listed[0]);
+      sort_long(x.list, offer_listed[0]);
     }
-    for (uint32_t j = threadIdx.x; j < n_offers; j += SOLVE)
-      s.offers(i, l)[j] = list[l][least((tiles + 1 + j) * TILE, s.a.n) - 1 - n_above];
-    if (threadIdx.x == 0)
-      h->tiles[l] = tiles, h->n_offers[l] = n_offers, h->taken[l] = 0, h->list_from[l] = w.from[l],
-      h->sure_from[l] = w.to[l];
+    for (uint32_t j = tid; j < y.n_offers; j += SOLVE)
+      s.offers(x.i, l)[j] = list[least((y.tiles + 1 + j) * TILE, s.a.n) - 1 - above];
+    if (tid == 0) h->tiles[l] = y.tiles, h->n_offers[l] = y.n_offers, h->no_lists = !lists;
   }
-  if (threadIdx.x == 0) h->no_lists = !lists;
-  __syncthreads();
 }
 
 /* The greatest key of a warp, of equal ones that with the least number. */
@@ -7976,31 +8204,39 @@ __device__ __forceinline__ void best_of_warp(u64 *key, uint32_t *who) {
   *key = static_cast<u64>(top) << 32 | rest;
 }
 
+/* Where a level of each head stands while the budget is spent, of head after head. */
+struct spending {
+  uint32_t *tiles, *taken, *n_offers, *cost;
+
+  __device__ spending(uint32_t *memory, uint32_t n)
+      : tiles(memory), taken(memory + n), n_offers(memory + 2 * n), cost(memory + 3 * n) {}
+};
+
 /* rdkv__spend, by one block: of the tiles above the lower edge of the bin below the threshold's
    those are taken that come before the first that does not fit, down to a 512th of the bin; the
    rest one by one. */
-__device__ __noinline__ void spend(const solver &s, const cut &at, u64 budget) {
+__device__ __forceinline__ void spend(const solver &s, const cut &at, u64 left, const spending &p) {
   enum { LANES = 8 }; /* that look at the offers of a level */
-  __shared__ u64 spend_scratch[33], spend_bytes[FINE], spend_key[SOLVE / 32], spend_before[1];
+  __shared__ u64 spend_bytes[FINE], spend_key[SOLVE / 32], spend_before[1];
   __shared__ uint32_t spend_who[SOLVE / 32];
   __shared__ int spend_found[1];
-  const uint32_t tid = threadIdx.x, lane = tid & 31, pairs = 4 * s.n_heads;
+  const uint32_t tid = threadIdx.x, lane = tid & 31, n = 4 * s.n_heads;
   const uint32_t bottom = fine_edge(at.base, at.bin - 1);
-  u64 left = budget - s.hist()[at.bin], all; /* as add_up() left it */
+  u64 all;
   spend_bytes[tid] = 0;
   if (tid == 0) spend_found[0] = -1;
   __syncthreads();
-  for (uint32_t q = tid / LANES; q < pairs; q += SOLVE / LANES) {
-    const solve_head *h = s.head(q / 4);
-    const u64 *offers = s.offers(q / 4, q % 4), cost = tile_cost(s, h, q % 4);
-    for (uint32_t j = tid % LANES; j < h->n_offers[q % 4]; j += LANES) {
+  for (uint32_t q = tid / LANES; q < n; q += SOLVE / LANES) {
+    const u64 *offers = s.offers(q / 4, q % 4);
+    for (uint32_t j = tid % LANES; j < p.n_offers[q]; j += LANES) {
       const uint32_t slope = static_cast<uint32_t>(offers[j] >> 32);
-      if (slope >= bottom) atomicAdd(&spend_bytes[(slope - bottom) >> 6], cost);
+      if (slope >= bottom)
+        atomicAdd(&spend_bytes[(slope - bottom) >> 6], static_cast<u64>(p.cost[q]));
     }
   }
   __syncthreads();
   const uint32_t bin = FINE - 1 - tid;
-  const u64 here = spend_bytes[bin], before = block_scan(here, spend_scratch, &all);
+  const u64 here = spend_bytes[bin], before = solve_scan(here, &all);
   if (before + here > left) atomicMax(&spend_found[0], static_cast<int>(bin));
   __syncthreads();
   const int found = spend_found[0]; /* the highest bin that is too much */
@@ -8008,28 +8244,24 @@ __device__ __noinline__ void spend(const solver &s, const cut &at, u64 budget) {
   const uint32_t edge = bottom + (static_cast<uint32_t>(found + 1) << 6);
   __syncthreads();
   left -= found < 0 ? all : spend_before[0];
-  for (uint32_t q0 = 0; q0 < pairs; q0 += SOLVE / LANES) {
+  for (uint32_t q0 = 0; q0 < n; q0 += SOLVE / LANES) {
     const uint32_t q = q0 + tid / LANES;
-    solve_head *h = s.head(least(q, pairs - 1) / 4);
-    const u64 *offers = s.offers(least(q, pairs - 1) / 4, q % 4);
+    const u64 *offers = s.offers(least(q, n - 1) / 4, q % 4);
     uint32_t taken = 0;
-    for (uint32_t j = tid % LANES; q < pairs && j < h->n_offers[q % 4]; j += LANES)
+    for (uint32_t j = tid % LANES; q < n && j < p.n_offers[q]; j += LANES)
       taken += offers[j] >> 32 >= edge;
     for (int d = LANES / 2; d; d >>= 1) taken += __shfl_xor_sync(FULL, taken, d);
-    if (q < pairs && tid % LANES == 0) h->taken[q % 4] = taken, h->tiles[q % 4] += taken;
+    if (q < n && tid % LANES == 0) p.taken[q] = taken, p.tiles[q] += taken;
   }
   __syncthreads();
   for (;;) {
     u64 best = 0;
     uint32_t who = ~0u;
-    for (uint32_t q = tid; q < pairs; q += SOLVE) {
-      const uint32_t l = q % 4;
-      const solve_head *h = s.head(q / 4);
-      const uint32_t next = h->taken[l];
-      if (next >= h->n_offers[l] || tile_cost(s, h, l) > left ||
-          (l > 0 && h->tiles[l] >= h->tiles[l > 0 ? l - 1 : 0]))
+    for (uint32_t q = tid; q < n; q += SOLVE) {
+      const uint32_t next = p.taken[q];
+      if (next >= p.n_offers[q] || p.cost[q] > left || (q % 4 > 0 && p.tiles[q] >= p.tiles[q - 1]))
         continue;
-      const u64 key = s.offers(q / 4, l)[next];
+      const u64 key = s.offers(q / 4, q % 4)[next];
       if (key > best) best = key, who = q;
     }
     best_of_warp(&best, &who);
@@ -8038,28 +8270,32 @@ __device__ __noinline__ void spend(const solver &s, const cut &at, u64 budget) {
     best = spend_key[lane % (SOLVE / 32)], who = spend_who[lane % (SOLVE / 32)];
     best_of_warp(&best, &who);
     if (best == 0) break;
-    solve_head *h = s.head(who / 4);
-    left -= tile_cost(s, h, who % 4);
+    left -= p.cost[who];
     __syncthreads();
-    if (tid == 0) ++h->taken[who % 4], ++h->tiles[who % 4];
+    if (tid == 0) ++p.taken[who], ++p.tiles[who];
     __syncthreads();
   }
 }
 
-/* Gives every token the level that is sure, and lists the tokens of the windows; then a head's last
-   block makes its offers, and the last one of all spends the budget. */
-__device__ __noinline__ void collect(solver &s, const cut &at, u64 budget) {
+/* Gives every token the level that is sure, and lists the tokens of the windows. */
+__device__ __forceinline__ void collect(solver &s, const cut &at) {
+  __shared__ uint32_t listed[4], listed_to[4];
+  u64 *const here = reinterpret_cast<u64 *>(solve_shared); /* [4][SORT] */
   windows w;
+  solve_head *h = nullptr;
   uint8_t *v_bits = nullptr;
   u64 *list = nullptr;
-  uint32_t *n_list = nullptr;
+  const uint32_t capacity = s.a.capacity;
   u64 taken = 0; /* 16 bits a level: a thread has at most 2^20 / SOLVE tokens of a unit */
   each_token(
       s,
-      [&](uint32_t i) {
-        v_bits = s.v_bits(i), list = s.list(i), n_list = s.head(i)->n_list;
-        find_windows(s, i, at, &w);
+      [&](const unit &x) {
+        h = x.h, v_bits = x.v_bits, list = x.list;
+        find_windows(s, x, at, &w);
+        if (threadIdx.x < 4) listed[threadIdx.x] = 0;
         taken = 0;
+        __syncthreads();
+        return least(least(w.from[0], w.from[1]), least(w.from[2], w.from[3]));
       },
       [&](uint32_t t, const uint32_t *slope) {
         bool sure = true;
@@ -8070,44 +8306,53 @@ __device__ __noinline__ void collect(solver &s, const cut &at, u64 budget) {
           level += sure;
           taken += static_cast<u64>(sure) << (16 * l);
           if (!sure && slope[l] >= w.from[l]) {
-            const uint32_t to = atomicAdd(&n_list[l], 1u);
-            if (to < s.a.capacity)
-              list[l * static_cast<size_t>(s.a.capacity) + to] =
-                  static_cast<u64>(slope[l]) << 32 | static_cast<uint32_t>(~t);
+            const u64 key = static_cast<u64>(slope[l]) << 32 | static_cast<uint32_t>(~t);
+            uint32_t to = atomicAdd(&listed[l], 1u);
+            if (to < SORT) {
+              here[l * SORT + to] = key;
+            } else {
+              to = atomicAdd(&h->n_list[l], 1u);
+              if (to < capacity) list[l * static_cast<size_t>(capacity) + to] = key;
+            }
           }
         }
         v_bits[t] = static_cast<uint8_t>(width_of(level));
       },
-      [&](uint32_t i, const v_costs &) {
+      [&](uint32_t t) { v_bits[t] = 0; },
+      [&](const unit &) {
 #pragma unroll
         for (uint32_t l = 0; l < 4; ++l) {
           const uint32_t n =
               __reduce_add_sync(FULL, static_cast<uint32_t>(taken >> (16 * l) & 0xffff));
-          if (threadIdx.x % 32 == 0 && n) atomicAdd(&s.head(i)->n_sure[l], n);
+          if (threadIdx.x % 32 == 0 && n) atomicAdd(&h->n_sure[l], n);
+          if (threadIdx.x == 0) h->list_from[l] = w.from[l], h->sure_from[l] = w.to[l];
         }
-        if (!last_block(&s.head(i)->done, s.slices)) return;
-        offer(s, i, at, w);
-        if (threadIdx.x == 0) s.head(i)->done = 0;
-        if (!last_block(&s.a.state->offered, s.n_heads)) return;
-        if (at.bin > 0 && at.bin < FINE && s.round_up == 0) spend(s, at, budget);
-        if (threadIdx.x == 0) s.a.state->offered = 0;
+        __syncthreads();
+        if (threadIdx.x < 4)
+          listed_to[threadIdx.x] =
+              atomicAdd(&h->n_list[threadIdx.x], least(listed[threadIdx.x], SORT));
+        __syncthreads();
+#pragma unroll
+        for (uint32_t l = 0; l < 4; ++l)
+          for (uint32_t j = threadIdx.x; j < least(listed[l], SORT); j += SOLVE)
+            if (listed_to[l] + j < capacity)
+              list[l * static_cast<size_t>(capacity) + listed_to[l] + j] = here[l * SORT + j];
       });
   s.sync();
 }
 
 /* Level after level the best tokens of those at the level below rise, as many as the tiles hold:
    by looking at all of them. By one block. */
-__device__ __noinline__ void raise_all(const solver &s, uint32_t i, uint32_t floor) {
+__device__ __noinline__ void raise_all(const solver &s, const unit &x, const uint32_t *tiles,
+                                       uint32_t floor) {
   __shared__ uint32_t raise_digits[256], raise_found[2];
-  __shared__ u64 raise_scratch[33];
-  const solve_head *h = s.head(i);
-  const v_costs c = costs_of(h->k_tile, s.a.v_dim, s.a.positions);
-  uint8_t *v_bits = s.v_bits(i);
+  const solve_head *h = x.h;
+  uint8_t *v_bits = x.v_bits;
   uint32_t at_level = s.a.n;
   __syncthreads();
   for (uint32_t t = threadIdx.x; t < s.a.n; t += SOLVE) v_bits[t] = 0;
   for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t want = reach_of(h, l, at_level);
+    const uint32_t want = reach_of(tiles[l], h->pinned[l + 1], at_level);
     const uint8_t here = static_cast<uint8_t>(width_of(static_cast<int>(l)));
     uint32_t k = want;
     u64 limit = 0; /* the least key that rises, digit by digit */
@@ -8117,7 +8362,7 @@ __device__ __noinline__ void raise_all(const solver &s, uint32_t i, uint32_t flo
       __syncthreads();
       for (uint32_t t = threadIdx.x; t < s.a.n && want > 0; t += SOLVE) {
         if (v_bits[t] != here) continue;
-        const u64 key = key_of(s, i, c, t, l, floor);
+        const u64 key = key_of(s, t, l, floor);
         if (shift == 56 || key >> (shift + 8) == limit >> (shift + 8))
           atomicAdd(&raise_digits[key >> shift & 255], 1u);
       }
@@ -8125,14 +8370,14 @@ __device__ __noinline__ void raise_all(const solver &s, uint32_t i, uint32_t flo
       const uint32_t digit = 255 - threadIdx.x,
                      n = threadIdx.x < 256 ? raise_digits[digit & 255] : 0;
       u64 all;
-      const u64 above = block_scan(n, raise_scratch, &all);
+      const u64 above = solve_scan(n, &all);
       if (above < k && above + n >= k)
         raise_found[0] = digit, raise_found[1] = static_cast<uint32_t>(above);
       __syncthreads();
       if (want > 0) limit |= static_cast<u64>(raise_found[0]) << shift, k -= raise_found[1];
     }
     for (uint32_t t = threadIdx.x; t < s.a.n && want > 0; t += SOLVE)
-      if (v_bits[t] == here && key_of(s, i, c, t, l, floor) >= limit)
+      if (v_bits[t] == here && key_of(s, t, l, floor) >= limit)
         v_bits[t] = static_cast<uint8_t>(width_of(static_cast<int>(l) + 1));
     at_level = want;
   }
@@ -8141,7 +8386,6 @@ __device__ __noinline__ void raise_all(const solver &s, uint32_t i, uint32_t flo
 /* The first `want` of n tokens with a width get the next one. By one block. */
 __device__ __noinline__ void raise_first(uint8_t *bits, uint32_t n, uint8_t from, uint8_t to,
                                          uint32_t want) {
-  __shared__ u64 first_scratch[33];
   const uint32_t skew = reinterpret_cast<uintptr_t>(bits) % 16, words = (skew + n + 15) / 16;
   const uint32_t each = (words + SOLVE - 1) / SOLVE, four = from * 0x01010101u;
   const uint32_t w0 = least(threadIdx.x * each, words), w1 = least(w0 + each, words);
@@ -8159,76 +8403,175 @@ __device__ __noinline__ void raise_first(uint8_t *bits, uint32_t n, uint8_t from
     }
   }
   u64 all;
-  uint32_t before = static_cast<uint32_t>(block_scan(mine, first_scratch, &all));
+  uint32_t before = static_cast<uint32_t>(solve_scan(mine, &all));
   for (uint32_t t = begin(w0), t1 = least(begin(w1), n); mine > 0 && t < t1 && before < want; ++t)
     if (bits[t] == from) bits[t] = to, ++before;
   __syncthreads();
 }
 
-/* The same by the lists in order; false where they did not suffice. */
-__device__ __noinline__ bool raise_listed(const solver &s, uint32_t i, uint32_t floor) {
-  __shared__ u64 listed_scratch[33];
-  __shared__ uint32_t listed_last[1];
-  const solve_head *h = s.head(i);
-  uint8_t *v_bits = s.v_bits(i);
-  uint32_t at_level = s.a.n;
+/* The same by the lists in order; false where they do not suffice. Of each level's list the last
+   key that rises is found: a token's level is the one up to which its keys are no less. */
+__device__ __forceinline__ bool raise_listed(solver &s, const unit &x, const uint32_t *tiles,
+                                             uint32_t floor) {
+  enum { AHEAD = 4 };
+  __shared__ u64 listed_limit[4];
+  const solve_head *h = x.h;
+  uint8_t *v_bits = x.v_bits;
+  const u64 *lists = x.list;
+  const size_t capacity = s.a.capacity;
+  uint32_t n[4], sure[4], from[4], to[4], pinned[4], first[5] = {0, 0, 0, 0, 0}, fill[4];
+#pragma unroll
   for (uint32_t l = 0; l < 4; ++l) {
-    const u64 *keys = s.list(i) + l * static_cast<size_t>(s.a.capacity);
-    const uint32_t n = h->n_list[l], each = (n + SOLVE - 1) / SOLVE;
-    const uint32_t j0 = least(threadIdx.x * each, n), j1 = least(j0 + each, n);
-    const uint8_t here = static_cast<uint8_t>(width_of(static_cast<int>(l))),
-                  next = static_cast<uint8_t>(width_of(static_cast<int>(l) + 1));
-    const uint32_t want = reach_of(h, l, at_level), sure = h->n_sure[l];
+    n[l] = h->n_list[l], sure[l] = h->n_sure[l], from[l] = h->list_from[l];
+    to[l] = h->sure_from[l], pinned[l] = h->pinned[l + 1];
+  }
+#pragma unroll
+  for (uint32_t l = 0; l < 4; ++l) first[l + 1] = first[l] + n[l];
+  uint4 *const slopes = solve_shared; /* of all that are listed */
+  const bool room = s.take_memory(first[4], 16);
+  const auto look = [&](u64 key) {
+    uint32_t slope[4];
+    slopes_at(s, ~static_cast<uint32_t>(key), slope);
+    return make_uint4(slope[0], slope[1], slope[2], slope[3]);
+  };
+  const auto key_at = [&](uint32_t e) {
+    const uint32_t l = (e >= first[1]) + (e >= first[2]) + (e >= first[3]);
+    const uint32_t at = e - (l == 0 ? 0 : l == 1 ? first[1] : l == 2 ? first[2] : first[3]);
+    return lists[l * capacity + at];
+  };
+  __syncthreads();
+#pragma unroll 1
+  for (uint32_t e = threadIdx.x; e < first[4] && room; e += AHEAD * SOLVE) {
+    u64 key[AHEAD];
+    float y[AHEAD][5];
+    uint4 slope[AHEAD];
+#pragma unroll
+    for (uint32_t b = 0; b < AHEAD; ++b) key[b] = key_at(least(e + b * SOLVE, first[4] - 1));
+#pragma unroll
+    for (uint32_t b = 0; b < AHEAD; ++b) /* all are asked for before any is waited for */
+#pragma unroll
+      for (uint32_t l = 0; l < 5; ++l)
+        y[b][l] = x.v[l * static_cast<size_t>(s.a.n) + ~static_cast<uint32_t>(key[b])];
+#pragma unroll
+    for (uint32_t b = 0; b < AHEAD; ++b) {
+      uint32_t to[4];
+      slopes_of(y[b], x.costs, to);
+      if (x.pin) pinned_slopes(y[b], x.costs, x.pin[~static_cast<uint32_t>(key[b])], to);
+      slope[b] = make_uint4(to[0], to[1], to[2], to[3]);
+    }
+#pragma unroll
+    for (uint32_t b = 0; b < AHEAD; ++b)
+      if (e + b * SOLVE < first[4]) slopes[e + b * SOLVE] = slope[b];
+  }
+  __syncthreads();
+  u64 limit[4] = {0, 0, 0, 0};
+  /* the level, `most` at most, of a token that is listed */
+  const auto level_at = [&](uint32_t e, u64 key, uint32_t highest) {
+    const uint4 y = room ? slopes[e] : look(key);
+    const uint32_t slope[4] = {y.x, y.y, y.z, y.w}, token = static_cast<uint32_t>(key);
+    uint32_t level = 0;
+#pragma unroll
+    for (uint32_t l = 0; l < 4; ++l)
+      level += l < highest && level == l && (static_cast<u64>(slope[l]) << 32 | token) >= limit[l];
+    return level;
+  };
+  uint32_t at_level = s.a.n;
+#pragma unroll
+  for (uint32_t l = 0; l < 4; ++l) {
+    const u64 *keys = lists + l * capacity;
+    const uint32_t each = (n[l] + SOLVE - 1) / SOLVE;
+    const uint32_t j0 = least(threadIdx.x * each, n[l]), j1 = least(j0 + each, n[l]);
+    const uint32_t want = reach_of(tiles[l], pinned[l], at_level);
     at_level = want;
     u64 mine = 0, all;
-#pragma unroll 4
-    for (uint32_t j = j0; j < j1; ++j) mine += v_bits[~static_cast<uint32_t>(keys[j])] == here;
-    uint32_t before = static_cast<uint32_t>(block_scan(mine, listed_scratch, &all));
-    if (want < sure || (all + sure < want && h->list_from[l] > floor)) return false;
-    const uint32_t need = want - sure;
-    if (threadIdx.x == 0) listed_last[0] = 0;
+    for (uint32_t j = j0; j < j1; ++j) mine += l == 0 || level_at(first[l] + j, keys[j], l) == l;
+    uint32_t before = static_cast<uint32_t>(solve_scan(mine, &all));
+    if (want < sure[l] || (all + sure[l] < want && from[l] > floor)) return false;
+    const uint32_t need = want - sure[l];
+    if (threadIdx.x == 0) listed_limit[l] = need >= all ? static_cast<u64>(from[l]) << 32 : ~0ull;
     __syncthreads();
-    for (uint32_t j = j0; j < j1 && before < need; ++j) {
-      const uint32_t t = ~static_cast<uint32_t>(keys[j]);
-      if (v_bits[t] != here) continue;
-      v_bits[t] = next;
-      if (++before == need) listed_last[0] = j;
-    }
+    for (uint32_t j = j0; j < j1 && before < need && need < all; ++j)
+      if ((l == 0 || level_at(first[l] + j, keys[j], l) == l) && ++before == need)
+        listed_limit[l] = keys[j];
     __syncthreads();
-    if (need > all) {
-      raise_first(v_bits, s.a.n, here, next, need - static_cast<uint32_t>(all));
-      continue;
-    }
+    limit[l] = listed_limit[l];
+    fill[l] = need > all ? need - static_cast<uint32_t>(all) : 0;
     /* all that are listed must lie below those that are sure */
-    if (sure > 0 && (need == 0 || keys[listed_last[0]] >> 32 >= h->sure_from[l])) return false;
+    if (sure[l] > 0 && limit[l] >> 32 >= to[l]) return false;
+  }
+  for (uint32_t e = threadIdx.x; e < first[4]; e += SOLVE) {
+    const u64 key = key_at(e);
+    v_bits[~static_cast<uint32_t>(key)] =
+        static_cast<uint8_t>(width_of(static_cast<int>(level_at(e, key, 4))));
+  }
+#pragma unroll
+  for (uint32_t l = 0; l < 4; ++l) {
+    if (fill[l] == 0) continue;
     __syncthreads();
+    raise_first(v_bits, s.a.n, static_cast<uint8_t>(width_of(static_cast<int>(l))),
+                static_cast<uint8_t>(width_of(static_cast<int>(l) + 1)), fill[l]);
   }
   return true;
 }
 
 /* rdkv__assign for one head, by one block. */
-__device__ __noinline__ void assign(const solver &s, uint32_t i, const cut &at) {
-  solve_head *h = s.head(i);
-  if (h->no_lists || !raise_listed(s, i, at.floor())) raise_all(s, i, at.floor());
+__device__ __forceinline__ void assign(solver &s, unit &x, const uint32_t *tiles, const cut &at) {
+  solve_head *h = x.h;
+  find_costs(s, x);
+  if (h->no_lists || !raise_listed(s, x, tiles, at.floor())) raise_all(s, x, tiles, at.floor());
   __syncthreads();
   if (threadIdx.x > 0) return;
   uint32_t last = s.a.n;
   for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t reach = reach_of(h, l, last);
+    const uint32_t reach = reach_of(tiles[l], h->pinned[l + 1], last);
     h->count[l] = last - reach, last = reach;
     h->n_list[l] = h->n_sure[l] = 0;
   }
   h->count[4] = last;
 }
 
+/* The widths, once the threshold is known: the tiles above it, those below it as long as the budget
+   lasts, and their tokens. */
+__device__ __noinline__ void finish(solver &state, const cut &at, u64 budget) {
+  __shared__ uint32_t finish_pairs[PAIR_WORDS * SOLVE];
+  solver s = state; /* in registers */
+  const uint32_t n = 4 * s.n_heads, units = s.n_heads * s.slices, tid = threadIdx.x;
+  const bool alike = n <= SOLVE; /* blocks that want to know spend, all the same way */
+  const spending p(alike ? finish_pairs : s.a.pairs, alike ? SOLVE : n);
+  collect(s, at);
+  s.choose = KEEP;
+  for (uint32_t u = blockIdx.x; u < units; u += gridDim.x) {
+    unit &x = s.enter(u);
+    find_costs(s, x);
+    offer(s, x, at);
+  }
+  s.sync();
+  if (alike ? blockIdx.x < units : blockIdx.x == 0) {
+    const u64 took = at.bin < FINE ? s.hist()[at.bin] : 0; /* as add_up() left it */
+    for (uint32_t q = tid; q < n; q += SOLVE) {
+      const solve_head *h = s.head(q / 4);
+      p.tiles[q] = h->tiles[q % 4], p.taken[q] = 0, p.n_offers[q] = h->n_offers[q % 4];
+      p.cost[q] = tile_cost(s, h, q % 4);
+    }
+    __syncthreads();
+    if (at.bin > 0 && at.bin < FINE && s.round_up == 0) spend(s, at, budget - took, p);
+    __syncthreads();
+  }
+  if (!alike) s.sync();
+  for (uint32_t u = blockIdx.x; u < units; u += gridDim.x) {
+    unit &x = s.enter(u);
+    if (x.k == 0) assign(s, x, p.tiles + 4 * x.i, at);
+  }
+  s.leave(&state);
+}
+
 __device__ __noinline__ uint64_t bytes_now(const solver &s) {
-  __shared__ u64 now_scratch[33];
   u64 bytes = 0, all;
   for (uint32_t i = threadIdx.x; i < s.n_heads; i += SOLVE) {
     parts p;
     bytes += head_bytes(s.a.v_dim, s.a.positions, s.head(i)->count, s.head(i)->channels, &p);
   }
-  block_scan(bytes, now_scratch, &all);
+  solve_scan(bytes, &all);
   return all;
 }
 
@@ -8238,6 +8581,7 @@ __device__ __noinline__ uint64_t bytes_now(const solver &s) {
 __device__ __noinline__ double predict_all(solver &s, bool empty) {
   __shared__ float predict_value[SOLVE];
   double carry = 0; /* an empty cache's sum goes on from head to head */
+  s.sync();         /* widths are there */
   for (uint32_t i = 0; i < s.n_heads; ++i) {
     if (empty ? blockIdx.x != 0 : i % gridDim.x != blockIdx.x) continue;
     const float *d = s.v_distortion(i), *dk = s.k_distortion(i);
@@ -8315,7 +8659,9 @@ __device__ __noinline__ bool within_error(solver &s) {
 /* ---- widths for a budget */
 
 /* rdkv__solve. */
-__device__ __noinline__ void solve(solver &s, uint64_t budget, double *used) {
+__device__ __noinline__ void solve(solver &state, uint64_t budget, double *used) {
+  if (!state.staged) state.part(state.first, state.n_heads);
+  solver s = state; /* in registers */
   const float max = __uint_as_float(PINNED);
   float lowest = 0;
   cut at = {0, 0, FINE};
@@ -8324,7 +8670,7 @@ __device__ __noinline__ void solve(solver &s, uint64_t budget, double *used) {
   s.choose = FRESH;
   for (int round = 0; round < 2; ++round) {
     spectrum(s, round ? threshold / 16 : 0);
-    if (round == 0 && refuse(s)) return;
+    if (round == 0 && refuse(s)) return s.leave(&state);
     threshold = spectrum_edge(s, budget, round ? nullptr : &lowest);
     s.choose = BY_BINS, s.chosen = threshold, s.above = __float_as_uint(threshold) >> 20;
   }
@@ -8353,17 +8699,17 @@ __device__ __noinline__ void solve(solver &s, uint64_t budget, double *used) {
   }
   threshold = at.bin < FINE ? __uint_as_float(fine_edge(at.base, at.bin)) : max;
   *used = static_cast<double>(threshold);
-  collect(s, at, budget);
-  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x) assign(s, i, at);
+  s.leave(&state), state.choose = s.choose, state.chosen = s.chosen, state.above = s.above;
+  finish(state, at, budget);
 }
 
 /* The least that heads can take: what is pinned, K dropped. */
-__device__ inline uint64_t least_bytes(const solver &s, uint32_t first, uint32_t n_heads) {
+__device__ __noinline__ uint64_t least_bytes(const solver &s, uint32_t first, uint32_t n_heads) {
+  if (!s.a.pin) return n_heads * s.a.least_head;
   const uint32_t channels[4] = {static_cast<uint32_t>(s.a.k_dim), 0, 0, 0};
-  uint32_t count[5] = {s.a.n, 0, 0, 0, 0};
+  uint32_t count[5];
   uint64_t bytes = 0;
   parts p;
-  if (!s.a.pin) return n_heads * head_bytes(s.a.v_dim, s.a.positions, count, channels, &p);
   for (uint32_t i = first; i < first + n_heads; ++i) {
     uint32_t last = s.a.n;
     for (int l = 0; l < 4; ++l) {
@@ -8384,12 +8730,12 @@ __device__ inline void solve_best(solver &s, uint64_t budget, double *used) {
                      : budget / tile < 8ull * s.n_heads  ? 7
                      : budget / tile < 64ull * s.n_heads ? 5
                                                          : 1;
-  uint64_t lowest = least_bytes(s, s.first, s.n_heads), best_budget = budget;
+  const bool large = static_cast<uint64_t>(s.a.n) * s.n_heads * (budget / 128) > 1 << 17;
+  uint64_t lowest = large ? budget : least_bytes(s, s.first, s.n_heads), best_budget = budget;
   double best = 0;
   float best_bias = 0;
   bool first = true;
   if (lowest < budget / 4 * 3) lowest = budget / 4 * 3;
-  if (static_cast<uint64_t>(s.a.n) * s.n_heads * (budget / 128) > 1 << 17) lowest = budget;
   const bool one = n_bias == 1 && budget < lowest + 128;
   for (uint64_t b = budget;; b -= 128) {
     for (int i = 0; i < n_bias; ++i) {
@@ -8427,8 +8773,7 @@ __device__ inline void solve_at(solver &s, float threshold) {
   s.round_up = TILE / 4;
   fine_bins(s, at.base);
   s.choose = KEEP;
-  collect(s, at, 0);
-  for (uint32_t i = blockIdx.x; i < s.n_heads; i += gridDim.x) assign(s, i, at);
+  finish(s, at, 0);
 }
 
 /* The smallest budget that meets config.max_error, within 0.1 %. */
@@ -8798,25 +9143,13 @@ struct paper_part {
   __device__ __forceinline__ void each(F f) {
     for (uint32_t first = 0; first < n; first += WEIGHTS) {
       const uint32_t m = least(WEIGHTS, n - first);
-      if (staged != first) stage(weight + first, m), staged = first;
+      if (staged != first)
+        stage_floats(weights(), weight + first, m), staged_floats(), staged = first;
 #pragma unroll 2
       for (uint32_t t = 4 * threadIdx.x; t < m; t += 4 * SOLVE)
         f(first + t, *reinterpret_cast<const float4 *>(weights() + t));
     }
   }
-  __device__ __noinline__ static void stage(const float *from, uint32_t m) {
-    const bool whole = (reinterpret_cast<uintptr_t>(from) & 15) == 0;
-    for (uint32_t t = 4 * threadIdx.x; t < m; t += 4 * SOLVE) {
-      if (whole && t + 4 <= m) {
-        copy_16(rdkv_cuda__shared_address(weights() + t), reinterpret_cast<const char *>(from + t));
-        continue;
-      }
-#pragma unroll
-      for (uint32_t i = 0; i < 4; ++i) weights()[t + i] = t + i < m ? from[t + i] : 0;
-    }
-    asm volatile("cp.async.wait_all;" ::: "memory");
-  }
-
   /* Largest bits; of what is no number >= 0 they are larger than of infinity. */
   __device__ uint32_t top() {
     uint32_t x = 0;
@@ -9059,9 +9392,18 @@ static __global__ void __launch_bounds__(SOLVE, 1)
     a.lambda[l] = 0;
 }
 
+/* Bytes of one of the parts that are left, in whole units of 128. */
+__device__ __forceinline__ uint64_t part_of(uint64_t left, uint32_t parts) {
+  return (parts == 1 ? left : left / parts) / 128 * 128;
+}
+
 static __global__ void __launch_bounds__(SOLVE, 1)
-    solve_kernel(const __grid_constant__ solve_args a) {
-  if (*a.status != RDKV_OK) return; /* nobody writes it before the first barrier */
+    solve_kernel(const __grid_constant__ solve_args given) {
+  const uint32_t failed = *given.status; /* nobody writes it before the first barrier */
+  __shared__ solve_args a; /* each barrier makes a block forget what it has read from memory */
+  for (uint32_t i = threadIdx.x; i < sizeof a / 4; i += SOLVE)
+    reinterpret_cast<uint32_t *>(&a)[i] = reinterpret_cast<const uint32_t *>(&given)[i];
+  __syncthreads();
   solver s(a);
   const uint32_t first = blockIdx.x * SOLVE + threadIdx.x, step = gridDim.x * SOLVE;
   const uint32_t kd = static_cast<uint32_t>(a.k_dim);
@@ -9071,16 +9413,23 @@ static __global__ void __launch_bounds__(SOLVE, 1)
                                                          : a.n_heads;
   const uint32_t each = a.n_heads / n_parts;
   const uint64_t budget = a.given_budget ? *a.given_budget : a.budget;
+  if (s.alone()) { /* what a memset does otherwise */
+    for (uint32_t i = first; i < a.n_heads * BINS; i += step) a.bins[0][i] = 0;
+    for (uint32_t i = first; i < BINS; i += step) a.hist[0][i] = 0;
+    if (first == 0) *a.state = solve_state();
+  }
   for (uint32_t i = first; i < a.n_heads; i += step) {
     for (int l = 0; l < 4; ++l) s.head(i)->n_list[l] = s.head(i)->n_sure[l] = 0;
     s.head(i)->done = 0;
     for (int l = 0; l < 5 && !a.pin; ++l) s.head(i)->pinned[l] = 0;
   }
+  if (failed != RDKV_OK) return;
+  if (s.alone()) s.sync();
   bool too_little = by_budget && budget < a.fixed;
   for (uint32_t i = 0; i < n_parts && by_budget && !too_little && (i == 0 || a.pin); ++i)
-    too_little = (budget - a.fixed) / n_parts / 128 * 128 < least_bytes(s, i * each, each);
+    too_little = part_of(budget - a.fixed, n_parts) < least_bytes(s, i * each, each);
   /* Weights and distortions must be finite and >= 0. Where all heads go through one solve its first
-     pass over V sees that, before anything is written. */
+     pass sees that, before anything is written. */
   const bool look = n_parts > 1 || too_little;
   bool odd = false;
   for (int l = 0; l < a.n_layers && look; ++l) {
@@ -9090,7 +9439,7 @@ static __global__ void __launch_bounds__(SOLVE, 1)
     for (size_t t = first; t < n; t += step)
       odd |= __float_as_uint(layer.v_distortion[t]) >= 0x7f800000u;
   }
-  for (uint32_t j = first; j < a.n_heads * 4 * kd; j += step) {
+  for (uint32_t j = first; j < a.n_heads * 4 * kd && look; j += step) {
     const uint32_t i = j / (4 * kd), c = j - i * (4 * kd);
     odd |= __float_as_uint(s.k_distortion(i)[c]) >= 0x7f800000u;
   }
@@ -9112,8 +9461,8 @@ static __global__ void __launch_bounds__(SOLVE, 1)
   } else {
     uint64_t left = budget - a.fixed;
     for (uint32_t i = 0; i < n_parts; ++i) { /* equal parts; crumbs go on to the next */
-      s.part(i * each, each);
-      solve_best(s, left / (n_parts - i) / 128 * 128, &used);
+      if (n_parts > 1) s.part(i * each, each);
+      solve_best(s, part_of(left, n_parts - i), &used);
       if (s.refused) return;
       if (blockIdx.x == 0 && threadIdx.x == 0)
         for (uint32_t h = i * each; h < (i + 1) * each; ++h) a.lambda[h / a.n_kv_heads] = used;
@@ -9135,6 +9484,7 @@ enum { AT_TOKENS = 1024 }; /* of a head at most */
 static __global__ void __launch_bounds__(AT_TOKENS)
     at_kernel(const __grid_constant__ solve_args a) {
   __shared__ u64 k_key[MAX_DIM];
+  __shared__ v_costs c;
   if (*a.status != RDKV_OK) return;
   const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(a.k_dim), n = a.n;
   const uint32_t layer = blockIdx.x / a.n_kv_heads, row = blockIdx.x % a.n_kv_heads;
@@ -9161,16 +9511,19 @@ static __global__ void __launch_bounds__(AT_TOKENS)
   for (int l = 0; l < 4; ++l) odd |= __float_as_uint(k[l]) >= 0x7f800000u;
   if (odd) fail(a.status, RDKV_ERR_NONFINITE);
   uint32_t k_tile = first_k_tile(a.k_dim), k_level = 0, slope[4] = {0, 0, 0, 0};
+  const auto v_slopes = [&](uint32_t k_bytes) {
+    set_costs(a.v_dim, a.positions, k_bytes, c);
+    if (has_token) slopes_of(x, c, slope), pinned_slopes(x, c, pin, slope);
+  };
   /* K for the tokens at the threshold, which depend on the bytes that K takes: two rounds */
   for (int round = 0; round < 2; ++round) {
-    if (has_token) slopes_of(x, costs_of(k_tile, a.v_dim, a.positions), pin, slope);
+    v_slopes(k_tile);
     const uint32_t tokens =
         static_cast<uint32_t>(__syncthreads_count(__uint_as_float(slope[0]) > threshold / 2 &&
                                                   bin_of(__uint_as_float(slope[0])) >= edge >> 20));
     const float tiles = static_cast<float>((most(tokens, 1) + TILE - 1) / TILE);
-    const float cost[3] = {tiles * 8, tiles * 8, tiles * 16};
     uint32_t k_slope[3], reach[5] = {kd, 0, 0, 0, 0};
-    hull(k, cost, 3, 0, k_slope);
+    k_slopes(k, tiles * 8, k_slope);
     k_level = 0;
 #pragma unroll
     for (uint32_t l = 0; l < 3; ++l) { /* the best of those at the level below, whole blocks */
@@ -9196,7 +9549,7 @@ static __global__ void __launch_bounds__(AT_TOKENS)
     view.k_bits[row * kd + tid] = static_cast<uint8_t>(width_of(static_cast<int>(k_level)));
   /* level after level the best of those at the level below rise, as many as rdkv__tiles says for
      the threshold's fine bin; a tile may lack a quarter */
-  if (has_token) slopes_of(x, costs_of(k_tile, a.v_dim, a.positions), pin, slope);
+  v_slopes(k_tile);
   uint32_t below = n;
   int level = has_token ? 0 : -1;
 #pragma unroll
@@ -9241,6 +9594,7 @@ struct histogram_args {
 
 /* rdkv__spectrum of a slice of a head. */
 static __global__ void __launch_bounds__(SOLVE) histogram_kernel(histogram_args a) {
+  __shared__ v_costs costs;
   __shared__ uint32_t count[4 * BINS];
   __shared__ uint32_t channels[4];
   const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(a.k_dim);
@@ -9256,13 +9610,14 @@ static __global__ void __launch_bounds__(SOLVE) histogram_kernel(histogram_args 
   __syncthreads();
   uint32_t k_tile = 0;
   for (int l = 1; l < 4; ++l) k_tile += (channels[l] + 15) / 16 * (64u << l);
-  const v_costs c = costs_of(k_tile ? k_tile : first_k_tile(a.k_dim), a.v_dim, a.positions);
+  set_costs(a.v_dim, a.positions, k_tile ? k_tile : first_k_tile(a.k_dim), costs);
+  const v_costs c = costs;
   for (uint32_t t = t0 + tid; t < t1; t += SOLVE) {
     float x[5];
     uint32_t slope[4];
 #pragma unroll
     for (int l = 0; l < 5; ++l) x[l] = d[static_cast<size_t>(l) * a.n + t];
-    slopes_of(x, c, 0, slope);
+    slopes_of(x, c, slope);
 #pragma unroll
     for (uint32_t l = 0; l < 4; ++l)
       if (slope[l]) atomicAdd(&count[l * BINS + least(slope[l] >> 20, BINS - 1)], 1u);
@@ -9736,6 +10091,60 @@ static void layout_solve(const rdkv_config *cfg, int n_layers, uint32_t n, void 
   s->m.take(&s->a.list, paper ? 0 : heads * 4 * s->a.capacity);
   s->a.max_offers = n / TILE + 1;
   s->m.take(&s->a.offers, paper ? 0 : heads * 4 * s->a.max_offers);
+  s->m.take(&s->a.pairs, paper || 4 * heads <= SOLVE ? 0 : PAIR_WORDS * 4 * heads);
+}
+
+struct solve_launch {
+  const void *kernel;
+  cudaLaunchConfig_t config;
+  cudaLaunchAttribute attribute;
+  bool team; /* one cluster, whose barriers cost less; else all blocks are resident */
+};
+
+/* Blocks for a solve. */
+static cudaError_t plan_solve(bool search, solve_args *a, solve_launch *how) {
+  cudaFuncAttributes is;
+  cudaLaunchConfig_t &c = how->config;
+  int device = 0, most_blocks = 0, shared = 0;
+  const uint64_t tokens = static_cast<uint64_t>(a->n) * a->n_heads;
+  const uint64_t work = tokens / (SOLVE * BATCH) + 1;
+  how->kernel = search ? reinterpret_cast<const void *>(paper_search_kernel)
+                       : reinterpret_cast<const void *>(solve_kernel);
+  cudaError_t e = cudaGetDevice(&device);
+  if (!e) e = cudaDeviceGetAttribute(&most_blocks, cudaDevAttrMultiProcessorCount, device);
+  if (!e) e = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (!e) e = cudaFuncGetAttributes(&is, how->kernel);
+  if (e) return e;
+  /* no more blocks than there is work for, as barriers take longer the more meet there */
+  uint32_t blocks = static_cast<uint32_t>(most_blocks), size = 1;
+  if (search && blocks > a->n_heads) blocks = a->n_heads;
+  if (blocks > work) blocks = most(static_cast<uint32_t>(work), least(a->n_heads, blocks));
+  while (size < TEAM && (size < a->n_heads || size * TEAM_PART < tokens)) size *= 2;
+  /* heads that share a budget, and their tokens in a block */
+  const uint32_t heads = a->max_error > 0 || a->scope == RDKV_SCOPE_MODEL ? a->n_heads
+                         : a->scope == RDKV_SCOPE_LAYER                   ? a->n_kv_heads
+                         : a->scope == RDKV_SCOPE_HEAD                    ? 1
+                                                                          : a->n_heads;
+  const int room = shared - static_cast<int>(is.sharedSizeBytes) - 4 * SOLVE_WORDS;
+  const auto fits = [&](uint32_t n) { return !search && static_cast<int64_t>(n) * 20 <= room; };
+  how->team = is.ptxVersion >= 90 && size >= a->n_heads && fits(slice_of(a->n, a->n_heads, size));
+  if (how->team) blocks = size;
+  a->stage = slice_of(a->n, heads, blocks);
+  if (!fits(a->stage)) a->stage = 0;
+  c.gridDim = dim3(blocks), c.blockDim = dim3(SOLVE);
+  c.dynamicSmemBytes = search ? 4 * PAPER_WORDS : 4 * SOLVE_WORDS + 20 * a->stage;
+  e = cudaFuncSetAttribute(how->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(c.dynamicSmemBytes));
+  if (e) return e;
+  if (how->team) {
+    how->attribute.id = cudaLaunchAttributeClusterDimension;
+    how->attribute.val.clusterDim.x = size;
+    how->attribute.val.clusterDim.y = how->attribute.val.clusterDim.z = 1;
+    return cudaFuncSetAttribute(how->kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  how->attribute.id = cudaLaunchAttributeCooperative;
+  how->attribute.val.cooperative = 1;
+  return e;
 }
 
 /* rdkv_allocate for a budget or a lambda on the device, or NULL: the config's. token_begin on the
@@ -9753,9 +10162,18 @@ static cudaError_t allocate(const rdkv_config *cfg, const rdkv_layer *layers, in
   const bool search = paper && cfg->token_budget == 0 && cfg->budget_bytes > 0;
   const bool alone = cfg->scope == RDKV_SCOPE_LAMBDA && cfg->profile == RDKV_JOINT &&
                      cfg->max_error == 0 && n <= AT_TOKENS; /* each head by itself */
+  a.n = n;
+  a.n_kv_heads = static_cast<uint32_t>(cfg->n_kv_heads);
+  a.n_heads = static_cast<uint32_t>(n_layers) * a.n_kv_heads, a.n_layers = n_layers;
+  a.scope = cfg->scope, a.max_error = cfg->max_error;
+  solve_launch how = solve_launch();
+  if (!alone && (!paper || search)) {
+    const cudaError_t e = plan_solve(search, &a, &how);
+    if (e) return e;
+  }
   uint8_t *const zero = cfg->n_pins > 0 ? a.pin : reinterpret_cast<uint8_t *>(a.state);
   uint8_t *const used =
-      reinterpret_cast<uint8_t *>(alone ? static_cast<void *>(a.state) : a.hist[1]);
+      reinterpret_cast<uint8_t *>(alone || how.team ? static_cast<void *>(a.state) : a.hist[1]);
   cudaError_t e = cudaSuccess;
   if (used > zero && (!paper || search))
     e = cudaMemsetAsync(zero, 0, static_cast<size_t>(used - zero), stream);
@@ -9773,13 +10191,13 @@ static cudaError_t allocate(const rdkv_config *cfg, const rdkv_layer *layers, in
     if (n_layers > VIEWS) view_kernel<<<1, VIEWS, 0, stream>>>(a.layers + first, views, i);
   }
   if (cfg->n_pins == 0) a.pin = nullptr;
-  a.given_budget = budget, a.device_lambda = given, a.lambda = lambda, a.status = status, a.n = n;
-  a.n_kv_heads = static_cast<uint32_t>(cfg->n_kv_heads);
-  a.n_heads = static_cast<uint32_t>(n_layers) * a.n_kv_heads, a.n_layers = n_layers;
+  a.given_budget = budget, a.device_lambda = given, a.lambda = lambda, a.status = status;
   a.k_dim = cfg->k_dim, a.v_dim = cfg->v_dim, a.positions = cfg->positions;
-  a.scope = cfg->scope;
   a.budget = budget_of(cfg, n, n_layers), a.fixed = fixed_bytes(a.n_heads);
-  a.most = max_block(cfg, n, n_layers), a.max_error = cfg->max_error;
+  a.most = max_block(cfg, n, n_layers);
+  const uint32_t none[5] = {n, 0, 0, 0, 0}, dropped[4] = {static_cast<uint32_t>(a.k_dim), 0, 0, 0};
+  parts p;
+  a.least_head = head_bytes(a.v_dim, a.positions, none, dropped, &p);
   a.given_lambda = cfg->lambda, a.k_share = cfg->k_share;
   a.tokens = cfg->token_budget;
   if (cfg->token_budget == 0) a.tokens = cfg->keep * static_cast<double>(n); /* or searched */
@@ -9826,23 +10244,11 @@ static cudaError_t allocate(const rdkv_config *cfg, const rdkv_layer *layers, in
     launch.attrs = &attribute, launch.numAttrs = size > 1;
     return cudaLaunchKernelEx(&launch, paper_kernel, a);
   }
-  const void *const kernel = search ? reinterpret_cast<const void *>(paper_search_kernel)
-                                    : reinterpret_cast<const void *>(solve_kernel);
-  const int shared = 4 * (search ? static_cast<int>(PAPER_WORDS) : static_cast<int>(SOLVE_WORDS));
-  /* at most a block on every multiprocessor: all are resident, as their barriers want; and no more
-     than there is work for, as barriers take longer the more meet there */
-  int device = 0, most_blocks = 0;
-  e = cudaGetDevice(&device);
-  if (!e) e = cudaDeviceGetAttribute(&most_blocks, cudaDevAttrMultiProcessorCount, device);
-  if (!e) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (e) return e;
-  const uint64_t work = static_cast<uint64_t>(n) * a.n_heads / (SOLVE * BATCH) + 1;
-  uint32_t blocks = static_cast<uint32_t>(most_blocks);
-  if (search && blocks > a.n_heads) blocks = a.n_heads;
-  if (blocks > work) blocks = most(static_cast<uint32_t>(work), least(a.n_heads, blocks));
   void *pack[] = {&a};
-  e = cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(SOLVE), pack,
-                                  static_cast<size_t>(shared), stream);
+  cudaLaunchAttribute attribute;
+  how.config.stream = stream, how.config.attrs = &attribute, how.config.numAttrs = 1;
+  attribute = how.attribute;
+  e = cudaLaunchKernelExC(&how.config, how.kernel, pack);
   return e ? e : cudaGetLastError();
 }
 
