@@ -3588,6 +3588,23 @@ __device__ __forceinline__ void copy_16(uint32_t to, const char *from, bool real
                : "memory");
 }
 
+/* 4 bytes. */
+__device__ __forceinline__ void copy_4(uint32_t to, const void *from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
+/* Launches of a call may overlap: what one needs of those before it it reads behind this. */
+__device__ __forceinline__ void wait_for_launches() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 /* ---- sums over a block; all threads call them */
 
 __device__ inline u64 warp_sum(u64 x) {
@@ -3644,39 +3661,19 @@ struct item {
   uint8_t *v_bits, *k_bits;
 };
 
-/* Parameters of a launch have room for as many; measure copies them to a table on the device.
-   Heads count over all items of a launch then, kv heads within one. */
+/* Parameters of a launch have room for as many. Heads count over all items of a launch then, kv
+   heads within one. */
 enum { ITEMS = 8 };
 struct item_list {
   item at[ITEMS];
 };
 
-/* ---- K over the kept tokens: range and sums. A warp takes 64 channels, two a lane, of stretches
-   of 64 tokens, a block spans of 8, and where there are many 8 spans, in the order of sums that
-   rdkv__carry defines. */
+/* ---- K over the kept tokens: range and sums, in the order that rdkv__carry defines */
 
 enum {
   STRETCH = 64,
-  STRETCHES = 8, /* of a span: a warp each */
-  SPAN = STRETCH * STRETCHES,
-  RANGE_THREADS = 32 * STRETCHES,
-  BY_WIDTH = 0xffffffffu /* as a cut: kept is what has a width */
-};
-
-struct range_args {
-  const item *items;
-  const uint32_t *cut; /* [heads] lowest bin of D(0) that is kept, or BY_WIDTH */
-  float *parts; /* [heads][parts][kinds][channels]: sums of 1 or 8 spans, then a block's lowest and
-                   highest */
-  uint32_t *kept; /* [heads][groups], zeroed */
-  uint32_t *done; /* [heads][groups] blocks that have written their parts, zeroed */
-  int *lo, *hi;   /* [heads][MAX_DIM] ordered */
-  float *sum;     /* [heads][MAX_DIM] */
-  float norm;     /* softmax_scale squared */
-  uint32_t *status;
-  uint32_t n, spans, groups; /* groups of 64 channels */
-  uint32_t each;             /* log2 of the spans of a part: 0 or 3 */
-  int heads, k_dim;          /* heads of an item */
+  STRETCHES = 8, /* of a span */
+  SPAN = STRETCH * STRETCHES
 };
 
 /* Two neighbouring elements as they lie in memory. */
@@ -3748,89 +3745,6 @@ struct extremes<RDKV_F32> {
   __device__ __forceinline__ float2 highest() const { return high; }
 };
 
-/* What tells which tokens of a stretch are kept, two a lane: D(0), where it is wanted, and width.
- */
-struct stretch {
-  float d0[2];
-  uint32_t bits[2];
-  __device__ __forceinline__ void load(const range_args &a, const float *d, const uint8_t *width,
-                                       uint32_t cut, uint32_t t0, bool weighted) {
-#pragma unroll
-    for (uint32_t h = 0; h < 2; ++h) {
-      const uint32_t t = t0 + 32 * h + (threadIdx.x & 31);
-      d0[h] = 0, bits[h] = 0;
-      if (t < a.n && (weighted || cut != BY_WIDTH)) d0[h] = d[t];
-      if (t < a.n && cut == BY_WIDTH) bits[h] = width[t];
-    }
-  }
-  /* Where the rows of the kept ones begin, `step` bytes apart, padded to a multiple of 8 by the
-     first token with weight 0; and their D(0) where g is not NULL. Returns their number. All of a
-     warp call it. */
-  __device__ __forceinline__ uint32_t list(const range_args &a, uint32_t cut, uint32_t t0, int step,
-                                           int *to, float *g) const {
-    const uint32_t lane = threadIdx.x & 31;
-    uint32_t n = 0;
-#pragma unroll
-    for (uint32_t h = 0; h < 2; ++h) {
-      const uint32_t t = 32 * h + lane;
-      const bool in = t0 + t < a.n && (cut == BY_WIDTH ? bits[h] != 0 : bin_of(d0[h]) >= cut);
-      const uint32_t mask = __ballot_sync(FULL, in);
-      const uint32_t at = n + static_cast<uint32_t>(__popc(mask & ((1u << lane) - 1)));
-      if (in) to[at] = static_cast<int>(t) * step;
-      if (in && g) g[at] = d0[h] > 0 ? d0[h] : 0;
-      n += static_cast<uint32_t>(__popc(mask));
-    }
-    if (lane < 8) to[n + lane] = 0;
-    if (lane < 8 && g) g[n + lane] = 0;
-    __syncwarp();
-    return n;
-  }
-  /* The lane's place in the kept rows, of which `row` is that of token t0, on its way to the L2. */
-  __device__ __forceinline__ void prefetch(const range_args &a, uint32_t cut, uint32_t t0,
-                                           const char *row, int step) const {
-#pragma unroll
-    for (uint32_t h = 0; h < 2; ++h) {
-      const uint32_t t = 32 * h + (threadIdx.x & 31);
-      if (t0 + t < a.n && (cut == BY_WIDTH ? bits[h] != 0 : bin_of(d0[h]) >= cut))
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(row + static_cast<int>(t) * step));
-    }
-  }
-};
-
-/* Where a lane's pair of channels lies in the rows of a tensor. */
-template <int DTYPE>
-struct pair_rows {
-  const char *base;
-  ptrdiff_t stride; /* elements */
-  bool whole;       /* pairs are one word */
-  int n;            /* channels that exist */
-  __device__ __forceinline__ pair_rows(const rdkv_tensor &t, uint32_t t0, int head, int d,
-                                       int dim) {
-    stride = t.dim_stride ? t.dim_stride : 1;
-    base =
-        static_cast<const char *>(row_of(t, t0, head)) + d * stride * (DTYPE == RDKV_F32 ? 4 : 2);
-    n = dim - d;
-    whole = DTYPE != RDKV_F32 && stride == 1 && dim % 2 == 0 && t.token_stride % 2 == 0 &&
-            t.head_stride % 2 == 0 && reinterpret_cast<uintptr_t>(t.data) % 4 == 0;
-  }
-  /* Eight rows of a list, all asked for at once. */
-  __device__ __forceinline__ void load(const int *list, raw_pair<DTYPE> (&x)[8]) const {
-    const int4 lower = *reinterpret_cast<const int4 *>(list),
-               upper = *reinterpret_cast<const int4 *>(list + 4);
-    const int at[8] = {lower.x, lower.y, lower.z, lower.w, upper.x, upper.y, upper.z, upper.w};
-    if (n <= 0) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) x[j].load(base, 0, false, 0);
-    } else if (whole) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) x[j].load(base + at[j], 1, true, 2);
-    } else {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) x[j].load(base + at[j], stride, false, n);
-    }
-  }
-};
-
 /* Bytes from token to token of rows; tensor_ok sees to it that 64 times that fit. */
 __device__ __forceinline__ int step_of(const rdkv_tensor &t) {
   return static_cast<int>(t.token_stride) * (t.dtype == RDKV_F32 ? 4 : 2);
@@ -3840,207 +3754,13 @@ __device__ __forceinline__ int step_of(const rdkv_tensor &t) {
 __device__ __forceinline__ bool last_block(uint32_t *done, uint32_t blocks) {
   __shared__ uint32_t before[1];
   __syncthreads();
-  if (threadIdx.x == 0) { /* fences speak for all whom the barriers order */
-    __threadfence();
-    before[0] = atomicAdd(done, 1u);
-    __threadfence();
-  }
+  if (threadIdx.x == 0) /* speaks for all whom the barriers order */
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
+                 : "=r"(before[0])
+                 : "l"(__cvta_generic_to_global(done))
+                 : "memory");
   __syncthreads();
   return before[0] == blocks - 1;
-}
-
-/* Sum over the spans, in order, of C columns' parts of 2^each spans; thread c < C has column c.
-   step: floats from part to part; scratch [8192]. */
-template <int C>
-__device__ __forceinline__ float add_parts(const float *column, uint32_t parts, uint32_t each,
-                                           size_t step, float *scratch) {
-  enum { ROUND = 8192 / C, ROWS = RANGE_THREADS / C, EACH = ROUND / ROWS };
-  const uint32_t row = threadIdx.x / C, c = threadIdx.x % C, last = (8u >> each) - 1;
-  float sum = 0, eight = 0;
-  for (uint32_t first = 0; first < parts; first += ROUND) {
-    float x[EACH];
-#pragma unroll
-    for (uint32_t i = 0; i < EACH; ++i) {
-      const uint32_t s = first + i * ROWS + row;
-      x[i] = s < parts ? __ldcg(column + s * step) : 0;
-    }
-    __syncthreads();
-#pragma unroll
-    for (uint32_t i = 0; i < EACH; ++i) scratch[(i * ROWS + row) * C + c] = x[i];
-    __syncthreads();
-    const uint32_t n = least(ROUND, parts - first);
-    if (threadIdx.x < C) {
-#pragma unroll 8
-      for (uint32_t s = 0; s < n; ++s) {
-        eight = __fadd_rn(eight, scratch[s * C + c]);
-        if ((s & last) == last) sum = __fadd_rn(sum, eight), eight = 0;
-      }
-    }
-  }
-  return __fadd_rn(sum, eight);
-}
-
-/* What a block has found of a head's 64 channels, for all of the head's: the extremes at `to` and a
-   row further. memory [2][STRETCHES][64]. All threads call it. */
-template <int DTYPE>
-__device__ __forceinline__ void store_ends(const range_args &a, const extremes<DTYPE> &ends,
-                                           float (*memory)[STRETCHES][64], float *to, size_t row) {
-  const uint32_t lane = threadIdx.x & 31, column = threadIdx.x & 63, kind = threadIdx.x >> 6;
-  const float2 low = ends.lowest(), high = ends.highest();
-  if (!(in_range(low.x) && in_range(low.y) && in_range(high.x) && in_range(high.y)))
-    fail(a.status, RDKV_ERR_NONFINITE);
-  __syncthreads();
-  *reinterpret_cast<float2 *>(&memory[0][threadIdx.x >> 5][2 * lane]) = low;
-  *reinterpret_cast<float2 *>(&memory[1][threadIdx.x >> 5][2 * lane]) = high;
-  __syncthreads();
-  if (kind >= 2) return;
-  float s = memory[kind][0][column];
-#pragma unroll
-  for (int w = 1; w < STRETCHES; ++w)
-    s = kind == 0 ? fminf(s, memory[0][w][column]) : fmaxf(s, memory[1][w][column]);
-  to[kind * row + column] = s;
-}
-
-/* Those of all blocks, step floats apart, each thread its column's. */
-__device__ __forceinline__ float2 load_ends(float (*memory)[STRETCHES][64], const float *from,
-                                            size_t row, size_t step, uint32_t blocks) {
-  enum { ROWS = RANGE_THREADS / 64 };
-  const uint32_t column = threadIdx.x & 63, first = threadIdx.x >> 6;
-  float lowest = 3.402823466e38f, highest = -3.402823466e38f;
-#pragma unroll 4
-  for (uint32_t b = first; b < blocks; b += ROWS) {
-    lowest = fminf(lowest, __ldcg(from + b * step + column));
-    highest = fmaxf(highest, __ldcg(from + b * step + row + column));
-  }
-  __syncthreads();
-  memory[0][first][column] = lowest, memory[1][first][column] = highest;
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < ROWS; ++i)
-    lowest = fminf(lowest, memory[0][i][column]), highest = fmaxf(highest, memory[1][i][column]);
-  return make_float2(lowest, highest);
-}
-
-__host__ __device__ inline uint32_t parts_of(const range_args &a) {
-  return (a.spans + (1u << a.each) - 1) >> a.each;
-}
-
-/* D of K at each width, from its range and, with u the distance from the last token and D(0) of V
-   for g, the sums of u, g u, g u^2 and g. DTYPE is K's. A block takes every so manieth part of a
-   head's 64 channels. */
-template <int DTYPE>
-__global__ void __launch_bounds__(RANGE_THREADS, 4) moments_kernel(range_args a) {
-  enum { KINDS = 6 };
-  __shared__ float scratch[8192];
-  __shared__ __align__(16) float weights[STRETCHES][STRETCH + 8];
-  __shared__ __align__(16) int lists[STRETCHES][STRETCH + 8];
-  float(*part)[STRETCHES][4][64] = reinterpret_cast<float(*)[STRETCHES][4][64]>(scratch);
-  float(*memory)[STRETCHES][64] = reinterpret_cast<float(*)[STRETCHES][64]>(scratch);
-  const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
-  const int head = static_cast<int>(blockIdx.y);
-  const uint32_t h = blockIdx.z * static_cast<uint32_t>(a.heads) + blockIdx.y;
-  const uint32_t group = blockIdx.x % a.groups, block = blockIdx.x / a.groups;
-  const uint32_t blocks = gridDim.x / a.groups;
-  const int d = static_cast<int>(64 * group) + 2 * lane;
-  const item &it = a.items[blockIdx.z];
-  const uint32_t cut = a.cut[h];
-  const size_t row = 64 * static_cast<size_t>(a.groups), step = KINDS * row;
-  float *parts = a.parts + static_cast<size_t>(h) * a.spans * step + 64 * group;
-  const uint32_t column = threadIdx.x & 63, kind = threadIdx.x >> 6;
-  int *list = lists[warp];
-  extremes<DTYPE> ends;
-  uint32_t kept = 0, buffer = 0;
-  stretch next;
-  ends.clear();
-  pair_rows<DTYPE> rows(it.k, 0, head, d, a.k_dim);
-  const char *const first_row = rows.base;
-  const int k_step = step_of(it.k);
-  const float *const d0 = it.v_distortion + 5 * static_cast<size_t>(head) * a.n;
-  const uint8_t *const widths = it.v_bits + static_cast<size_t>(head) * a.n;
-  next.load(a, d0, widths, cut, (block << a.each) * SPAN + static_cast<uint32_t>(warp) * STRETCH,
-            true);
-  raw_pair<DTYPE> last;
-  last.load(first_row + static_cast<ptrdiff_t>(a.n - 1) * k_step, rows.stride,
-            rows.whole && rows.n > 0, rows.n);
-  const float2 o = last.values();
-  float all = 0;
-  for (uint32_t span = block << a.each, after; span < a.spans; span = after, buffer ^= 1) {
-    const uint32_t t0 = span * SPAN + static_cast<uint32_t>(warp) * STRETCH;
-    const bool whole =
-        ((span + 1) & ((1u << a.each) - 1)) == 0 || span + 1 == a.spans; /* the part is */
-    after = whole ? ((span >> a.each) + blocks) << a.each : span + 1;
-    const uint32_t n = next.list(a, cut, t0, k_step, list, weights[warp]);
-    float2 s[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) s[j] = make_float2(0, 0);
-    const uint32_t t1 = t0 + (after - span) * SPAN;
-    if (after < a.spans) next.load(a, d0, widths, cut, t1, true);
-    kept += n;
-    if (n > 0) {
-      rows.base = first_row + static_cast<ptrdiff_t>(t0) * k_step;
-      raw_pair<DTYPE> x[8], ahead[8];
-      rows.load(list, x);
-      for (uint32_t i = 0; i < n; i += 8) {
-        if (i + 8 < n) rows.load(list + i + 8, ahead);
-#pragma unroll
-        for (uint32_t k0 = 0; k0 < 8; k0 += 4) {
-          const float4 g4 = *reinterpret_cast<const float4 *>(&weights[warp][i + k0]);
-          const float g[4] = {g4.x, g4.y, g4.z, g4.w};
-#pragma unroll
-          for (uint32_t k = 0; k < 4; ++k) {
-            const float2 y = x[k0 + k].values();
-            const float u = __fsub_rn(y.x, o.x), v = __fsub_rn(y.y, o.y);
-            const float gu = __fmul_rn(g[k], u), gv = __fmul_rn(g[k], v);
-            if (i + k0 + k < n) { /* what pads weighs nothing */
-              ends.take(x[k0 + k]);
-              s[0].x = __fadd_rn(s[0].x, u), s[0].y = __fadd_rn(s[0].y, v);
-            }
-            s[1].x = __fadd_rn(s[1].x, gu), s[1].y = __fadd_rn(s[1].y, gv);
-            s[2].x = __fadd_rn(s[2].x, __fmul_rn(gu, u));
-            s[2].y = __fadd_rn(s[2].y, __fmul_rn(gv, v));
-            s[3].x = __fadd_rn(s[3].x, g[k]);
-          }
-        }
-#pragma unroll
-        for (int k = 0; k < 8; ++k) x[k] = ahead[k];
-      }
-    }
-    if (rows.n > 0 && after < a.spans)
-      next.prefetch(a, cut, t1, first_row + static_cast<ptrdiff_t>(t1) * k_step, k_step);
-    s[3].y = s[3].x;
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      *reinterpret_cast<float2 *>(&part[buffer][warp][j][2 * lane]) = s[j];
-    __syncthreads();
-    float sum = 0;
-#pragma unroll
-    for (int w = 0; w < STRETCHES; ++w) sum = __fadd_rn(sum, part[buffer][w][kind][column]);
-    all = __fadd_rn(all, sum);
-    if (whole) parts[(span >> a.each) * step + kind * row + column] = all, all = 0;
-  }
-  if (lane == 0 && kept > 0) atomicAdd(&a.kept[h * a.groups + group], kept);
-  store_ends(a, ends, memory, parts + block * step + 4 * row, row);
-  if (!last_block(&a.done[h * a.groups + group], blocks)) return;
-  const float2 low_high = load_ends(memory, parts + 4 * row, row, step, blocks);
-  const float sum = add_parts<256>(parts + kind * row + column, parts_of(a), a.each, step, scratch);
-  __syncthreads();
-  scratch[threadIdx.x] = sum;
-  __syncthreads();
-  const int c = static_cast<int>(64 * group + column);
-  if (c >= a.k_dim) return;
-  const float q2 = __fmul_rn(it.q_square[head * a.k_dim + c], a.norm);
-  const float g = scratch[192 + column];
-  float D;
-  if (kind == 0) { /* the sum of g (u - mean)^2 */
-    const float mean =
-        __fdiv_rn(scratch[column], static_cast<float>(__ldcg(&a.kept[h * a.groups + group])));
-    D = __fsub_rn(2 * scratch[64 + column], __fmul_rn(mean, g));
-    D = fmaxf(__fsub_rn(scratch[128 + column], __fmul_rn(mean, D)), 0);
-  } else {
-    const float range = __fsub_rn(low_high.y, low_high.x);
-    D = __fmul_rn(g, __fmul_rn(__fmul_rn(range, range), noise_of(1, 1 << kind)));
-  }
-  it.k_distortion[(head * 4 + static_cast<int>(kind)) * a.k_dim + c] = __fmul_rn(q2, D);
 }
 
 /* ---- pack: a launch lists the kept tokens of each head and finds the range of K over them, a
@@ -5714,30 +5434,46 @@ static __global__ void __launch_bounds__(THREADS)
   if (last_block(&a.state->done, gridDim.x)) write_header(a, h.total, h.head_bytes);
 }
 
-/* ---- measure */
+/* ---- measure: distances of V from the mean output give D(0) of the tokens; K is measured over
+   those where it is largest */
+
+enum {
+  V_WARPS = THREADS / 32,
+  V_ROWS = 16,   /* of a warp at a time, two threads each */
+  V_ROUND = 368, /* tokens of which D(0) is found at a time */
+  V_RING = 1024, /* rows remembered: of two rounds, on both sides of them POOL, and a warp's */
+  QUADS = 128,   /* channels of K of a block */
+  K_THREADS = 256
+};
+
+struct moments_part;
 
 struct measure_args {
-  item *items;
   uint32_t *any;       /* [heads][chunks] 1: a token there has a width */
-  float *mean;         /* [heads][n] |v - o|^2 */
-  uint32_t *histogram; /* [heads][BINS] */
-  uint32_t *cut;       /* [heads] */
-  uint32_t *done;      /* [heads] */
-  uint32_t *counters;  /* kept and done of range_args, to be zeroed */
+  uint32_t *histogram; /* [heads][BINS] of D(0) */
+  moments_part *parts; /* [heads][groups][parts] */
+  uint32_t *kept;      /* [heads][groups] tokens that K is measured over */
+  uint32_t *done;      /* [heads][groups] blocks that have written their parts */
   uint32_t *status;
-  uint32_t n, chunks, n_counters, want;
-  int heads, v_dim, pool;
-  float noise[3]; /* of V at 2, 4, 8 bits */
+  uint32_t n, chunks, want; /* D(0) chooses so many tokens for K, up to a bin */
+  uint32_t v_tokens;        /* of a block */
+  uint32_t spans, groups;   /* groups of 128 channels */
+  uint32_t block;           /* log2 of the spans of a block, which are one part if they are 8 */
+  int heads, k_dim, v_dim;  /* heads of an item */
+  int half;                 /* neighbours on a side that D(0) is averaged over */
+  float norm, noise[3];     /* softmax_scale squared; of V at 2, 4, 8 bits */
 };
 
 /* Which chunks have tokens with widths; zeroes what is counted up later; first of the launches. */
 static __global__ void __launch_bounds__(THREADS)
-    measure_begin_kernel(measure_args a, item_list list, int first) {
-  const int z = static_cast<int>(blockIdx.z);
-  const uint32_t h = static_cast<uint32_t>(first + z) * static_cast<uint32_t>(a.heads) + blockIdx.y;
-  const item &it = list.at[z];
+    measure_begin_kernel(const __grid_constant__ measure_args a,
+                         const __grid_constant__ item_list list) {
+  const uint32_t h = blockIdx.z * static_cast<uint32_t>(a.heads) + blockIdx.y;
+  const item &it = list.at[blockIdx.z];
   const uint32_t chunk = blockIdx.x, tid = threadIdx.x;
   bool mine = false;
+  wait_for_launches();
+  let_next_launch();
 #pragma unroll
   for (uint32_t i = 0; i < CHUNK / THREADS; ++i) {
     const uint32_t t = chunk * CHUNK + i * THREADS + tid;
@@ -5747,9 +5483,7 @@ static __global__ void __launch_bounds__(THREADS)
   if (tid == 0) a.any[static_cast<size_t>(h) * a.chunks + chunk] = static_cast<uint32_t>(any);
   if (chunk > 0) return;
   for (uint32_t i = tid; i < BINS; i += THREADS) a.histogram[h * BINS + i] = 0;
-  if (tid == 0) a.done[h] = 0;
-  if (tid < a.n_counters) a.counters[h * a.n_counters + tid] = 0;
-  if (tid == 0 && blockIdx.y == 0) a.items[first + z] = it;
+  if (tid < a.groups) a.kept[h * a.groups + tid] = a.done[h * a.groups + tid] = 0;
 }
 
 /* Whether a token of the head has a width; all threads of a block call it. */
@@ -5760,55 +5494,145 @@ __device__ __forceinline__ bool any_width(const measure_args &a, uint32_t h) {
   return __syncthreads_or(mine);
 }
 
-/* What the two threads of a token of V found: of rdkv.h's 16 lanes of sums each has 8, of e the
-   squared distances from the mean output, of r those from halves, or NULL. */
-__device__ __forceinline__ void store_v(const measure_args &a, const item &it, int head, uint32_t h,
-                                        uint32_t t, float lo, float hi, float (&e)[8],
-                                        float (*r)[8]) {
-  const int half = static_cast<int>(threadIdx.x) & 1;
-  const size_t n = a.n;
-  lo = fminf(lo, __shfl_xor_sync(FULL, lo, 1)), hi = fmaxf(hi, __shfl_xor_sync(FULL, hi, 1));
+/* What is known of the last rows, each at its number modulo V_RING. */
+template <bool REST>
+struct v_ring {
+  float distance[V_RING];        /* squared, from the mean output */
+  float square[V_RING];          /* of the range */
+  float rest[REST ? V_RING : 1]; /* squared distance from halves */
+  /* What the two threads of row `at` found: of rdkv.h's 16 lanes of sums each has 8. */
+  __device__ __forceinline__ void store(int at, float lo, float hi, float (&e)[8], float (&r)[8]) {
+    lo = fminf(lo, __shfl_xor_sync(FULL, lo, 1)), hi = fmaxf(hi, __shfl_xor_sync(FULL, hi, 1));
 #pragma unroll
-  for (int m = 4; m; m >>= 1)
+    for (int m = 4; m; m >>= 1)
 #pragma unroll
-    for (int i = 0; i < m; ++i) {
-      e[i] = __fadd_rn(e[i], e[i + m]);
-      if (r) (*r)[i] = __fadd_rn((*r)[i], (*r)[i + m]);
+      for (int i = 0; i < m; ++i) {
+        e[i] = __fadd_rn(e[i], e[i + m]);
+        if (REST) r[i] = __fadd_rn(r[i], r[i + m]);
+      }
+    e[0] = __fadd_rn(e[0], __shfl_xor_sync(FULL, e[0], 1));
+    if (REST) r[0] = __fadd_rn(r[0], __shfl_xor_sync(FULL, r[0], 1));
+    at &= V_RING - 1;
+    if (threadIdx.x & 1) {
+      const float range = __fsub_rn(hi, lo);
+      square[at] = __fmul_rn(range, range);
+      if (REST) rest[at] = r[0];
+    } else {
+      distance[at] = e[0];
     }
-  e[0] = __fadd_rn(e[0], __shfl_xor_sync(FULL, e[0], 1));
-  if (r) (*r)[0] = __fadd_rn((*r)[0], __shfl_xor_sync(FULL, (*r)[0], 1));
-  if (t >= a.n) return;
-  const float w = it.token[static_cast<size_t>(head) * n + t];
-  const float range = __fsub_rn(hi, lo), square = __fmul_rn(range, range);
-  float *to = it.v_distortion + static_cast<size_t>(head) * 5 * n + t;
-  if (half == 0) {
-    a.mean[static_cast<size_t>(h) * n + t] = e[0];
-    to[n] = __fmul_rn(w, __fmul_rn(square, a.noise[0]));
-  } else {
-    to[2 * n] = __fmul_rn(w, __fmul_rn(square, a.noise[1]));
-    to[3 * n] = __fmul_rn(w, __fmul_rn(square, a.noise[2]));
-    to[4 * n] = r ? __fmul_rn(w, (*r)[0]) : 0;
   }
+};
+
+/* The tokens of a block, and the rows of V that it reads for them: those of `half` more on each
+   side, V_ROWS at a time. */
+struct v_part {
+  uint32_t first, end; /* tokens */
+  int row;             /* the first one */
+  uint32_t units;      /* V_ROWS rows each */
+  __device__ __forceinline__ v_part(const measure_args &a) {
+    first = blockIdx.y * a.v_tokens, end = least(first + a.v_tokens, a.n);
+    row = static_cast<int>(first) - a.half, units = units_for(a, end - first);
+  }
+  /* Of so many tokens. */
+  static __device__ __forceinline__ uint32_t units_for(const measure_args &a, uint32_t tokens) {
+    return (tokens + 2 * static_cast<uint32_t>(a.half) + V_ROWS - 1) / V_ROWS;
+  }
+  __device__ __forceinline__ int row_of_lane(uint32_t unit) const {
+    return row + static_cast<int>(unit * V_ROWS + (threadIdx.x & 31) / 2);
+  }
+};
+
+/* D of a block's tokens at all widths, and how many D(0) lie in each bin, unless the head has
+   widths, which needs to be known only when the first of them are found. unit(u) has a warp put
+   V_ROWS rows into the ring. All threads call it. */
+template <bool REST, typename Unit>
+__device__ __forceinline__ void v_rounds(const measure_args &a, const item &it, int head,
+                                         uint32_t h, const v_part &p, const v_ring<REST> &ring,
+                                         const Unit &unit) {
+  __shared__ uint32_t count[BINS];
+  const uint32_t tid = threadIdx.x, rounds = (p.end - p.first + V_ROUND - 1) / V_ROUND;
+  const int last = static_cast<int>(a.n) - 1;
+  const float each = static_cast<float>(2 * a.half + 1);
+  const float *const token = it.token + static_cast<size_t>(head) * a.n;
+  float *const to = it.v_distortion + static_cast<size_t>(head) * 5 * a.n;
+  float weight[2];
+  const auto ask = [&](uint32_t round) {
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+      const uint32_t in = i * THREADS + tid, t = p.first + round * V_ROUND + in;
+      weight[i] = in < V_ROUND && t < p.end ? __ldg(token + t) : 0;
+    }
+  };
+  const auto finish = [&](uint32_t round) {
+    const uint32_t half = static_cast<uint32_t>(a.half), begin = p.first + round * V_ROUND;
+    const bool inside = begin >= half && a.n - begin >= V_ROUND + half;
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+      const uint32_t in = i * THREADS + tid, t = p.first + round * V_ROUND + in;
+      if (in >= V_ROUND || t >= p.end) continue;
+      float sum = 0;
+      if (inside)
+#pragma unroll 4
+        for (uint32_t j = 0; j <= 2 * half; ++j)
+          sum = __fadd_rn(sum, ring.distance[(t - half + j) & (V_RING - 1)]);
+      else
+        for (int j = -a.half; j <= a.half; ++j) { /* at the ends of the sequence back again */
+          int at = static_cast<int>(t) + j;
+          at = at < 0 ? -at : at > last ? last - (at - last) : at;
+          sum = __fadd_rn(sum, ring.distance[at & (V_RING - 1)]);
+        }
+      const uint32_t at = t & (V_RING - 1);
+      const float w = weight[i], square = ring.square[at], d = __fmul_rn(w, __fdiv_rn(sum, each));
+      to[t] = d;
+#pragma unroll
+      for (uint32_t l = 0; l < 3; ++l)
+        to[(l + 1) * static_cast<size_t>(a.n) + t] = __fmul_rn(w, __fmul_rn(square, a.noise[l]));
+      to[4 * static_cast<size_t>(a.n) + t] = REST ? __fmul_rn(w, ring.rest[at]) : 0;
+      atomicAdd(&count[bin_of(d)], 1u);
+    }
+  };
+  for (uint32_t i = tid; i < BINS; i += THREADS) count[i] = 0;
+  ask(0);
+  uint32_t round = 0;
+  for (uint32_t u = tid / 32;; u += V_WARPS) {
+    for (; round < rounds && u >= least(p.units, v_part::units_for(a, (round + 1) * V_ROUND));
+         ++round) {
+      __syncthreads(); /* who is a round ahead writes what no one reads */
+      if (round == 0) {
+        wait_for_launches();
+        if (any_width(a, h)) return;
+      }
+      finish(round), ask(round + 1);
+    }
+    if (round == rounds) break;
+    unit(u);
+  }
+  __syncthreads();
+  for (uint32_t i = tid; i < BINS; i += THREADS)
+    if (count[i]) atomicAdd(&a.histogram[h * BINS + i], count[i]);
 }
 
-/* Distances of V's rows from the mean output, and their D at the widths from the range. Any dtype
-   and stride. */
+/* Any dtype and stride. */
 template <int DTYPE>
-__global__ void __launch_bounds__(THREADS) v_error_kernel(measure_args a) {
+__global__ void __launch_bounds__(THREADS)
+    v_error_kernel(const __grid_constant__ measure_args a, const __grid_constant__ item_list list) {
+  enum { REST = DTYPE == RDKV_F32 };
   __shared__ float o[MAX_DIM];
-  const int head = static_cast<int>(blockIdx.y), vd = a.v_dim;
+  __shared__ v_ring<REST> ring;
+  const int head = static_cast<int>(blockIdx.x), vd = a.v_dim;
   const int first_lane = 8 * (static_cast<int>(threadIdx.x) & 1);
-  const uint32_t h = blockIdx.z * static_cast<uint32_t>(a.heads) + blockIdx.y;
-  const item &it = a.items[blockIdx.z];
-  if (any_width(a, h)) return;
+  const uint32_t h = blockIdx.z * static_cast<uint32_t>(a.heads) + blockIdx.x;
+  const item &it = list.at[blockIdx.z];
+  let_next_launch();
   for (int d = static_cast<int>(threadIdx.x); d < vd; d += THREADS)
     o[d] = it.mean_out[head * vd + d];
   __syncthreads();
   const ptrdiff_t stride = it.v.dim_stride ? it.v.dim_stride : 1;
+  const v_part part(a);
   bool good = true;
-  for (uint32_t first = blockIdx.x * (THREADS / 2); first < a.n; first += gridDim.x * THREADS / 2) {
-    const uint32_t t = first + threadIdx.x / 2;
-    const void *row = row_of(it.v, least(t, a.n - 1), head);
+  v_rounds(a, it, head, h, part, ring, [&](uint32_t u) {
+    const int at = part.row_of_lane(u), last = static_cast<int>(a.n) - 1;
+    const void *row = row_of(it.v, static_cast<uint32_t>(at < 0 ? 0 : at < last ? at : last), head);
     float lo = 3.402823466e38f, hi = -3.402823466e38f, e[8], r[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) e[i] = r[i] = 0;
@@ -5820,66 +5644,94 @@ __global__ void __launch_bounds__(THREADS) v_error_kernel(measure_args a) {
           good &= in_range(x);
           lo = fminf(lo, x), hi = fmaxf(hi, x);
           e[i] = __fadd_rn(e[i], __fmul_rn(d, d));
-          if (DTYPE == RDKV_F32) {
+          if (REST) {
             const float f = __fsub_rn(x, nearest_half(x));
             r[i] = __fadd_rn(r[i], __fmul_rn(f, f));
           }
         }
-    store_v(a, it, head, h, t, lo, hi, e, DTYPE == RDKV_F32 ? &r : nullptr);
-  }
+    ring.store(at, lo, hi, e, r);
+  });
   if (!good) fail(a.status, RDKV_ERR_NONFINITE);
 }
 
-/* The same of dense 16-bit rows of 16 N elements, a warp 16 of them at a time; the next 16 are on
-   their way to shared memory, in whole lines. */
+/* Where V_ROWS dense rows of 16 N elements of 16 bits go on a warp's way to them, in whole lines
+   and two parts, of which one is on its way when the other is read. The memory of all is aligned,
+   or halves of a sector would be asked for one by one. */
 template <int N>
-struct v_ring {
-  enum { PITCH = 32 * (N | 1), STAGE_BYTES = 16 * PITCH, BYTES = 2 * STAGE_BYTES * THREADS / 32 };
+struct v_stage {
+  enum { MIDDLE = N < 4 ? N : (N + 7) / 8 * 4 }; /* of N, where the second part begins */
+  enum { PITCH = 32 * (N | 1), BYTES = V_ROWS * PITCH, ALIGNED = 128 };
+  enum { ALL = BYTES * V_WARPS + ALIGNED };
+  const uint8_t *memory;
+  const char *rows; /* the lane's 16 bytes of a line */
+  uint32_t to;      /* where these go, of the first row */
+  int pitch, last;
+  u64 policy; /* evict first: in the L2 is room for what is read again */
+  __device__ __forceinline__ v_stage(const void *all, const rdkv_tensor &v, int head, uint32_t n) {
+    const uint32_t row = (threadIdx.x & 31) / 8, byte = 16 * (threadIdx.x & 7);
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(all));
+    memory = static_cast<const uint8_t *>(all) + (ALIGNED - at % ALIGNED) % ALIGNED +
+             threadIdx.x / 32 * BYTES;
+    to = static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + row * PITCH + byte;
+    rows = static_cast<const char *>(row_of(v, 0, head)) + byte;
+    pitch = step_of(v), last = static_cast<int>(n) - 1;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm("" : "+l"(rows), "+r"(pitch), "+r"(to)); /* not to be found out again each time */
+  }
+  /* A part of a unit's rows, those before the sequence and behind it being its ends, or of none. */
+  template <int PART>
+  __device__ __forceinline__ void ask(const v_part &p, uint32_t unit) const {
+    const int row = p.row + static_cast<int>(unit * V_ROWS + (threadIdx.x & 31) / 8);
+    const int chunk = threadIdx.x & 7;
+#pragma unroll
+    for (int i = 0; i < V_ROWS && unit < p.units; i += 4) {
+      const char *from = rows + static_cast<ptrdiff_t>(max(0, min(row + i, last))) * pitch;
+#pragma unroll
+      for (int line = PART ? 32 * MIDDLE : 0; line < 32 * (PART ? N : MIDDLE); line += 128)
+        if (line + 16 * chunk < 32 * N)
+          asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(
+                           to + static_cast<uint32_t>(i * PITCH + line)),
+                       "l"(from + line), "l"(policy)
+                       : "memory");
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+  /* All parts but the last one that was asked for. */
+  __device__ __forceinline__ void wait() const {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    __syncwarp();
+  }
 };
+
+/* Dense rows of 16 N elements of 16 bits. */
 template <int N, bool BF16>
-__global__ void __launch_bounds__(THREADS, N > 8 ? 1 : 3) v_rows_kernel(measure_args a) {
-  enum { PITCH = v_ring<N>::PITCH, STAGE_BYTES = v_ring<N>::STAGE_BYTES };
+__global__ void __launch_bounds__(THREADS, N > 8 ? 2 : 4)
+    v_rows_kernel(const __grid_constant__ measure_args a, const __grid_constant__ item_list list) {
   typedef extremes<BF16 ? RDKV_BF16 : RDKV_F16> extremes_type;
   extern __shared__ uint4 rdkv_cuda_compress_memory[];
   __shared__ __align__(16) float o[16 * N];
-  const int head = static_cast<int>(blockIdx.y);
-  const uint32_t lane = threadIdx.x & 31, half = lane & 1, step = gridDim.x * (THREADS / 2);
-  const uint32_t h = blockIdx.z * static_cast<uint32_t>(a.heads) + blockIdx.y;
-  const item &it = a.items[blockIdx.z];
-  if (any_width(a, h)) return;
-  for (uint32_t d = threadIdx.x; d < 16 * N; d += THREADS) o[d] = it.mean_out[head * 16 * N + d];
-  __syncthreads();
-  const uint8_t *ring = reinterpret_cast<const uint8_t *>(rdkv_cuda_compress_memory) +
-                        (threadIdx.x >> 5) * (2 * STAGE_BYTES);
-  const uint32_t ring_at = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
-  const char *const rows = static_cast<const char *>(row_of(it.v, 0, head));
-  const ptrdiff_t pitch = it.v.token_stride * 2;
-  const auto copy = [&](uint32_t first, uint32_t slot) {
-#pragma unroll
-    for (uint32_t i = 0; i < N; ++i) {
-      const uint32_t row = (32 * i + lane) / (2 * N), chunk = (32 * i + lane) % (2 * N);
-      copy_16(ring_at + slot * STAGE_BYTES + row * PITCH + 16 * chunk,
-              rows + static_cast<ptrdiff_t>(least(first + row, a.n - 1)) * pitch + 16 * chunk);
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-  };
+  __shared__ v_ring<false> ring;
+  const int head = static_cast<int>(blockIdx.x);
+  const uint32_t lane = threadIdx.x & 31, half = lane & 1;
+  const uint32_t h = blockIdx.z * static_cast<uint32_t>(a.heads) + blockIdx.x;
+  const item &it = list.at[blockIdx.z];
+  let_next_launch();
+  v_stage<N> stage(rdkv_cuda_compress_memory, it.v, head, a.n);
+  const v_part part(a);
   extremes_type all;
   all.clear();
-  uint32_t first = blockIdx.x * (THREADS / 2) + threadIdx.x / 32 * 16, slot = 0;
-  if (first < a.n) copy(first, 0);
-  for (; first < a.n; first += step, slot ^= 1) {
-    if (first + step < a.n)
-      copy(first + step, slot ^ 1);
-    else
-      asm volatile("cp.async.commit_group;" ::: "memory");
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-    __syncwarp();
-    const uint8_t *row = ring + slot * STAGE_BYTES + (lane >> 1) * PITCH + 16 * half;
+  const float mean = threadIdx.x < 16 * N ? __ldg(&it.mean_out[head * 16 * N + threadIdx.x]) : 0;
+  stage.template ask<0>(part, threadIdx.x / 32), stage.template ask<1>(part, threadIdx.x / 32);
+  if (threadIdx.x < 16 * N) o[threadIdx.x] = mean;
+  __syncthreads();
+  v_rounds(a, it, head, h, part, ring, [&](uint32_t u) {
+    const uint8_t *row = stage.memory + (lane >> 1) * v_stage<N>::PITCH + 16 * half;
     extremes_type ends;
     float e[8];
     ends.clear();
 #pragma unroll
     for (int b = 0; b < N; ++b) {
+      if (b == 0 || b == v_stage<N>::MIDDLE) stage.wait();
       const uint4 x = *reinterpret_cast<const uint4 *>(row + 32 * b);
       const float4 o0 = *reinterpret_cast<const float4 *>(&o[16 * b + 8 * half]);
       const float4 o1 = *reinterpret_cast<const float4 *>(&o[16 * b + 8 * half + 4]);
@@ -5888,93 +5740,364 @@ __global__ void __launch_bounds__(THREADS, N > 8 ? 1 : 3) v_rows_kernel(measure_
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 y = extremes_type::values(word[i]);
-        const float u = __fsub_rn(y.x, p[2 * i]), v = __fsub_rn(y.y, p[2 * i + 1]);
+        const float u0 = __fsub_rn(y.x, p[2 * i]), u1 = __fsub_rn(y.y, p[2 * i + 1]);
         ends.take(word[i]);
-        e[2 * i] = b == 0 ? __fmul_rn(u, u) : __fadd_rn(e[2 * i], __fmul_rn(u, u));
-        e[2 * i + 1] = b == 0 ? __fmul_rn(v, v) : __fadd_rn(e[2 * i + 1], __fmul_rn(v, v));
+        e[2 * i] = b == 0 ? __fmul_rn(u0, u0) : __fadd_rn(e[2 * i], __fmul_rn(u0, u0));
+        e[2 * i + 1] = b == 0 ? __fmul_rn(u1, u1) : __fadd_rn(e[2 * i + 1], __fmul_rn(u1, u1));
       }
+      if (b + 1 == v_stage<N>::MIDDLE || b + 1 == N)
+        __syncwarp(); /* all have read what the next ones overwrite */
+      if (b + 1 == v_stage<N>::MIDDLE) stage.template ask<0>(part, u + V_WARPS);
+      if (b + 1 == N) stage.template ask<1>(part, u + V_WARPS);
     }
-    __syncwarp(); /* all have read what the copies after the next ones overwrite */
     all.take(ends.low), all.take(ends.high);
     const float2 low = ends.lowest(), high = ends.highest();
-    store_v(a, it, head, h, first + (lane >> 1), fminf(low.x, low.y), fmaxf(high.x, high.y), e,
-            nullptr);
-  }
+    ring.store(part.row_of_lane(u), fminf(low.x, low.y), fmaxf(high.x, high.y), e, e);
+  });
+  asm volatile("cp.async.wait_group 0;" ::: "memory"); /* of a head that has widths */
   const float2 low = all.lowest(), high = all.highest();
   if (!(in_range(low.x) && in_range(low.y) && in_range(high.x) && in_range(high.y)))
     fail(a.status, RDKV_ERR_NONFINITE);
 }
 
-/* D(0) of every token and how many lie in each bin, four tokens a thread; the last block of a head
-   finds the cut: the lowest bin above 0 down to which there are fewer than `want`, or with which
-   there are as many (rdkv__likely). */
-static __global__ void __launch_bounds__(THREADS) drop_kernel(measure_args a) {
-  __shared__ uint32_t count[BINS];
-  __shared__ u64 scratch[33];
-  __shared__ float near[4 * THREADS + 2 * POOL];
-  const uint32_t h = blockIdx.z * static_cast<uint32_t>(a.heads) + blockIdx.y, tid = threadIdx.x;
-  const item &it = a.items[blockIdx.z];
-  if (any_width(a, h)) {
-    if (tid == 0) a.cut[h] = BY_WIDTH;
-    return;
+__host__ __device__ inline uint32_t parts_of(const measure_args &a) {
+  return a.block == 3 ? (a.spans + 7) / 8 : a.spans;
+}
+
+/* Whether the head has widths, so that these tell which tokens are kept; else *cut is the lowest
+   bin of D(0) that is: with it there are `want` tokens at least, or it is 0 (rdkv__likely). All
+   threads of a block call it. */
+__device__ __forceinline__ bool find_cut(const measure_args &a, uint32_t h, uint32_t *cut) {
+  enum { EACH = BINS / K_THREADS, WARPS = K_THREADS / 32 };
+  __shared__ uint32_t of_warp[WARPS], found;
+  const uint32_t lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  const uint32_t top = BINS - 1 - threadIdx.x * EACH;
+  uint32_t bins[EACH], mine = 0;
+  if (threadIdx.x == 0) found = 0;
+#pragma unroll
+  for (uint32_t i = 0; i < EACH; ++i) bins[i] = a.histogram[h * BINS + top - i];
+  if (any_width(a, h)) return true;
+#pragma unroll
+  for (uint32_t i = 0; i < EACH; ++i) mine += bins[i];
+  uint32_t sum = mine;
+#pragma unroll
+  for (uint32_t d = 1; d < 32; d <<= 1) {
+    const uint32_t y = __shfl_up_sync(FULL, sum, d);
+    if (lane >= d) sum += y;
   }
-  const size_t base = static_cast<size_t>(blockIdx.y) * a.n;
-  const float *mean = a.mean + static_cast<size_t>(h) * a.n;
-  const int64_t last = static_cast<int64_t>(a.n) - 1;
-  int half = (a.pool - 1) / 2;
-  if (half > last) half = static_cast<int>(last);
-  const float each = static_cast<float>(2 * half + 1);
-  for (uint32_t i = tid; i < BINS; i += THREADS) count[i] = 0;
-  for (uint32_t t0 = blockIdx.x * 4 * THREADS; t0 < a.n; t0 += gridDim.x * 4 * THREADS) {
-    __syncthreads();
-    for (int i = static_cast<int>(tid); i < 4 * THREADS + 2 * half; i += THREADS) {
-      const int64_t t = static_cast<int64_t>(t0) + i - half, at = t < 0      ? -t
-                                                                  : t > last ? 2 * last - t
-                                                                             : t;
-      near[i] = at >= 0 && at <= last ? mean[at] : 0;
-    }
-    __syncthreads();
-    const uint32_t t = t0 + 4 * tid;
-    if (t < a.n) {
-      float s[4] = {0, 0, 0, 0};
-      for (int j = 0; j < 2 * half + 4; ++j) { /* adding 0 changes nothing */
-        const float x = near[4 * tid + static_cast<uint32_t>(j)];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[i] = __fadd_rn(s[i], j >= i && j <= 2 * half + i ? x : 0);
-      }
-#pragma unroll
-      for (uint32_t i = 0; i < 4; ++i) {
-        if (t + i < a.n) {
-          const float d = __fmul_rn(it.token[base + t + i], __fdiv_rn(s[i], each));
-          it.v_distortion[base * 5 + t + i] = d;
-          atomicAdd(&count[bin_of(d)], 1u);
-        }
-      }
-    }
-  }
+  if (lane == 31) of_warp[warp] = sum;
   __syncthreads();
-  uint32_t *all = a.histogram + h * BINS;
-  for (uint32_t i = tid; i < BINS; i += THREADS)
-    if (count[i]) atomicAdd(&all[i], count[i]);
-  if (!last_block(&a.done[h], gridDim.x)) return;
-  u64 mine = 0, total;
-  const uint32_t top = BINS - 1 - tid * (BINS / THREADS);
-  uint32_t bins[BINS / THREADS];
+  sum -= mine;
 #pragma unroll
-  for (uint32_t i = 0; i < BINS / THREADS; ++i) bins[i] = __ldcg(&all[top - i]);
+  for (uint32_t w = 0; w < WARPS - 1; ++w)
+    if (w < warp) sum += of_warp[w];
 #pragma unroll
-  for (uint32_t i = 0; i < BINS / THREADS; ++i) mine += bins[i];
-  u64 sum = block_scan(mine, scratch, &total);
-  if (tid == 0) count[0] = 0;
-  __syncthreads();
-#pragma unroll
-  for (uint32_t i = 0; i < BINS / THREADS; ++i) {
-    const u64 with = sum + bins[i];
-    if (top - i > 0 && sum < a.want && with >= a.want) count[0] = top - i;
+  for (uint32_t i = 0; i < EACH; ++i) {
+    const uint32_t with = sum + bins[i];
+    if (top - i > 0 && sum < a.want && with >= a.want) found = top - i;
     sum = with;
   }
   __syncthreads();
-  if (tid == 0) a.cut[h] = count[0];
+  *cut = found;
+  return false;
+}
+
+/* Four neighbouring channels of a row, a lane's. WHOLE: one load has all four. */
+template <int DTYPE, bool WHOLE>
+struct quad_rows {
+  const char *base; /* of token 0 */
+  ptrdiff_t stride; /* elements */
+  int n;            /* channels that exist */
+  __device__ __forceinline__ quad_rows(const rdkv_tensor &t, int head, int d, int dim) {
+    if (d >= dim) d = 0; /* a lane without channels goes along with the first one */
+    stride = t.dim_stride ? t.dim_stride : 1;
+    base = static_cast<const char *>(row_of(t, 0, head)) + d * stride * (DTYPE == RDKV_F32 ? 4 : 2);
+    n = dim - d;
+  }
+  __device__ __forceinline__ void load(const char *row, raw_pair<DTYPE> (&x)[2]) const {
+    if (WHOLE) {
+      const uint2 y = __ldg(reinterpret_cast<const uint2 *>(row));
+      x[0].set(y.x), x[1].set(y.y);
+    } else {
+      x[0].load(row, stride, false, n);
+      x[1].load(row + 2 * stride * (DTYPE == RDKV_F32 ? 4 : 2), stride, false, n - 2);
+    }
+  }
+};
+
+/* A stretch in shared memory: the tokens that it keeps, whose place the sums take later. */
+union stretch {
+  struct {
+    float d0[STRETCH]; /* of all */
+    int at[STRETCH];   /* where the rows of those that are kept begin */
+    float g[STRETCH];
+  } list;
+  float sum[3 * QUADS + 4]; /* of u, g u, g u^2 and g */
+};
+
+/* What the last block reads of another one: sums of a span or of 8, and the first one's extremes.
+ */
+struct moments_part {
+  float sum[3 * QUADS + 4], low[QUADS], high[QUADS];
+};
+
+/* D of K from the parts of all blocks, added up in order, and so many kept tokens. total [644]. All
+   threads of a block call it. */
+__device__ __forceinline__ void finish_moments(const measure_args &a, const item &it, int head,
+                                               uint32_t group, const moments_part *parts,
+                                               uint32_t blocks, uint32_t n_kept, float *total) {
+  const uint32_t tid = threadIdx.x, n_parts = parts_of(a), spans = 1u << a.block;
+  const uint32_t column = tid % QUADS;
+  const int c = static_cast<int>(QUADS * group + column);
+  const float q_square = c < a.k_dim ? it.q_square[head * a.k_dim + c] : 0;
+  float *const ends_of = total + 3 * QUADS + 4;
+  if (tid <= 3 * QUADS / 2) {
+    enum { AT_ONCE = 32 };
+    const uint32_t ends_at = a.block == 3 ? 0 : 7; /* eight spans, or eight of these in one */
+    float2 sum = make_float2(0, 0), eight = make_float2(0, 0);
+    for (uint32_t p0 = 0; p0 < n_parts; p0 += AT_ONCE) {
+      float2 y[AT_ONCE];
+#pragma unroll
+      for (uint32_t p = 0; p < AT_ONCE; ++p)
+        y[p] = p0 + p < n_parts
+                   ? __ldcg(reinterpret_cast<const float2 *>(&parts[p0 + p].sum[2 * tid]))
+                   : make_float2(0, 0);
+#pragma unroll
+      for (uint32_t p = 0; p < AT_ONCE; ++p) {
+        eight.x = __fadd_rn(eight.x, y[p].x), eight.y = __fadd_rn(eight.y, y[p].y);
+        if ((p & ends_at) == ends_at) {
+          sum.x = __fadd_rn(sum.x, eight.x), sum.y = __fadd_rn(sum.y, eight.y);
+          eight = make_float2(0, 0);
+        }
+      }
+    }
+    *reinterpret_cast<float2 *>(&total[2 * tid]) = sum;
+  }
+  {
+    const bool upper = tid >= QUADS;
+    float x = upper ? -3.402823466e38f : 3.402823466e38f;
+    const uint32_t apart = a.block == 3 ? 1 : spans;
+#pragma unroll 16
+    for (uint32_t b = 0; b < blocks; ++b) {
+      const float y =
+          __ldcg(upper ? &parts[b * apart].high[column] : &parts[b * apart].low[column]);
+      x = upper ? fmaxf(x, y) : fminf(x, y);
+    }
+    ends_of[tid] = x;
+  }
+  __syncthreads();
+  if (c >= a.k_dim) return;
+  const float q2 = __fmul_rn(q_square, a.norm), g = total[3 * QUADS];
+  const float range = __fsub_rn(ends_of[QUADS + column], ends_of[column]);
+  const float square = __fmul_rn(range, range);
+#pragma unroll
+  for (uint32_t level = tid / QUADS; level < 4; level += K_THREADS / QUADS) {
+    float D;
+    if (level == 0) { /* the sum of g (u - mean)^2 */
+      const float mean = __fdiv_rn(total[column], static_cast<float>(n_kept));
+      D = __fsub_rn(2 * total[QUADS + column], __fmul_rn(mean, g));
+      D = fmaxf(__fsub_rn(total[2 * QUADS + column], __fmul_rn(mean, D)), 0);
+    } else {
+      D = __fmul_rn(g, __fmul_rn(square, noise_of(1, 1 << level)));
+    }
+    it.k_distortion[(head * 4 + static_cast<int>(level)) * a.k_dim + c] = __fmul_rn(q2, D);
+  }
+}
+
+/* D of K at each width, from its range and, with u the distance from the last token and D(0) of V
+   for g, the sums of u, g u, g u^2 and g. DTYPE is K's. A block has 128 channels of 2^block spans
+   of a head, at most 8, in dynamic shared memory. */
+template <int DTYPE, bool WHOLE>
+__global__ void __launch_bounds__(K_THREADS, 2)
+    moments_kernel(const __grid_constant__ measure_args a, const __grid_constant__ item_list list) {
+  enum { WARPS = K_THREADS / 32, BATCH = 8, MOST = 8 * STRETCHES };
+  extern __shared__ uint4 rdkv_cuda_compress_memory[];
+  __shared__ int low[QUADS], high[QUADS]; /* ordered */
+  __shared__ uint32_t n_of[MOST], busy[MOST], n_busy[2], taken, all_kept;
+  stretch *const memory = reinterpret_cast<stretch *>(rdkv_cuda_compress_memory);
+  const uint32_t tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  const int head = static_cast<int>(blockIdx.y);
+  const uint32_t h = blockIdx.z * static_cast<uint32_t>(a.heads) + blockIdx.y;
+  const uint32_t group = blockIdx.x % a.groups, block = blockIdx.x / a.groups;
+  const uint32_t blocks = gridDim.x / a.groups, spans = 1u << a.block;
+  const item &it = list.at[blockIdx.z];
+  const uint32_t first = (block << a.block) * SPAN;
+  const int step = step_of(it.k);
+  const quad_rows<DTYPE, WHOLE> rows(it.k, head, static_cast<int>(QUADS * group + 4 * lane),
+                                     a.k_dim);
+  const uint32_t n_parts = parts_of(a), h_group = h * a.groups + group;
+  moments_part *const parts = a.parts + static_cast<size_t>(h_group) * n_parts;
+  moments_part *const mine = parts + (a.block == 3 ? block : block << a.block);
+  if (tid < QUADS) low[tid] = ordered(3.402823466e38f), high[tid] = ordered(-3.402823466e38f);
+  if (tid < MOST) n_of[tid] = 0;
+  if (tid == 0) n_busy[0] = n_busy[1] = 0, taken = WARPS, all_kept = 0;
+  raw_pair<DTYPE> last[2];
+  rows.load(rows.base + static_cast<ptrdiff_t>(a.n - 1) * step, last);
+  const float2 o[2] = {last[0].values(), last[1].values()};
+  wait_for_launches();
+  { /* which tokens are kept, and their D(0) */
+    const float *const d0 = it.v_distortion + 5 * static_cast<size_t>(head) * a.n;
+    const uint8_t *const widths = it.v_bits + static_cast<size_t>(head) * a.n;
+#pragma unroll 2
+    for (uint32_t i = tid; i < spans * SPAN; i += K_THREADS)
+      copy_4(static_cast<uint32_t>(
+                 __cvta_generic_to_shared(&memory[i / STRETCH].list.d0[i % STRETCH])),
+             d0 + least(first + i, a.n - 1));
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    uint32_t cut = 0;
+    const bool by_width = find_cut(a, h, &cut);
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    __syncthreads();
+    uint32_t has_width = 0; /* bits */
+    if (by_width)
+#pragma unroll
+      for (uint32_t i = 0; i < 16; ++i) {
+        const uint32_t t = first + (warp + WARPS * (i / 2)) * STRETCH + 32 * (i % 2) + lane;
+        if (i < 2 * spans && t < a.n && widths[t] != 0) has_width |= 1u << i;
+      }
+    uint32_t n_mine = 0; /* of stretch warp + WARPS * lane */
+#pragma unroll 2
+    for (uint32_t i = 0; i < spans * STRETCHES / WARPS; ++i) {
+      stretch &s = memory[warp + WARPS * i];
+      uint32_t n = 0;
+#pragma unroll
+      for (uint32_t half = 0; half < 2; ++half) {
+        const uint32_t at = 32 * half + lane, t = first + (warp + WARPS * i) * STRETCH + at;
+        const float d = s.list.d0[at];
+        const bool kept = by_width ? has_width >> (2 * i + half) & 1 : t < a.n && bin_of(d) >= cut;
+        const uint32_t mask = __ballot_sync(FULL, kept);
+        const uint32_t to = n + static_cast<uint32_t>(__popc(mask & ((1u << lane) - 1)));
+        if (kept) s.list.at[to] = static_cast<int>(at) * step, s.list.g[to] = d > 0 ? d : 0;
+        n += static_cast<uint32_t>(__popc(mask));
+      }
+      __syncwarp();
+      const uint32_t more = n + lane; /* up to a whole batch, the first one with weight 0 */
+      if (lane < BATCH && more < STRETCH && n > 0)
+        s.list.at[more] = s.list.at[0], s.list.g[more] = 0;
+      if (lane == i) n_mine = n;
+    }
+    /* the long ones first, from the front */
+    const bool is_long = n_mine > STRETCH / 2, is_short = n_mine > 0 && !is_long;
+    const uint32_t longs = __ballot_sync(FULL, is_long), shorts = __ballot_sync(FULL, is_short);
+    const uint32_t before = (1u << lane) - 1;
+    uint32_t to = 0;
+    if (lane < 2)
+      to = atomicAdd(&n_busy[lane], static_cast<uint32_t>(__popc(lane ? shorts : longs)));
+    const uint32_t front = __shfl_sync(FULL, to, 0) + static_cast<uint32_t>(__popc(longs & before));
+    const uint32_t back = __shfl_sync(FULL, to, 1) + static_cast<uint32_t>(__popc(shorts & before));
+    if (n_mine > 0) {
+      n_of[warp + WARPS * lane] = n_mine;
+      busy[is_long ? front : MOST - 1 - back] = warp + WARPS * lane;
+      atomicAdd(&all_kept, n_mine);
+    }
+  }
+  __syncthreads();
+  /* warps take stretches as they come, and ask for the next batch of rows before they add up one */
+  enum : uint32_t { NONE = ~0u };
+  const uint32_t n_long = n_busy[0], n_stretches = n_long + n_busy[1];
+  const auto stretch_at = [&](uint32_t i) -> uint32_t {
+    return i >= n_stretches ? NONE : busy[i < n_long ? i : MOST - 1 - (i - n_long)];
+  };
+  const auto take = [&]() -> uint32_t {
+    uint32_t i = 0;
+    if (lane == 0) i = atomicAdd(&taken, 1u);
+    return stretch_at(__shfl_sync(FULL, i, 0));
+  };
+  const auto load = [&](uint32_t s, uint32_t i, raw_pair<DTYPE>(&x)[BATCH][2]) {
+    const char *from = rows.base + static_cast<ptrdiff_t>(first + s * STRETCH) * step;
+    const int4 lower = *reinterpret_cast<const int4 *>(&memory[s].list.at[i]),
+               upper = *reinterpret_cast<const int4 *>(&memory[s].list.at[i + 4]);
+    const int at[BATCH] = {lower.x, lower.y, lower.z, lower.w, upper.x, upper.y, upper.z, upper.w};
+#pragma unroll
+    for (int j = 0; j < BATCH; ++j) rows.load(from + at[j], x[j]);
+  };
+  extremes<DTYPE> ends[2];
+  ends[0].clear(), ends[1].clear();
+  float u[4] = {0, 0, 0, 0}, gu[4] = {0, 0, 0, 0}, guu[4] = {0, 0, 0, 0}, sum_g = 0;
+  raw_pair<DTYPE> x[BATCH][2], ahead[BATCH][2];
+  uint32_t s = NONE, n = 0, i = 0, coming = stretch_at(warp);
+  while (true) {
+    const bool ends_here = i + BATCH >= n;
+    const uint32_t next = ends_here ? coming : s, next_i = ends_here ? 0 : i + BATCH;
+    if (next != NONE) load(next, next_i, ahead);
+    if (s != NONE) {
+#pragma unroll
+      for (uint32_t k0 = 0; k0 < BATCH; k0 += 4) {
+        const float4 g4 = *reinterpret_cast<const float4 *>(&memory[s].list.g[i + k0]);
+        const float g[4] = {g4.x, g4.y, g4.z, g4.w};
+#pragma unroll
+        for (uint32_t k = 0; k < 4; ++k) {
+          const float2 y[2] = {x[k0 + k][0].values(), x[k0 + k][1].values()};
+          const float e[4] = {__fsub_rn(y[0].x, o[0].x), __fsub_rn(y[0].y, o[0].y),
+                              __fsub_rn(y[1].x, o[1].x), __fsub_rn(y[1].y, o[1].y)};
+          ends[0].take(x[k0 + k][0]), ends[1].take(x[k0 + k][1]);
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            const float ge = __fmul_rn(g[k], e[c]);
+            if (i + k0 + k < n) u[c] = __fadd_rn(u[c], e[c]); /* what pads weighs nothing */
+            gu[c] = __fadd_rn(gu[c], ge), guu[c] = __fadd_rn(guu[c], __fmul_rn(ge, e[c]));
+          }
+          sum_g = __fadd_rn(sum_g, g[k]);
+        }
+      }
+    }
+    if (ends_here && s != NONE) {
+      __syncwarp(); /* all have read the list */
+      float4 *to = reinterpret_cast<float4 *>(memory[s].sum) + lane;
+      to[0] = make_float4(u[0], u[1], u[2], u[3]);
+      to[QUADS / 4] = make_float4(gu[0], gu[1], gu[2], gu[3]);
+      to[QUADS / 2] = make_float4(guu[0], guu[1], guu[2], guu[3]);
+      if (lane == 0) memory[s].sum[3 * QUADS] = sum_g;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) u[c] = gu[c] = guu[c] = 0;
+      sum_g = 0;
+    }
+    if (next == NONE) break;
+    if (ends_here) n = n_of[next], coming = take();
+    s = next, i = next_i;
+#pragma unroll
+    for (int k = 0; k < BATCH; ++k) x[k][0] = ahead[k][0], x[k][1] = ahead[k][1];
+  }
+  if (warp < n_stretches) {
+#pragma unroll
+    for (int p = 0; p < 2; ++p) {
+      const float2 l = ends[p].lowest(), m = ends[p].highest();
+      if (!(in_range(l.x) && in_range(l.y) && in_range(m.x) && in_range(m.y)))
+        fail(a.status, RDKV_ERR_NONFINITE);
+      const uint32_t c = 4 * lane + 2 * p;
+      atomicMin(&low[c], ordered(l.x)), atomicMin(&low[c + 1], ordered(l.y));
+      atomicMax(&high[c], ordered(m.x)), atomicMax(&high[c + 1], ordered(m.y));
+    }
+  }
+  __syncthreads();
+  if (tid < QUADS) {
+    mine->low[tid] = unordered(low[tid]), mine->high[tid] = unordered(high[tid]);
+  }
+  const u64 kept_at = static_cast<u64>(__ballot_sync(FULL, n_of[32 + lane] != 0)) << 32 |
+                      __ballot_sync(FULL, n_of[lane] != 0);
+  if (tid <= 3 * QUADS / 2) { /* a stretch that keeps nothing adds nothing */
+    float2 all = make_float2(0, 0);
+#pragma unroll 2
+    for (uint32_t span = 0; span < spans; ++span) {
+      float2 sum = make_float2(0, 0);
+#pragma unroll
+      for (uint32_t w = 0; w < STRETCHES; ++w)
+        if (kept_at >> (span * STRETCHES + w) & 1) {
+          const float2 y = *reinterpret_cast<float2 *>(&memory[span * STRETCHES + w].sum[2 * tid]);
+          sum.x = __fadd_rn(sum.x, y.x), sum.y = __fadd_rn(sum.y, y.y);
+        }
+      all.x = __fadd_rn(all.x, sum.x), all.y = __fadd_rn(all.y, sum.y);
+      if (a.block < 3) {
+        if (mine + span < parts + n_parts)
+          *reinterpret_cast<float2 *>(&mine[span].sum[2 * tid]) = all;
+        all = make_float2(0, 0);
+      }
+    }
+    if (a.block == 3) *reinterpret_cast<float2 *>(&mine->sum[2 * tid]) = all;
+  }
+  if (tid == 0 && all_kept > 0) atomicAdd(&a.kept[h_group], all_kept);
+  if (!last_block(&a.done[h_group], blocks)) return;
+  finish_moments(a, it, head, group, parts, blocks, __ldcg(&a.kept[h_group]), memory->sum);
 }
 
 /* ---- score */
@@ -6002,18 +6125,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-/* Launches of a call may overlap: what one needs of those before it it reads behind this. */
-__device__ __forceinline__ void wait_for_launches() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_next_launch() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 
 /* Zeroes bytes, shared by n_threads of which this is one. */
@@ -9795,34 +9906,7 @@ static uint32_t blocks_of(uint32_t n, uint32_t each, uint32_t limit) {
   return blocks < 1 ? 1 : blocks > limit ? limit : blocks;
 }
 
-/* What going through K takes: sums of `heads` heads, counters of `all`, which must be zeroed. */
-static void layout_range(const rdkv_config *cfg, arena *m, uint64_t heads, uint64_t all, uint32_t n,
-                         uint64_t kinds, range_args *r) {
-  r->groups = static_cast<uint32_t>(cfg->k_dim + 63) / 64, r->spans = n / SPAN + (n % SPAN != 0);
-  r->n = n, r->heads = cfg->n_kv_heads, r->k_dim = cfg->k_dim;
-  r->norm = static_cast<float>(static_cast<double>(cfg->softmax_scale) *
-                               static_cast<double>(cfg->softmax_scale)); /* exact, then rounded */
-  m->take(&r->kept, all * r->groups * 2);
-  r->done = r->kept + all * r->groups;
-  m->take(&r->parts, heads * r->spans * kinds * 64 * r->groups + 1);
-}
-
-typedef void (*range_kernel_type)(range_args);
 typedef void (*tile_kernel_type)(pack_args);
-
-static void launch_moments(range_args r, rdkv_dtype dtype, int n_items, cudaStream_t stream) {
-  const range_kernel_type moments = dtype == RDKV_F16    ? moments_kernel<RDKV_F16>
-                                    : dtype == RDKV_BF16 ? moments_kernel<RDKV_BF16>
-                                                         : moments_kernel<RDKV_F32>;
-  /* as many blocks as 132 multiprocessors take at once, or one for each head and group */
-  const uint32_t places = 4 * 132;
-  const uint32_t rows = static_cast<uint32_t>(n_items * r.heads) * r.groups;
-  const uint32_t each = rows < places ? places / rows : 1;
-  r.each = r.spans / 8 * rows >= places / 2 ? 3 : 0;
-  const dim3 grid(least(each, parts_of(r)) * r.groups, static_cast<uint32_t>(r.heads),
-                  static_cast<uint32_t>(n_items));
-  if (r.n > 0) moments<<<grid, RANGE_THREADS, 0, stream>>>(r);
-}
 
 /* 16-byte loads of whole rows are possible. */
 static bool wide_rows(const rdkv_tensor &t, int dim, int each) {
@@ -9988,9 +10072,10 @@ static score_kernel group_kernel_of(const score_args &a, bool bf16, bool stats, 
   return k;
 }
 
-/* early: it may start before what was launched before it ends (Hopper). */
-static cudaError_t launch_score(score_kernel kernel, dim3 grid, int threads, size_t shared,
-                                bool early, cudaStream_t stream, const score_args &a,
+/* Of score or measure. early: it may start before what was launched before it ends (Hopper). */
+template <typename Args>
+static cudaError_t launch_score(void (*kernel)(Args, item_list), dim3 grid, int threads,
+                                size_t shared, bool early, cudaStream_t stream, const Args &a,
                                 const item_list &list) {
   cudaLaunchConfig_t launch = cudaLaunchConfig_t();
   cudaLaunchAttribute attribute;
@@ -10004,7 +10089,7 @@ static cudaError_t launch_score(score_kernel kernel, dim3 grid, int threads, siz
 
 /* measure */
 
-typedef void (*measure_kernel)(measure_args);
+typedef void (*measure_kernel)(measure_args, item_list);
 
 /* The kernel for whole rows; NULL where there is none. */
 static measure_kernel v_rows_kernel_of(bool bf16, int v_dim, size_t *shared) {
@@ -10012,7 +10097,7 @@ static measure_kernel v_rows_kernel_of(bool bf16, int v_dim, size_t *shared) {
 #define RDKV_CUDA__CASE(dim)                                                   \
   case dim:                                                                    \
     k = bf16 ? v_rows_kernel<dim / 16, true> : v_rows_kernel<dim / 16, false>; \
-    *shared = v_ring<dim / 16>::BYTES;                                         \
+    *shared = v_stage<dim / 16>::ALL;                                          \
     break;
   switch (v_dim) {
 #if defined(RDKV_CUDA_V_DIM) && RDKV_CUDA_V_DIM > 0
@@ -10040,27 +10125,31 @@ static measure_kernel v_rows_kernel_of(bool bf16, int v_dim, size_t *shared) {
 struct measure_memory {
   arena m;
   measure_args a;
-  range_args r;
 };
 
 static void layout_measure(const rdkv_config *cfg, int n_items, uint32_t n, void *workspace,
                            measure_memory *s) {
-  const uint64_t heads = static_cast<uint64_t>(n_items) * static_cast<uint64_t>(cfg->n_kv_heads);
+  const uint64_t heads = least(static_cast<uint32_t>(n_items), ITEMS) *
+                         static_cast<uint64_t>(cfg->n_kv_heads); /* of a launch */
   measure_args &a = s->a;
-  a = measure_args(), s->r = range_args();
+  a = measure_args();
   s->m.next = static_cast<uint8_t *>(workspace), s->m.bytes = 0;
-  a.n = n, a.chunks = chunks_of(n), a.pool = cfg->pool;
-  a.heads = cfg->n_kv_heads, a.v_dim = cfg->v_dim;
-  s->m.take(&a.items, static_cast<uint64_t>(n_items));
+  a.n = n, a.chunks = chunks_of(n);
+  a.heads = cfg->n_kv_heads, a.k_dim = cfg->k_dim, a.v_dim = cfg->v_dim;
+  a.half = (cfg->pool - 1) / 2;
+  if (static_cast<uint32_t>(a.half) >= n) a.half = n > 0 ? static_cast<int>(n) - 1 : 0;
+  a.norm = static_cast<float>(static_cast<double>(cfg->softmax_scale) *
+                              static_cast<double>(cfg->softmax_scale)); /* exact, then rounded */
+  for (int j = 0; j < 3; ++j) a.noise[j] = noise_of(cfg->v_dim > 2 ? cfg->v_dim - 2 : 0, 2 << j);
+  a.spans = n / SPAN + (n % SPAN != 0);
+  a.groups = static_cast<uint32_t>(cfg->k_dim + QUADS - 1) / QUADS;
+  const uint64_t rows = heads * a.groups; /* two blocks on a multiprocessor, so many spans each */
+  while (a.block < 3 && (a.spans >> a.block) * rows > 2 * 132) ++a.block;
   s->m.take(&a.any, heads * a.chunks + 1);
   s->m.take(&a.histogram, heads * BINS);
-  s->m.take(&a.cut, heads);
-  s->m.take(&a.done, heads);
-  s->m.take(&a.mean, heads * n + 1);
-  layout_range(cfg, &s->m, heads, heads, n, 6, &s->r);
-  a.counters = s->r.kept, a.n_counters = 2 * s->r.groups;
-  for (int j = 0; j < 3; ++j) a.noise[j] = noise_of(cfg->v_dim > 2 ? cfg->v_dim - 2 : 0, 2 << j);
-  s->r.items = a.items, s->r.cut = a.cut;
+  s->m.take(&a.kept, rows);
+  s->m.take(&a.done, rows);
+  s->m.take(&a.parts, rows * parts_of(a) + 1);
 }
 
 /* allocate */
@@ -10438,15 +10527,16 @@ extern "C" cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *
   layout_measure(cfg, n_items, n, workspace, &s);
   if (bytes < s.m.bytes) return cudaErrorInvalidValue;
   if (cfg->profile == RDKV_PAPER || n == 0) return cudaSuccess;
-  bool wide = true;
+  bool wide = true, whole = true;
   for (int i = 0; i < n_items; ++i) {
     if (!tensor_ok(kv[i].k) || !tensor_ok(kv[i].v) || kv[i].k.dtype != kv[0].k.dtype ||
         kv[i].v.dtype != kv[0].v.dtype)
       return cudaErrorInvalidValue;
     wide = wide && wide_rows(kv[i].v, cfg->v_dim, 16);
+    whole = whole && wide_rows(kv[i].k, cfg->k_dim, 8);
   }
   measure_args &a = s.a;
-  a.status = s.r.status = status;
+  a.status = status;
   /* the tokens that K is measured over: 4 bits of 16, about */
   const double keep = cfg->budget_bytes == 0 ? cfg->keep
                                              : static_cast<double>(cfg->budget_bytes) /
@@ -10454,29 +10544,47 @@ extern "C" cudaError_t rdkv_cuda_measure(const rdkv_config *cfg, const rdkv_kv *
   const double part = keep * 4;
   a.want = part >= 1 ? n : static_cast<uint32_t>(part * static_cast<double>(n));
   if (a.want < TILE) a.want = TILE;
-  const uint32_t items = static_cast<uint32_t>(n_items);
-  for (int first = 0, of = 0; first < n_items; first += of) {
-    const item_list list = items_of(kv, layers, n_items, first, &of);
-    const dim3 chunks(a.chunks, heads, static_cast<uint32_t>(of));
-    measure_begin_kernel<<<chunks, THREADS, 0, stream>>>(a, list, first);
-  }
-  /* the blocks that 132 multiprocessors take at once; of many heads four times as many, for they do
-     not divide evenly */
-  const uint32_t places = (heads * items > 32 ? 9 : 3) * 132;
-  const uint32_t most = heads * items < places ? places / (heads * items) : 1;
-  const dim3 rows(blocks_of(n, THREADS / 2, most), heads, items);
-  size_t shared = 0;
+  size_t v_shared = 0;
   measure_kernel v_error =
-      wide ? v_rows_kernel_of(kv->v.dtype == RDKV_BF16, cfg->v_dim, &shared) : nullptr;
+      wide ? v_rows_kernel_of(kv->v.dtype == RDKV_BF16, cfg->v_dim, &v_shared) : nullptr;
   if (!v_error)
-    shared = 0, v_error = kv->v.dtype == RDKV_F16    ? v_error_kernel<RDKV_F16>
-                          : kv->v.dtype == RDKV_BF16 ? v_error_kernel<RDKV_BF16>
-                                                     : v_error_kernel<RDKV_F32>;
-  v_error<<<rows, THREADS, shared, stream>>>(a);
-  const dim3 drop(blocks_of(n, 4 * THREADS, 64), heads, items);
-  drop_kernel<<<drop, THREADS, 0, stream>>>(a);
-  launch_moments(s.r, kv->k.dtype, n_items, stream);
-  return cudaGetLastError();
+    v_shared = 0, v_error = kv->v.dtype == RDKV_F16    ? v_error_kernel<RDKV_F16>
+                            : kv->v.dtype == RDKV_BF16 ? v_error_kernel<RDKV_BF16>
+                                                       : v_error_kernel<RDKV_F32>;
+  const rdkv_dtype type = kv->k.dtype;
+  const measure_kernel moments =
+      type == RDKV_F32 ? moments_kernel<RDKV_F32, false>
+      : type == RDKV_F16
+          ? (whole ? moments_kernel<RDKV_F16, true> : moments_kernel<RDKV_F16, false>)
+          : (whole ? moments_kernel<RDKV_BF16, true> : moments_kernel<RDKV_BF16, false>);
+  const size_t shared = sizeof(stretch) * STRETCHES << a.block;
+  cudaFuncAttributes is; /* code for a device before Hopper cannot begin early */
+  cudaError_t e = cudaFuncGetAttributes(&is, reinterpret_cast<const void *>(moments));
+  if (!e)
+    e = cudaFuncSetAttribute(reinterpret_cast<const void *>(moments),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (!e) /* as the other kernels', or a multiprocessor would have to be empty in between */
+    e = cudaFuncSetAttribute(reinterpret_cast<const void *>(measure_begin_kernel),
+                             cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared);
+  for (int first = 0, of = 0; !e && first < n_items; first += of) {
+    const item_list list = items_of(kv, layers, n_items, first, &of);
+    const uint32_t items = static_cast<uint32_t>(of);
+    /* as many blocks as 132 multiprocessors take at once; twice as many where there is much to do,
+       for some are slower. All warps have the same number of rows. */
+    const uint32_t beside = 2 * static_cast<uint32_t>(a.half), step = V_WARPS * V_ROWS;
+    uint32_t tokens = n / most(4 * 132 / (heads * items), 1) + 1;
+    if (tokens > 256) tokens = (tokens + 1) / 2;
+    a.v_tokens = (tokens + beside + step - 1) / step * step - beside;
+    const dim3 chunks(a.chunks, heads, items);
+    const dim3 rows(heads, blocks_of(n, a.v_tokens, ~0u), items); /* rows of all heads together */
+    const dim3 spans(blocks_of(a.spans, 1u << a.block, ~0u) * a.groups, heads, items);
+    const bool early = is.ptxVersion >= 90;
+    e = launch_score(measure_begin_kernel, chunks, THREADS, 0, early, stream, a, list);
+    if (!e) e = launch_score(v_error, rows, THREADS, v_shared, early, stream, a, list);
+    if (!e) e = launch_score(moments, spans, K_THREADS, shared, early, stream, a, list);
+  }
+  return e ? e : cudaGetLastError();
 }
 
 extern "C" cudaError_t rdkv_cuda_allocate(const rdkv_config *cfg, const rdkv_layer *layers,

@@ -331,6 +331,24 @@ static void test_measure() {
       }
 }
 
+/* So many tokens that blocks have several spans of K and rounds of V. */
+static void test_measure_long() {
+  static const uint32_t length[] = {9000, 13000, 26000};
+  for (size_t n = 0; n < (small_run ? 1 : sizeof length / sizeof *length); ++n) {
+    rdkv_config c = config_of(8, 8, 40, 64);
+    c.keep = 0.06, c.window = 4, c.n_layers = 3;
+    test_where("measure: %u tokens", length[n]);
+    problem p = problem_make(&c, length[n], RDKV_F16, DENSE, n + 1);
+    for (int l = 0; l < p.cfg.n_layers; ++l)
+      CHECK_OK(rdkv_score(&p.cfg, &p.kv[l], &p.layer[l], p.scratch, p.scratch_bytes));
+    device_problem d = to_device(&p);
+    compare_measure(&p, &d);
+    problem_widths(&p, MIX_ALL, n + 1);
+    compare_measure(&p, &d);
+    device_free(&d), problem_free(&p);
+  }
+}
+
 /* ---- score ----------------------------------------------------------------------------------- */
 
 /* Largest difference, as a part of the largest value. */
@@ -1023,6 +1041,7 @@ int main(int argc, char **argv) {
   TEST(test_pack_values);
   TEST(test_pack_halves);
   TEST(test_measure);
+  TEST(test_measure_long);
   TEST(test_score);
   TEST(test_score_far);
   TEST(test_items);
