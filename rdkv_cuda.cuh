@@ -6676,28 +6676,34 @@ __global__ void __launch_bounds__(THREADS, 2)
 /* The same on Hopper, where a program is built for sm_90a: groups of four warps multiply out of
    shared memory. Tokens are A, 64 at a time, 128 columns of queries B, so that a lane has the
    logits of two tokens and a quarter of the columns. Each group has its own tiles and two slots for
-   them, and they take turns to multiply: while one does, the others take exponentials. Rows lie in
-   pieces of 128 bytes (64 channels), 16-byte chunks swizzled by the row. Elsewhere it is empty, and
-   known to the host by its launch bounds. */
+   them, and they take turns to multiply: while one does, the others take exponentials. Of more than
+   128 columns a tile meets two sets, one after the other, before it goes, where both have room.
+   Rows lie in pieces of 128 bytes (64 channels), 16-byte chunks swizzled by the row. Elsewhere it
+   is empty, and known to the host by its launch bounds. */
 enum { GROUP_TILE = 64, GROUP_COLUMNS = 128 };
-__host__ __device__ constexpr int groups_of(int k_dim) { return k_dim <= 128 ? 4 : 2; }
+__host__ __device__ constexpr int groups_of(int k_dim, bool stats, int sets) {
+  return k_dim > 128 ? 2 : stats && sets > 1 ? 3 : 4; /* 3: sums take 32 registers a set */
+}
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define RDKV_CUDA__GROUP_THREADS(k_dim) 128 * groups_of(k_dim)
+#define RDKV_CUDA__GROUP_THREADS(k_dim, stats, sets) 128 * groups_of(k_dim, stats, sets)
 #else
-#define RDKV_CUDA__GROUP_THREADS(k_dim) 32
+#define RDKV_CUDA__GROUP_THREADS(k_dim, stats, sets) 32
 #endif
 
 /* Bytes of shared memory: queries, the groups' slots for K, references, warps' sums, alignment. */
-static size_t group_shared(int k_dim) {
-  const size_t groups = static_cast<size_t>(groups_of(k_dim));
-  return (GROUP_COLUMNS + 2 * groups * GROUP_TILE) * 2 * static_cast<size_t>(k_dim) +
-         5 * groups * GROUP_COLUMNS * sizeof(float) + 1024;
+static size_t group_shared(int k_dim, int n_groups, int sets) {
+  const size_t groups = static_cast<size_t>(n_groups),
+               columns = static_cast<size_t>(sets) * GROUP_COLUMNS;
+  return (columns + 2 * groups * GROUP_TILE) * 2 * static_cast<size_t>(k_dim) +
+         5 * groups * columns * sizeof(float) + 1024;
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-/* Describes rows of 128 bytes from `at` on, swizzled; groups of 8 rows are 1024 bytes apart. */
-__device__ __forceinline__ u64 describe(uint32_t at) {
-  return static_cast<u64>(at >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+/* The lower half of what describes rows of 128 bytes from `at` on, swizzled; groups of 8 rows are
+   1024 bytes apart, says the upper half, which is the same everywhere. */
+__device__ __forceinline__ uint32_t describe(uint32_t at) { return at >> 4 | 1u << 16; }
+__device__ __forceinline__ u64 described(uint32_t lower) {
+  return static_cast<u64>(64u | 1u << 30) << 32 | lower;
 }
 #define RDKV_CUDA__8(to, i)                                                                     \
   to(y[i]), to(y[i + 1]), to(y[i + 2]), to(y[i + 3]), to(y[i + 4]), to(y[i + 5]), to(y[i + 6]), \
@@ -6706,7 +6712,7 @@ __device__ __forceinline__ u64 describe(uint32_t at) {
   RDKV_CUDA__8(to, 0), RDKV_CUDA__8(to, 8), RDKV_CUDA__8(to, 16), RDKV_CUDA__8(to, 24), \
       RDKV_CUDA__8(to, 32), RDKV_CUDA__8(to, 40), RDKV_CUDA__8(to, 48), RDKV_CUDA__8(to, 56)
 template <bool BF16, bool ADD>
-__device__ __forceinline__ void group_mma(float (&y)[64], u64 a, u64 b) {
+__device__ __forceinline__ void group_mma(float (&y)[64], uint32_t a, uint32_t b) {
 #define RDKV_CUDA__GROUP_MMA(type, to, add)                                                       \
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                       \
                " {"                                                                               \
@@ -6716,7 +6722,7 @@ __device__ __forceinline__ void group_mma(float (&y)[64], u64 a, u64 b) {
                "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"   \
                "}, %64, %65, " add ", 1, 1, 0, 0;"                                                \
                : RDKV_CUDA__64(to)                                                                \
-               : "l"(a), "l"(b))
+               : "l"(described(a)), "l"(described(b)))
   if (BF16 && ADD)
     RDKV_CUDA__GROUP_MMA("bf16", "+f", "1");
   else if (BF16)
@@ -6758,16 +6764,18 @@ __device__ __forceinline__ void turn_pass(int group, int groups) {
 #endif
 
 /* A is k_dim / 64. */
-template <int A, bool BF16, bool STATS>
-__global__ void __launch_bounds__(RDKV_CUDA__GROUP_THREADS(64 * A), 1)
+template <int A, bool BF16, bool STATS, int SETS>
+__global__ void __launch_bounds__(RDKV_CUDA__GROUP_THREADS(64 * A, STATS, SETS), 1)
     group_kernel(score_args a, const __grid_constant__ item_list list) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   enum {
-    GROUPS = groups_of(64 * A),
-    CHUNKS = 8 * A,               /* of 16 bytes in a row */
-    ROWS = 128 / CHUNKS,          /* a thread copies, and squares, one chunk of every ROWS-th row */
-    Q_PART = GROUP_COLUMNS * 128, /* bytes of 64 channels of the queries, */
-    K_PART = GROUP_TILE * 128,    /* of a tile */
+    GROUPS = groups_of(64 * A, STATS, SETS),
+    CHUNKS = 8 * A,      /* of 16 bytes in a row */
+    ROWS = 128 / CHUNKS, /* a thread copies, and squares, one chunk of every ROWS-th row */
+    COLUMNS = SETS * GROUP_COLUMNS,
+    Q_PART = COLUMNS * 128, /* bytes of 64 channels of the queries, */
+    STEP = GROUPS * GROUP_TILE,
+    K_PART = GROUP_TILE * 128, /* of a tile */
     DTYPE = BF16 ? RDKV_BF16 : RDKV_F16
   };
   extern __shared__ uint4 rdkv_cuda_compress_memory[];
@@ -6784,17 +6792,17 @@ __global__ void __launch_bounds__(RDKV_CUDA__GROUP_THREADS(64 * A), 1)
   const uint32_t k_at = q_at + static_cast<uint32_t>(A * Q_PART + group * (2 * A * K_PART));
   float *const references =
       reinterpret_cast<float *>(q_rows + A * Q_PART + GROUPS * 2 * A * K_PART);
-  float *const sums = references + GROUPS * GROUP_COLUMNS; /* [4 GROUPS][columns] */
+  float *const sums = references + GROUPS * COLUMNS; /* [4 GROUPS][columns] */
   /* a group's references, in the order in which its lanes take them */
-  float *const reference = references + (STATS ? group * GROUP_COLUMNS : 0);
+  float *const reference = references + (STATS ? group * COLUMNS : 0);
   const auto order = [](int c) {
     return (c >> 4) * 16 + (c >> 1 & 3) * 4 + (c >> 3 & 1) * 2 + (c & 1);
   };
   const uint32_t first = blockIdx.x * a.split, end = least(first + a.split, a.n);
-  const int passes = (a.columns - 1) / GROUP_COLUMNS + 1;
+  const int passes = (a.columns - 1) / COLUMNS + 1;
   const int my_row = (tid & 127) / CHUNKS, my_chunk = tid % CHUNKS;
   const int k_step = step_of(it.k);
-  const u64 of_q = describe(q_at), of_k = describe(k_at);
+  const uint32_t of_q = describe(q_at), of_k = describe(k_at);
   const size_t part = static_cast<size_t>(h) * static_cast<size_t>(a.splits) + blockIdx.x;
   const auto place = [](int row, int chunk) {
     return static_cast<uint32_t>(row * 128 + ((chunk ^ row) & 7) * 16);
@@ -6808,30 +6816,31 @@ __global__ void __launch_bounds__(RDKV_CUDA__GROUP_THREADS(64 * A), 1)
   int turn = 0;
   if (group == GROUPS - 1) turn_pass(group, GROUPS); /* the first one's turn */
   for (int pass = 0; pass < passes;) {
-    const int column0 = GROUP_COLUMNS * pass;
-    uint32_t asked = first + static_cast<uint32_t>(GROUP_TILE * group);
+    const int column0 = COLUMNS * pass;
+    uint32_t t0 = first + static_cast<uint32_t>(GROUP_TILE * group);
     const char *k_from =
-        static_cast<const char *>(row_of(it.k, asked + static_cast<uint32_t>(my_row), head)) +
+        static_cast<const char *>(row_of(it.k, t0 + static_cast<uint32_t>(my_row), head)) +
         16 * my_chunk;
-    const auto copy = [&](int slot) {
+    const auto copy = [&](int slot, uint32_t token) {
       const uint32_t to = k_at + static_cast<uint32_t>(slot * A * K_PART + my_chunk / 8 * K_PART);
-      if (asked + GROUP_TILE <= end) {
+      if (token + GROUP_TILE <= end) {
 #pragma unroll
         for (int i = 0; i < GROUP_TILE; i += ROWS)
           copy_16(to + place(my_row + i, my_chunk), k_from + i * k_step);
-      } else if (asked < end) {
+      } else if (token < end) {
 #pragma unroll 1
         for (int i = 0; i < GROUP_TILE; i += ROWS) {
-          const bool real = asked + static_cast<uint32_t>(my_row + i) < end;
+          const bool real = token + static_cast<uint32_t>(my_row + i) < end;
           copy_16(to + place(my_row + i, my_chunk), k_from + (real ? i : -my_row) * k_step, real);
         }
       }
-      asked += GROUPS * GROUP_TILE, k_from += GROUPS * GROUP_TILE * static_cast<ptrdiff_t>(k_step);
+      k_from += STEP * static_cast<ptrdiff_t>(k_step);
       asm volatile("cp.async.commit_group;" ::: "memory");
     };
     if (pass > 0 || turn > 0) __syncthreads(); /* all are done with the pass before */
+    copy(0, t0);
 #pragma unroll 2
-    for (int i = tid; i < GROUP_COLUMNS * CHUNKS; i += 128 * GROUPS) {
+    for (int i = tid; i < COLUMNS * CHUNKS; i += 128 * GROUPS) {
       const int row = i / CHUNKS, chunk = i % CHUNKS, column = column0 + row;
       const bool real = column < a.group * a.window;
       const int query = real ? query_of(a, column) : 0, of = real ? column - query * a.group : 0;
@@ -6842,25 +6851,21 @@ __global__ void __launch_bounds__(RDKV_CUDA__GROUP_THREADS(64 * A), 1)
               real);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
-    copy(0), copy(1);
+    copy(1, t0 + STEP);
     if (!STATS) wait_for_launches(); /* for STATS' */
-    if (!STATS && tid < GROUP_COLUMNS)
+    if (!STATS && tid < COLUMNS)
       reference[order(tid)] = reference_of(a, it, head, h, column0 + tid);
-    asm volatile("cp.async.wait_group 2;" ::: "memory");
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    __syncthreads();
-    float sum[32];
+    __syncthreads(); /* queries and references are there */
+    float sum[SETS][32];
     if (STATS)
 #pragma unroll
-      for (int i = 0; i < 32; ++i) sum[i] = turn == 1 ? -1e30f : 0;
-    const int rounds = static_cast<int>((end - first - 1) / (GROUPS * GROUP_TILE)) + 1;
-    uint32_t t0 = first + static_cast<uint32_t>(GROUP_TILE * group);
-    for (int round = 0; round < rounds; ++round, t0 += GROUPS * GROUP_TILE) {
-      const int slot = round & 1;
-      float y[64]; /* of token 16 warp + g + 8 (i / 2 mod 2), column 8 (i / 4) + 2 t + i mod 2 */
+      for (int i = 0; i < 32 * SETS; ++i) sum[i / 32][i % 32] = turn == 1 ? -1e30f : 0;
+    for (int slot = 0; t0 < end; t0 += STEP, slot ^= 1) {
       asm volatile("cp.async.wait_group 1;" ::: "memory");
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      if (!STATS && pass == 0 && t0 < end) { /* what this thread has copied */
+      if (!STATS && pass == 0) { /* what this thread has copied */
         const uint8_t *mine = k_rows + slot * A * K_PART + my_chunk / 8 * K_PART;
 #pragma unroll
         for (int i = 0; i < GROUP_TILE; i += ROWS)
@@ -6868,127 +6873,145 @@ __global__ void __launch_bounds__(RDKV_CUDA__GROUP_THREADS(64 * A), 1)
               square, *reinterpret_cast<const uint4 *>(mine + place(my_row + i, my_chunk)), 1,
               &ends);
       }
-      turn_wait(group); /* the tile is there, and it is this group's turn to multiply */
-      if (t0 >= end) {
-        turn_pass(group, GROUPS);
-        break;
-      }
-      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+      float before = 0; /* weights of the sets before */
 #pragma unroll
-      for (int c = 0; c < 4 * A; ++c) {
-        const u64 k = of_k +
-                      static_cast<u64>((slot * A * K_PART + c / 4 * K_PART + c % 4 * 32) >> 4),
-                  q = of_q + static_cast<u64>((c / 4 * Q_PART + c % 4 * 32) >> 4);
-        if (c == 0)
-          group_mma<BF16, false>(y, k, q);
-        else
-          group_mma<BF16, true>(y, k, q);
-      }
-      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-      group_wait(y);
-      turn_pass(group, GROUPS);
-      group_barrier(group); /* all are done with the tile */
-      copy(slot);
-      const uint32_t token = t0 + static_cast<uint32_t>(16 * warp + g);
-      if (t0 + GROUP_TILE > a.seen || t0 + GROUP_TILE > end) {
+      for (int set = 0; set < SETS; ++set) {
+        float y[64]; /* of token 16 warp + g + 8 (i / 2 mod 2), column 8 (i / 4) + 2 t + i mod 2 */
+        turn_wait(group); /* the tile is there, and it is this group's turn to multiply */
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-        for (int u = 0; u < 2; ++u) { /* columns that do not count: those before from */
-          const uint32_t at = token + static_cast<uint32_t>(8 * u);
-          const int from = at >= end      ? GROUP_COLUMNS
-                           : at <= a.seen ? 0
-                                          : static_cast<int>(at - a.seen) * a.group - column0;
-#pragma unroll
-          for (int i = 0; i < 64; i += 4)
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-              if (2 * i + 2 * t + e < from) y[i + 2 * u + e] = -3e38f;
+        for (int c = 0; c < 4 * A; ++c) {
+          const uint32_t k = of_k + static_cast<uint32_t>(
+                                        (slot * A * K_PART + c / 4 * K_PART + c % 4 * 32) >> 4),
+                         q = of_q +
+                             static_cast<uint32_t>(
+                                 (c / 4 * Q_PART + set * GROUP_COLUMNS * 128 + c % 4 * 32) >> 4);
+          if (c == 0)
+            group_mma<BF16, false>(y, k, q);
+          else
+            group_mma<BF16, true>(y, k, q);
         }
-      }
-      const float4 *r = reinterpret_cast<const float4 *>(reference) + t;
-      if (STATS) {
-        if (turn == 0 && round == 0) {
-          if (warp == 0 && g == 0)
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        if (!STATS) turn_pass(group, GROUPS);
+        group_wait(y);
+        if (STATS) turn_pass(group, GROUPS);
+        if (set == SETS - 1) {
+          group_barrier(group); /* all are done with the tile */
+          copy(slot, t0 + 2 * STEP);
+        }
+        const uint32_t token = t0 + static_cast<uint32_t>(16 * warp + g);
+        if (t0 + GROUP_TILE > a.seen || t0 + GROUP_TILE > end) {
+#pragma unroll
+          for (int u = 0; u < 2; ++u) { /* columns that do not count: those before from */
+            const uint32_t at = token + static_cast<uint32_t>(8 * u);
+            const int from = at >= end      ? GROUP_COLUMNS
+                             : at <= a.seen ? 0
+                                            : static_cast<int>(at - a.seen) * a.group - column0 -
+                                                  GROUP_COLUMNS * set;
 #pragma unroll
             for (int i = 0; i < 64; i += 4)
 #pragma unroll
               for (int e = 0; e < 2; ++e)
-                reference[order(2 * i + 2 * t + e)] = fmaxf(y[i + e] * a.scale, -1e30f);
-          group_barrier(group);
+                if (2 * i + 2 * t + e < from) y[i + 2 * u + e] = -3e38f;
+          }
         }
-        if (turn == 1) {
+        const float4 *r = reinterpret_cast<const float4 *>(reference + GROUP_COLUMNS * set) + t;
+        if (STATS) {
+          if (turn == 0 && t0 < first + STEP) {
+            if (warp == 0 && g == 0)
 #pragma unroll
-          for (int i = 0; i < 64; i += 4)
+              for (int i = 0; i < 64; i += 4)
 #pragma unroll
-            for (int e = 0; e < 2; ++e)
-              sum[i / 2 + e] = fmaxf(sum[i / 2 + e], fmaxf(y[i + e], y[i + 2 + e]) * a.scale);
+                for (int e = 0; e < 2; ++e)
+                  reference[GROUP_COLUMNS * set + order(2 * i + 2 * t + e)] =
+                      fmaxf(y[i + e] * a.scale, -1e30f);
+            group_barrier(group);
+          }
+          if (turn == 1) {
+#pragma unroll
+            for (int i = 0; i < 64; i += 4)
+#pragma unroll
+              for (int e = 0; e < 2; ++e)
+                sum[set][i / 2 + e] =
+                    fmaxf(sum[set][i / 2 + e], fmaxf(y[i + e], y[i + 2 + e]) * a.scale);
+          } else {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+              const float4 x = r[4 * i];
+              const float from[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                const int at = 8 * i + e / 2 * 4 + e % 2;
+                sum[set][4 * i + e] +=
+                    exp2_fast(y[at] * a.scale - from[e]) + exp2_fast(y[at + 2] * a.scale - from[e]);
+              }
+            }
+          }
         } else {
+          float w[2][2] = {{0, 0}, {0, 0}};
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
             const float4 x = r[4 * i];
             const float from[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const int at = 8 * i + e / 2 * 4 + e % 2;
-              sum[4 * i + e] +=
-                  exp2_fast(y[at] * a.scale - from[e]) + exp2_fast(y[at + 2] * a.scale - from[e]);
-            }
+            for (int e = 0; e < 4; ++e)
+#pragma unroll
+              for (int u = 0; u < 2; ++u)
+                w[u][e % 2] += exp2_fast(y[8 * i + e / 2 * 4 + 2 * u + e % 2] * a.scale - from[e]);
           }
+          /* over the lanes t; even ones end with the first of the two tokens */
+          const float low = w[0][0] + w[0][1], high = w[1][0] + w[1][1];
+          float all = (t & 1 ? high : low) + __shfl_xor_sync(FULL, t & 1 ? low : high, 1);
+          all += __shfl_xor_sync(FULL, all, 2);
+          const uint32_t at = token + static_cast<uint32_t>(8 * t);
+          float *to = a.mean + static_cast<size_t>(h) * a.n + at;
+          if (t < 2 && at < end) {
+            if (set > 0 || pass > 0) all += set > 0 ? before : *to;
+            if (set == SETS - 1) *to = all;
+          }
+          before = all;
         }
-      } else {
-        float w[2][2] = {{0, 0}, {0, 0}};
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float4 x = r[4 * i];
-          const float from[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-          for (int e = 0; e < 4; ++e)
-#pragma unroll
-            for (int u = 0; u < 2; ++u)
-              w[u][e % 2] += exp2_fast(y[8 * i + e / 2 * 4 + 2 * u + e % 2] * a.scale - from[e]);
-        }
-        /* over the lanes t; even ones end with the first of the two tokens */
-        const float low = w[0][0] + w[0][1], high = w[1][0] + w[1][1];
-        float all = (t & 1 ? high : low) + __shfl_xor_sync(FULL, t & 1 ? low : high, 1);
-        all += __shfl_xor_sync(FULL, all, 2);
-        const uint32_t at = token + static_cast<uint32_t>(8 * t);
-        float *to = a.mean + static_cast<size_t>(h) * a.n + at;
-        if (t < 2 && at < end) *to = pass > 0 ? *to + all : all;
       }
     }
+    if (t0 - static_cast<uint32_t>(GROUP_TILE * group) < end) /* others have tiles left */
+      for (int set = 0; set < SETS; ++set) turn_wait(group), turn_pass(group, GROUPS);
     asm volatile("cp.async.wait_group 0;" ::: "memory");
     if (STATS) { /* over the lanes g, which end with 4 columns each, and the warps */
       bool good = true;
 #pragma unroll
-      for (int i = 0; i < 32; ++i) good &= sum[i] < 1e37f;
+      for (int i = 0; i < 32 * SETS; ++i) good &= sum[i / 32][i % 32] < 1e37f;
       const bool again = __syncthreads_or(!good) && turn == 0;
-      halve<16>(sum, turn == 1), halve<8>(sum, turn == 1), halve<4>(sum, turn == 1);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        sums[(4 * group + warp) * GROUP_COLUMNS + 8 * (2 * g + i / 2) + 2 * t + i % 2] = sum[i];
+      for (int set = 0; set < SETS; ++set) {
+        float(&of)[32] = sum[set];
+        halve<16>(of, turn == 1), halve<8>(of, turn == 1), halve<4>(of, turn == 1);
+        float *to = sums + (4 * group + warp) * COLUMNS + GROUP_COLUMNS * set + 16 * g + 2 * t;
+        to[0] = of[0], to[1] = of[1], to[8] = of[2], to[9] = of[3];
+      }
       __syncthreads();
-      if (tid < GROUP_COLUMNS) {
+      for (int c = tid; c < (group == 0 ? COLUMNS : 0); c += 128) { /* see below */
         float x[GROUPS], top = -1e30f, all = 0;
 #pragma unroll
         for (int i = 0; i < GROUPS; ++i) {
-          x[i] = sums[4 * i * GROUP_COLUMNS + tid];
+          x[i] = sums[4 * i * COLUMNS + c];
 #pragma unroll
           for (int w = 1; w < 4; ++w) {
-            const float more = sums[(4 * i + w) * GROUP_COLUMNS + tid];
+            const float more = sums[(4 * i + w) * COLUMNS + c];
             x[i] = turn == 1 ? fmaxf(x[i], more) : x[i] + more;
           }
-          const float of = turn == 1 ? x[i] : references[i * GROUP_COLUMNS + order(tid)];
+          const float of = turn == 1 ? x[i] : references[i * COLUMNS + order(c)];
           if (x[i] > 0 || turn == 1) top = fmaxf(top, of);
         }
 #pragma unroll
         for (int i = 0; i < GROUPS; ++i) {
-          float &of = references[i * GROUP_COLUMNS + order(tid)];
+          float &of = references[i * COLUMNS + order(c)];
           if (turn == 1)
             of = top;
           else if (x[i] > 0)
             all += x[i] * exp2_fast(of - top);
         }
-        if (column0 + tid < a.columns && turn != 1)
-          a.stats[part * static_cast<size_t>(a.columns) + static_cast<size_t>(column0 + tid)] =
+        if (column0 + c < a.columns && turn != 1)
+          a.stats[part * static_cast<size_t>(a.columns) + static_cast<size_t>(column0 + c)] =
               make_float2(top, all);
       }
       turn = again ? 1 : turn == 1 ? 2 : 0;
@@ -7013,10 +7036,12 @@ __global__ void __launch_bounds__(RDKV_CUDA__GROUP_THREADS(64 * A), 1)
   __syncthreads();
   for (int i = 0; i < 8; ++i) rows[(group * ROWS + my_row) * 64 * A + 8 * my_chunk + i] = square[i];
   __syncthreads();
-  if (tid >= 64 * A) return;
-  float s = 0;
-  for (int r = 0; r < GROUPS * ROWS; ++r) s += rows[r * 64 * A + tid];
-  a.square[part * (64 * A) + static_cast<size_t>(tid)] = s;
+  if (group > 0) return; /* racecheck sees no order from the first group's writes to the others */
+  for (int d = tid; d < 64 * A; d += 128) {
+    float s = 0;
+    for (int r = 0; r < GROUPS * ROWS; ++r) s += rows[r * 64 * A + d];
+    a.square[part * (64 * A) + static_cast<size_t>(d)] = s;
+  }
 #else
   (void)a, (void)list;
 #endif
@@ -7163,32 +7188,35 @@ __device__ __forceinline__ double over_splits(const float *parts, int splits, in
   return sum;
 }
 
-/* The last launch: the attention pooled, and older widths cleared. The first blocks of a head have
-   the channels: mean squares of K, those of the queries and the mean output, 32 a block. */
+/* The last launch: the attention pooled, EACH tokens a thread, and older widths cleared. The first
+   blocks, of all heads, have the channels: mean squares of the queries and the mean output, 32 a
+   block, which may not have to wait for the launches before, then those of K. */
 static __host__ __device__ __forceinline__ int channel_blocks(const score_args &a) {
   return 1 + (a.k_dim + 31) / 32 + (a.v_dim + 31) / 32;
 }
-static __global__ void __launch_bounds__(THREADS, 4)
+template <int EACH>
+__global__ void __launch_bounds__(THREADS, 4)
     pool_kernel(score_args a, const __grid_constant__ item_list list) {
-  __shared__ float near[4 * THREADS + 2 * POOL];
+  enum { TOKENS = EACH * THREADS };
+  __shared__ float near[TOKENS + 2 * POOL];
   __shared__ float see[MAX_WINDOW]; /* weight of query i, or of queries i and later */
   __shared__ double sums[THREADS];
-  const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
+  const int head = static_cast<int>(blockIdx.x), tid = static_cast<int>(threadIdx.x);
   const int h = static_cast<int>(blockIdx.z) * a.heads + head;
   const item &it = list.at[blockIdx.z];
   const size_t thread = (blockIdx.y * gridDim.x + blockIdx.x) * static_cast<size_t>(THREADS) +
                         threadIdx.x,
                n_threads = static_cast<size_t>(gridDim.y) * gridDim.x * THREADS;
-  const int block = static_cast<int>(blockIdx.x), q_end = 1 + (a.k_dim + 31) / 32;
+  const int block = static_cast<int>(blockIdx.y), q_end = (a.k_dim + 31) / 32;
   const int seen = static_cast<int>(a.seen), last = static_cast<int>(a.n) - 1;
-  const int t0 = (block - channel_blocks(a)) * 4 * THREADS;
+  const int t0 = (block - channel_blocks(a)) * TOKENS;
   const int half = (a.pool - 1) / 2 > last ? last : (a.pool - 1) / 2;
   const double used = static_cast<double>(a.group) * a.window;
-  const bool edge = t0 + 4 * THREADS + half > seen; /* not all queries see all of these */
+  const bool edge = t0 + TOKENS + half > seen; /* not all queries see all of these */
   clear_bytes(it.v_bits, static_cast<size_t>(a.heads) * a.n, thread, n_threads);
   clear_bytes(it.k_bits, static_cast<size_t>(a.heads * a.k_dim), thread, n_threads);
-  if (block > 0 && block < q_end) {
-    const int d = 32 * (block - 1);
+  if (block < q_end) {
+    const int d = 32 * block;
     const double sum = over_rows<true>(a, it.q, d, a.k_dim, head, see, sums);
     if (tid < 32 && d + tid < a.k_dim)
       it.q_square[head * a.k_dim + d + tid] = static_cast<float>(sum / used);
@@ -7198,7 +7226,8 @@ static __global__ void __launch_bounds__(THREADS, 4)
     for (int i = tid; i < a.window; i += THREADS) see[i] = query_weight(a, i);
     __syncthreads();
   }
-  if (t0 < 0 && block > 0 && it.out.data) {
+  const bool of_k = block == channel_blocks(a) - 1;
+  if (t0 < 0 && !of_k && it.out.data) {
     const int d = 32 * (block - q_end);
     const double sum = over_rows<false>(a, it.out, d, a.v_dim, head, see, sums);
     if (tid < 32 && d + tid < a.v_dim)
@@ -7206,7 +7235,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
     return;
   }
   wait_for_launches();
-  if (block == 0) {
+  if (of_k) {
     const double sum = over_splits(a.square, a.splits, a.k_dim, h);
     if (tid < a.k_dim) it.k_square[head * a.k_dim + tid] = static_cast<float>(sum / a.n);
     return;
@@ -7227,14 +7256,14 @@ static __global__ void __launch_bounds__(THREADS, 4)
   }
   const float *mean = a.mean + static_cast<size_t>(h) * a.n;
 #pragma unroll 4
-  for (int i = tid; i < 4 * THREADS + 2 * half; i += THREADS) {
+  for (int i = tid; i < TOKENS + 2 * half; i += THREADS) {
     const int t = t0 + i - half, at = t < 0 ? -t : t > last ? last - (t - last) : t;
     near[i] = at >= 0 && at <= last ? mean[at] / (at > seen ? see[at - seen] : a.all) : 0;
   }
   __syncthreads();
   float *to = it.token + static_cast<size_t>(head) * a.n;
 #pragma unroll
-  for (int i = tid; i < 4 * THREADS; i += THREADS) {
+  for (int i = tid; i < TOKENS; i += THREADS) {
     float s = 0;
     for (int j = 0; j <= 2 * half; ++j) s += near[i + j];
     if (t0 + i <= last) to[t0 + i] = s / static_cast<float>(2 * half + 1);
@@ -10036,16 +10065,24 @@ static score_kernel tensor_kernel_of(const score_args &a, bool bf16, bool stats,
   return k;
 }
 
+template <int A, int SETS>
+static score_kernel group_kernel_for(bool bf16, bool stats) {
+  return bf16 ? (stats ? group_kernel<A, true, true, SETS> : group_kernel<A, true, false, SETS>)
+              : (stats ? group_kernel<A, false, true, SETS> : group_kernel<A, false, false, SETS>);
+}
+
 /* The kernel of warp groups; NULL where the program has none or it does not serve. */
-static score_kernel group_kernel_of(const score_args &a, bool bf16, bool stats, size_t *shared) {
+static score_kernel group_kernel_of(const score_args &a, bool bf16, bool stats, size_t *shared,
+                                    int *threads) {
   score_kernel k = nullptr;
+  const int sets = a.columns > GROUP_COLUMNS && a.k_dim <= 128 ? 2 : 1,
+            groups = groups_of(a.k_dim, stats, sets);
   (void)bf16;
   if (a.columns <= 64) return k; /* a group would be idle */
-#define RDKV_CUDA__CASE(dim)                                                                      \
-  case dim:                                                                                       \
-    k = bf16 ? (stats ? group_kernel<dim / 64, true, true> : group_kernel<dim / 64, true, false>) \
-             : (stats ? group_kernel<dim / 64, false, true>                                       \
-                      : group_kernel<dim / 64, false, false>);                                    \
+#define RDKV_CUDA__CASE(dim)                                                                  \
+  case dim:                                                                                   \
+    k = sets == 1 ? group_kernel_for<dim / 64, 1>(bf16, stats) : group_kernel_for < dim / 64, \
+    dim <= 128 ? 2 : 1 > (bf16, stats);                                                       \
     break;
   switch (a.k_dim) {
 #if defined(RDKV_CUDA_V_DIM) && RDKV_CUDA_V_DIM > 0
@@ -10061,9 +10098,8 @@ static score_kernel group_kernel_of(const score_args &a, bool bf16, bool stats, 
 #undef RDKV_CUDA__CASE
   cudaFuncAttributes is;
   const void *f = reinterpret_cast<const void *>(k);
-  *shared = group_shared(a.k_dim);
-  if (k && (cudaFuncGetAttributes(&is, f) != cudaSuccess ||
-            is.maxThreadsPerBlock < 128 * groups_of(a.k_dim) ||
+  *shared = group_shared(a.k_dim, groups, sets), *threads = 128 * groups;
+  if (k && (cudaFuncGetAttributes(&is, f) != cudaSuccess || is.maxThreadsPerBlock < *threads ||
             cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(*shared)) != cudaSuccess)) {
     cudaGetLastError();
@@ -10455,12 +10491,14 @@ static cudaError_t score_by(const rdkv_config *cfg, const rdkv_kv *kv, uint32_t 
   if (n == 0) return cudaSuccess;
   const bool bf16 = kv[0].k.dtype == RDKV_BF16;
   size_t stats_shared = 0, shared = 0;
+  int stats_threads = THREADS, threads = THREADS;
   score_kernel stats = nullptr, weigh = nullptr;
   if (tensor) {
-    stats = group_kernel_of(a, bf16, true, &stats_shared);
-    weigh = group_kernel_of(a, bf16, false, &shared);
+    stats = group_kernel_of(a, bf16, true, &stats_shared, &stats_threads);
+    weigh = group_kernel_of(a, bf16, false, &shared, &threads);
   }
   const bool grouped = stats && weigh;
+  if (!grouped) stats_threads = threads = THREADS;
   if (tensor && !grouped) {
     stats = tensor_kernel_of(a, bf16, true, &stats_shared);
     weigh = tensor_kernel_of(a, bf16, false, &shared);
@@ -10473,9 +10511,11 @@ static cudaError_t score_by(const rdkv_config *cfg, const rdkv_kv *kv, uint32_t 
                                                           : out_rows_kernel<false>;
   if (!sum_v) a.out = nullptr;
   a.status = status, a.seen = seen, a.lse_stride = lse_stride, a.given = lse != nullptr;
-  const int threads = grouped ? 128 * groups_of(a.k_dim) : THREADS;
   if (grouped) /* a block has a multiprocessor for itself */
     split_tokens(a, heads * least(static_cast<uint32_t>(n_items), ITEMS), 1, &a.split, &a.splits);
+  /* few enough blocks for all to be there at once, or many */
+  const uint32_t each = n / (4 * THREADS) * heads > 4 * 132 ? 8 : 4;
+  const score_kernel pooled = each == 8 ? pool_kernel<8> : pool_kernel<4>;
   for (int first = 0, of = 0; first < n_items; first += of) {
     item_list list = items_of(kv, layers, n_items, first, &of);
     for (int i = 0; i < of; ++i) {
@@ -10487,14 +10527,13 @@ static cudaError_t score_by(const rdkv_config *cfg, const rdkv_kv *kv, uint32_t 
     const dim3 v_grid(static_cast<uint32_t>(a.v_splits), heads, items);
     const dim3 queries(static_cast<uint32_t>(a.k_dim + 31) / 32, heads, items);
     const dim3 pool(
-        (n + 4 * THREADS - 1) / (4 * THREADS) + static_cast<uint32_t>(channel_blocks(a)), heads,
-        items);
+        heads, static_cast<uint32_t>(channel_blocks(a)) + (n - 1) / (each * THREADS) + 1, items);
     cudaError_t e = cudaSuccess;
     if (plain) query_kernel<<<queries, THREADS, 0, stream>>>(a, list);
-    if (!lse) e = launch_score(stats, grid, threads, stats_shared, false, stream, a, list);
+    if (!lse) e = launch_score(stats, grid, stats_threads, stats_shared, false, stream, a, list);
     if (!e) e = launch_score(weigh, grid, threads, shared, grouped && !lse, stream, a, list);
     if (!e && sum_v) e = launch_score(sum_v, v_grid, THREADS, 0, grouped, stream, a, list);
-    if (!e) e = launch_score(pool_kernel, pool, THREADS, 0, grouped, stream, a, list);
+    if (!e) e = launch_score(pooled, pool, THREADS, 0, grouped, stream, a, list);
     if (e) return e;
   }
   return cudaGetLastError();
