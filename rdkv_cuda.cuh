@@ -7279,10 +7279,10 @@ enum {
   MORE = 4,       /* as RDKV__MORE */
   MARGIN = 128,   /* tokens above the threshold: more than all levels' last tiles may lack */
   BATCH = 2,      /* tokens that a thread asks for at once */
-  ARRIVALS = 4,   /* of distortions on their way to shared memory, one after the other */
   SORT = 1024,    /* keys of a level that a block lists in shared memory */
   PAIR_WORDS = 4, /* of a head's level while the budget is spent */
   BUCKETS = 512,  /* of a short list */
+  NEAR = 4096,    /* tokens of a list whose slopes are kept */
   SOLVE_WORDS = 4 * SORT * 2, /* of shared memory beside them */
   TEAM = 16,                  /* blocks of a cluster that solves by itself, at most */
   TEAM_PART = 2048            /* tokens from which a block has company */
@@ -7330,6 +7330,7 @@ struct solve_args {
   uint32_t *bins[3];  /* [heads][BINS], used in turn: counted in, read, cleared */
   u64 *hist[3];       /* [BINS] */
   u64 *list;          /* [heads][4][capacity] slope above inverted index: greater is better */
+  uint4 *slopes;      /* [heads][4][least(capacity, NEAR)] of the tokens of the lists */
   u64 *offers;        /* [heads][4][max_offers] such keys of tiles that may come next */
   uint32_t *pairs;    /* [PAIR_WORDS][heads * 4] where there are more than SOLVE */
   uint8_t *pin;       /* [heads][n] lowest levels, or NULL */
@@ -7460,6 +7461,7 @@ struct unit {
   const uint8_t *pin;
   uint8_t *v_bits, *k_bits;
   u64 *list;
+  uint4 *slopes;
   v_costs costs;
   alignas(16) float dk[4 * MAX_DIM]; /* as kd */
 };
@@ -7483,6 +7485,7 @@ __device__ __noinline__ void enter_unit(const solve_args &a, uint32_t first, uin
     x.pin = a.pin ? a.pin + static_cast<size_t>(head) * a.n : nullptr;
     x.v_bits = view.v_bits + row * a.n, x.k_bits = view.k_bits + row * kd;
     x.list = a.list + static_cast<size_t>(head) * 4 * a.capacity;
+    x.slopes = a.slopes + static_cast<size_t>(head) * 4 * least(a.capacity, NEAR);
   }
   __syncthreads();
   stage_floats(x.dk, x.kd, 4 * static_cast<uint32_t>(a.k_dim));
@@ -7573,27 +7576,17 @@ struct solver {
     __syncthreads();
     if (!staged || blockIdx.x >= n * slices) return;
     const unit &x = enter(blockIdx.x);
-    const uint32_t m = x.t1 - x.t0, each = stretch();
+    const uint32_t m = x.t1 - x.t0;
+    const bool whole = ((reinterpret_cast<uintptr_t>(x.v) | 4 * a.n) & 15) == 0;
 #pragma unroll 1
-    for (uint32_t q = 0; q < ARRIVALS; ++q) { /* each_token() waits for them */
-      const uint32_t t = q * each;
+    for (uint32_t l = 0; l < 5; ++l) { /* each_token() waits for them */
+      float *to = distortions() + l * slice;
+      const float *from = x.v + l * static_cast<size_t>(a.n) + x.t0;
+      if (!whole) stage_floats(to, from, m);
 #pragma unroll 1
-      for (uint32_t l = 0; l < 5 && t < m; ++l)
-        stage_floats(distortions() + l * slice + t, x.v + l * static_cast<size_t>(a.n) + x.t0 + t,
-                     least(each, m - t));
-      asm volatile("cp.async.commit_group;" ::: "memory");
+      for (uint32_t t = 4 * threadIdx.x; t < m && whole; t += 4 * SOLVE)
+        copy_16(rdkv_cuda__shared_address(to + t), reinterpret_cast<const char *>(from + t));
     }
-  }
-  /* Waits until so many stretches are late at most. */
-  __device__ static void arrive(uint32_t late) {
-    if (late == 3) asm volatile("cp.async.wait_group 3;" ::: "memory");
-    if (late == 2) asm volatile("cp.async.wait_group 2;" ::: "memory");
-    if (late == 1) asm volatile("cp.async.wait_group 1;" ::: "memory");
-    if (late == 0) asm volatile("cp.async.wait_group 0;" ::: "memory");
-  }
-  /* Tokens that arrive together. */
-  __device__ uint32_t stretch() const {
-    return (slice + ARRIVALS * SOLVE - 1) / (ARRIVALS * SOLVE) * SOLVE;
   }
   __device__ unit &enter(uint32_t u) const {
     if (solve_unit().number != u) enter_unit(a, first, slice, slices, u);
@@ -7806,14 +7799,17 @@ __device__ __noinline__ uint32_t choose_k(const solve_args &a, uint32_t n_tokens
         k_rank[tid] = 0;
       }
       __syncthreads();
+      u64 own[EACH];
+#pragma unroll
+      for (uint32_t o = 0; o < EACH; ++o) own[o] = o < each ? k_key[first + o] : 0;
 #pragma unroll 1
-      for (uint32_t o = first; o < first + each; o += 4) {
-        const u64 k0 = k_key[o], k1 = k_key[o + 1], k2 = k_key[o + 2], k3 = k_key[o + 3];
-        for (uint32_t c = lane; c < kd; c += 32) {
-          const u64 key = k_key[c];
-          const uint32_t above = (k0 > key) + (k1 > key) + (k2 > key) + (k3 > key);
-          if (above) atomicAdd(&k_rank[c], above);
-        }
+      for (uint32_t c = lane; c < kd; c += 32) {
+        const u64 key = k_key[c];
+        uint32_t above = 0;
+#pragma unroll
+        for (uint32_t o = 0; o < EACH; ++o)
+          if (o < EACH / 2 || each > EACH / 2) above += own[o] > key;
+        if (key && above) atomicAdd(&k_rank[c], above);
       }
       __syncthreads();
       if (tid < kd) rank = k_rank[tid];
@@ -7868,18 +7864,11 @@ __device__ __forceinline__ void each_token(solver &s, Begin begin, F f, Skip ski
     const float *d = s.staged ? s.distortions() - t0 : x.v;
     const size_t stride = s.staged ? s.slice : n;
     const uint8_t *pin = x.pin;
-    const uint32_t floor = begin(x);
-    uint32_t there = s.choose == FRESH && s.staged ? t0 : t1, late = ARRIVALS;
+    staged_floats();
+    const uint32_t floor = begin(x); /* the threads meet there */
 #pragma unroll 1
-    for (uint32_t base = t0; base < t1; base += BATCH * SOLVE) {
-      const uint32_t t = base + threadIdx.x;
-      for (; there < least(base + BATCH * SOLVE, t1); there += s.stretch()) {
-        s.arrive(--late);
-        __syncthreads();
-      }
+    for (uint32_t t = t0 + threadIdx.x; t < t1 + (-t1 & 31); t += BATCH * SOLVE) { /* by warps */
       float y[BATCH][5];
-      uint32_t slope[BATCH][4];
-      bool any = pin;
 #pragma unroll
       for (uint32_t b = 0; b < BATCH; ++b)
 #pragma unroll
@@ -7888,25 +7877,22 @@ __device__ __forceinline__ void each_token(solver &s, Begin begin, F f, Skip ski
 #pragma unroll
       for (uint32_t b = 0; b < BATCH; ++b) {
         float first = 0; /* slope: the largest */
+        uint32_t slope[4];
 #pragma unroll
         for (int l = 0; l < 5; ++l) {
           top = most(top, __float_as_uint(y[b][l]));
           if (l) first = fmaxf(first, __fmul_rn(__fsub_rn(y[b][0], y[b][l]), c.inv[0][l]));
         }
-        any |= __float_as_uint(first) >= floor;
-      }
-      if (!__any_sync(FULL, any)) {
-#pragma unroll
-        for (uint32_t b = 0; b < BATCH; ++b)
+        if (!__any_sync(FULL, pin || __float_as_uint(first) >= floor)) {
           if (t + b * SOLVE < t1) skip(t + b * SOLVE);
-        continue;
-      }
-#pragma unroll
-      for (uint32_t b = 0; b < BATCH; ++b) {
-        slopes_of(y[b], c, slope[b]); /* of zeroes beyond the end */
-        if (t + b * SOLVE >= t1) continue;
-        if (pin) pinned_slopes(y[b], c, pin[t + b * SOLVE], slope[b]);
-        f(t + b * SOLVE, slope[b]);
+          continue;
+        }
+        slopes_of(y[b], c, slope); /* of zeroes beyond the end */
+        if (t + b * SOLVE < t1) {
+          if (pin) pinned_slopes(y[b], c, pin[t + b * SOLVE], slope);
+          f(t + b * SOLVE, slope);
+        }
+        __syncwarp();
       }
     }
     if (s.choose == FRESH && x.k == 0) { /* K is looked through, too */
@@ -8173,6 +8159,19 @@ __device__ __noinline__ void sort_long(u64 *keys, uint32_t n) {
   __syncthreads();
 }
 
+/* Slopes of a token of the unit's head, where not all tokens are looked at at once. */
+__device__ __forceinline__ uint4 slopes_at(const solve_args &a, uint32_t t) {
+  const unit &x = solve_unit();
+  const float *d = x.v + t;
+  float y[5];
+  uint32_t slope[4];
+#pragma unroll
+  for (uint32_t j = 0; j < 5; ++j) y[j] = d[static_cast<size_t>(j) * a.n];
+  slopes_of(y, x.costs, slope);
+  if (x.pin) pinned_slopes(y, x.costs, x.pin[t], slope);
+  return make_uint4(slope[0], slope[1], slope[2], slope[3]);
+}
+
 /* A level's list of a head, what is offered of it, and the buckets that it is sorted by. */
 struct listing {
   uint32_t m, from, shift, tiles, n_offers, above;
@@ -8189,9 +8188,11 @@ __device__ __forceinline__ uint32_t bucket_of(u64 key, const listing &x) {
 
 /* Puts the lists of some levels in order, the greatest key first, for which there is shared memory:
    into buckets by slope, then by rank within the bucket. */
-__device__ __noinline__ void sort_short(u64 *lists, size_t capacity, uint32_t levels) {
+__device__ __noinline__ void sort_short(const solve_args &a, uint32_t levels) {
   __shared__ uint32_t bucket_end[4][BUCKETS]; /* keys of this bucket and those above */
   u64 *const memory = reinterpret_cast<u64 *>(solve_shared), *keys = memory;
+  u64 *const lists = solve_unit().list;
+  const size_t capacity = a.capacity;
   const uint32_t tid = threadIdx.x, bucket = BUCKETS - 1 - tid;
   __syncthreads();
 #pragma unroll
@@ -8230,32 +8231,22 @@ __device__ __noinline__ void sort_short(u64 *lists, size_t capacity, uint32_t le
     const listing x = solve_listing(l);
     for (uint32_t j = tid; j < x.m; j += SOLVE) {
       const u64 key = keys[j];
+      const uint4 slopes = slopes_at(a, ~static_cast<uint32_t>(key));
       const uint32_t b = bucket_of(key, x), end = b > 0 ? bucket_end[l][b - 1] : x.m;
       uint32_t rank = bucket_end[l][b];
       for (uint32_t o = rank; o < end; ++o) rank += keys[o] > key;
       lists[l * capacity + rank] = key;
+      if (rank < NEAR) solve_unit().slopes[l * least(a.capacity, NEAR) + rank] = slopes;
     }
     keys += x.m;
   }
   __syncthreads();
 }
 
-/* Slopes of a token of the unit's head, where not all tokens are looked at at once. */
-__device__ __forceinline__ void slopes_at(const solver &s, uint32_t t, uint32_t slope[4]) {
-  const unit &x = solve_unit();
-  const float *d = x.v + t;
-  float y[5];
-#pragma unroll
-  for (uint32_t j = 0; j < 5; ++j) y[j] = d[static_cast<size_t>(j) * s.a.n];
-  slopes_of(y, x.costs, slope);
-  if (x.pin) pinned_slopes(y, x.costs, x.pin[t], slope);
-}
-
 /* Its key for a level; slopes below the floor as 0. */
 __device__ __noinline__ u64 key_of(const solver &s, uint32_t t, uint32_t l, uint32_t floor) {
-  uint32_t slope[4];
-  slopes_at(s, t, slope);
-  const uint32_t y = l == 0 ? slope[0] : l == 1 ? slope[1] : l == 2 ? slope[2] : slope[3];
+  const uint4 slope = slopes_at(s.a, t);
+  const uint32_t y = l == 0 ? slope.x : l == 1 ? slope.y : l == 2 ? slope.z : slope.w;
   return static_cast<u64>(y >= floor ? y : 0) << 32 | static_cast<uint32_t>(~t);
 }
 
@@ -8276,7 +8267,7 @@ __device__ __forceinline__ void offer(solver &s, const unit &x, const cut &at) {
 #pragma unroll
     for (uint32_t j = 0; j < HIGH; ++j) high[j] = bins[FINE - HIGH + j];
     listing y = {h->n_list[tid], from, 0, 0, 0, h->n_sure[tid]};
-    const uint32_t span = ((to == ~0u ? 0x7f800000u : to) - from) / BUCKETS;
+    const uint32_t span = (to == ~0u ? 2u << 23 : to - from) / BUCKETS; /* two octaves */
     y.shift = span > 0 ? 32 - static_cast<uint32_t>(__clz(static_cast<int>(span))) : 0;
     y.tiles = tiles_at(s, have, some ? high : nullptr, pinned);
     if (at.bin > 0 && some && s.round_up == 0) {
@@ -8299,15 +8290,15 @@ __device__ __forceinline__ void offer(solver &s, const unit &x, const cut &at) {
     if (x.k == k) levels |= 1u << l, all += solve_listing(l).m;
   }
   if (lists && s.take_memory(all, 8)) {
-    sort_short(x.list, capacity, levels);
+    sort_short(s.a, levels);
   } else if (lists) {
 #pragma unroll 1
     for (uint32_t l = 0; l < 4; ++l) {
       if (!(levels >> l & 1)) continue;
       if (s.take_memory(solve_listing(l).m, 8))
-        sort_short(x.list, capacity, 1u << l);
+        sort_short(s.a, 1u << l);
       else
-        sort_long(x.list + l * capacity, solve_listing(l).m);
+        sort_long(x.list + l * capacity, solve_listing(l).m); /* more than NEAR */
     }
   }
 #pragma unroll 1
@@ -8438,25 +8429,23 @@ __device__ __forceinline__ void collect(solver &s, const cut &at) {
         return least(least(w.from[0], w.from[1]), least(w.from[2], w.from[3]));
       },
       [&](uint32_t t, const uint32_t *slope) {
-        bool sure = true;
-        int level = 0;
+        uint32_t level = 0; /* that is sure */
+#pragma unroll
+        for (uint32_t l = 0; l < 4; ++l) level += level == l && slope[l] >= w.to[l];
+        if (level) taken += 0x0001000100010001ull >> (64 - 16 * level);
 #pragma unroll
         for (uint32_t l = 0; l < 4; ++l) {
-          sure = sure && slope[l] >= w.to[l];
-          level += sure;
-          taken += static_cast<u64>(sure) << (16 * l);
-          if (!sure && slope[l] >= w.from[l]) {
-            const u64 key = static_cast<u64>(slope[l]) << 32 | static_cast<uint32_t>(~t);
-            uint32_t to = atomicAdd(&listed[l], 1u);
-            if (to < SORT) {
-              here[l * SORT + to] = key;
-            } else {
-              to = atomicAdd(&h->n_list[l], 1u);
-              if (to < capacity) list[l * static_cast<size_t>(capacity) + to] = key;
-            }
+          if (l < level || slope[l] < w.from[l]) continue;
+          const u64 key = static_cast<u64>(slope[l]) << 32 | static_cast<uint32_t>(~t);
+          uint32_t to = atomicAdd(&listed[l], 1u);
+          if (to < SORT) {
+            here[l * SORT + to] = key;
+          } else {
+            to = atomicAdd(&h->n_list[l], 1u);
+            if (to < capacity) list[l * static_cast<size_t>(capacity) + to] = key;
           }
         }
-        v_bits[t] = static_cast<uint8_t>(width_of(level));
+        v_bits[t] = static_cast<uint8_t>(width_of(static_cast<int>(level)));
       },
       [&](uint32_t t) { v_bits[t] = 0; },
       [&](const unit &) {
@@ -8553,7 +8542,6 @@ __device__ __noinline__ void raise_first(uint8_t *bits, uint32_t n, uint8_t from
    key that rises is found: a token's level is the one up to which its keys are no less. */
 __device__ __forceinline__ bool raise_listed(solver &s, const unit &x, const uint32_t *tiles,
                                              uint32_t floor) {
-  enum { AHEAD = 4 };
   __shared__ u64 listed_limit[4];
   const solve_head *h = x.h;
   uint8_t *v_bits = x.v_bits;
@@ -8567,47 +8555,25 @@ __device__ __forceinline__ bool raise_listed(solver &s, const unit &x, const uin
   }
 #pragma unroll
   for (uint32_t l = 0; l < 4; ++l) first[l + 1] = first[l] + n[l];
-  uint4 *const slopes = solve_shared; /* of all that are listed */
-  const bool room = s.take_memory(first[4], 16);
-  const auto look = [&](u64 key) {
-    uint32_t slope[4];
-    slopes_at(s, ~static_cast<uint32_t>(key), slope);
-    return make_uint4(slope[0], slope[1], slope[2], slope[3]);
-  };
-  const auto key_at = [&](uint32_t e) {
-    const uint32_t l = (e >= first[1]) + (e >= first[2]) + (e >= first[3]);
-    const uint32_t at = e - (l == 0 ? 0 : l == 1 ? first[1] : l == 2 ? first[2] : first[3]);
-    return lists[l * capacity + at];
-  };
+  /* of all that are listed, if there is room */
+  const bool room = most(most(n[0], n[1]), most(n[2], n[3])) <= NEAR && s.take_memory(first[4], 24);
+  uint4 *const slopes = solve_shared;
+  u64 *const keys = reinterpret_cast<u64 *>(solve_shared + first[4]);
   __syncthreads();
-#pragma unroll 1
-  for (uint32_t e = threadIdx.x; e < first[4] && room; e += AHEAD * SOLVE) {
-    u64 key[AHEAD];
-    float y[AHEAD][5];
-    uint4 slope[AHEAD];
 #pragma unroll
-    for (uint32_t b = 0; b < AHEAD; ++b) key[b] = key_at(least(e + b * SOLVE, first[4] - 1));
-#pragma unroll
-    for (uint32_t b = 0; b < AHEAD; ++b) /* all are asked for before any is waited for */
-#pragma unroll
-      for (uint32_t l = 0; l < 5; ++l)
-        y[b][l] = x.v[l * static_cast<size_t>(s.a.n) + ~static_cast<uint32_t>(key[b])];
-#pragma unroll
-    for (uint32_t b = 0; b < AHEAD; ++b) {
-      uint32_t to[4];
-      slopes_of(y[b], x.costs, to);
-      if (x.pin) pinned_slopes(y[b], x.costs, x.pin[~static_cast<uint32_t>(key[b])], to);
-      slope[b] = make_uint4(to[0], to[1], to[2], to[3]);
+  for (uint32_t l = 0; l < 4; ++l)
+    for (uint32_t j = threadIdx.x; j < n[l] && room; j += SOLVE) {
+      slopes[first[l] + j] = x.slopes[l * least(s.a.capacity, NEAR) + j];
+      keys[first[l] + j] = lists[l * capacity + j];
     }
-#pragma unroll
-    for (uint32_t b = 0; b < AHEAD; ++b)
-      if (e + b * SOLVE < first[4]) slopes[e + b * SOLVE] = slope[b];
-  }
   __syncthreads();
+  const auto key_at = [&](uint32_t l, uint32_t j) {
+    return room ? keys[first[l] + j] : lists[l * capacity + j];
+  };
   u64 limit[4] = {0, 0, 0, 0};
   /* the level, `most` at most, of a token that is listed */
   const auto level_at = [&](uint32_t e, u64 key, uint32_t highest) {
-    const uint4 y = room ? slopes[e] : look(key);
+    const uint4 y = room ? slopes[e] : slopes_at(s.a, ~static_cast<uint32_t>(key));
     const uint32_t slope[4] = {y.x, y.y, y.z, y.w}, token = static_cast<uint32_t>(key);
     uint32_t level = 0;
 #pragma unroll
@@ -8618,31 +8584,36 @@ __device__ __forceinline__ bool raise_listed(solver &s, const unit &x, const uin
   uint32_t at_level = s.a.n;
 #pragma unroll
   for (uint32_t l = 0; l < 4; ++l) {
-    const u64 *keys = lists + l * capacity;
     const uint32_t each = (n[l] + SOLVE - 1) / SOLVE;
     const uint32_t j0 = least(threadIdx.x * each, n[l]), j1 = least(j0 + each, n[l]);
     const uint32_t want = reach_of(tiles[l], pinned[l], at_level);
     at_level = want;
     u64 mine = 0, all;
-    for (uint32_t j = j0; j < j1; ++j) mine += l == 0 || level_at(first[l] + j, keys[j], l) == l;
+    for (uint32_t j = j0; j < j1; ++j)
+      mine += l == 0 || level_at(first[l] + j, key_at(l, j), l) == l;
     uint32_t before = static_cast<uint32_t>(solve_scan(mine, &all));
     if (want < sure[l] || (all + sure[l] < want && from[l] > floor)) return false;
     const uint32_t need = want - sure[l];
     if (threadIdx.x == 0) listed_limit[l] = need >= all ? static_cast<u64>(from[l]) << 32 : ~0ull;
     __syncthreads();
     for (uint32_t j = j0; j < j1 && before < need && need < all; ++j)
-      if ((l == 0 || level_at(first[l] + j, keys[j], l) == l) && ++before == need)
-        listed_limit[l] = keys[j];
+      if ((l == 0 || level_at(first[l] + j, key_at(l, j), l) == l) && ++before == need)
+        listed_limit[l] = key_at(l, j);
     __syncthreads();
     limit[l] = listed_limit[l];
     fill[l] = need > all ? need - static_cast<uint32_t>(all) : 0;
     /* all that are listed must lie below those that are sure */
     if (sure[l] > 0 && limit[l] >> 32 >= to[l]) return false;
   }
-  for (uint32_t e = threadIdx.x; e < first[4]; e += SOLVE) {
-    const u64 key = key_at(e);
-    v_bits[~static_cast<uint32_t>(key)] =
-        static_cast<uint8_t>(width_of(static_cast<int>(level_at(e, key, 4))));
+#pragma unroll 1
+  for (uint32_t l = 0; l < 4; ++l) {
+    const uint32_t m = l == 0 ? n[0] : l == 1 ? n[1] : l == 2 ? n[2] : n[3];
+    const uint32_t e = l == 0 ? 0 : l == 1 ? first[1] : l == 2 ? first[2] : first[3];
+    for (uint32_t j = threadIdx.x; j < m; j += SOLVE) {
+      const u64 key = room ? keys[e + j] : lists[l * capacity + j];
+      v_bits[~static_cast<uint32_t>(key)] =
+          static_cast<uint8_t>(width_of(static_cast<int>(level_at(e + j, key, 4))));
+    }
   }
 #pragma unroll
   for (uint32_t l = 0; l < 4; ++l) {
@@ -10214,6 +10185,7 @@ static void layout_solve(const rdkv_config *cfg, int n_layers, uint32_t n, void 
   s->m.take(&s->a.layers, static_cast<uint64_t>(n_layers));
   s->m.take(&s->a.heads, heads);
   s->m.take(&s->a.list, paper ? 0 : heads * 4 * s->a.capacity);
+  s->m.take(&s->a.slopes, paper ? 0 : heads * 4 * least(s->a.capacity, NEAR));
   s->a.max_offers = n / TILE + 1;
   s->m.take(&s->a.offers, paper ? 0 : heads * 4 * s->a.max_offers);
   s->m.take(&s->a.pairs, paper || 4 * heads <= SOLVE ? 0 : PAIR_WORDS * 4 * heads);
