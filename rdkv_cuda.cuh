@@ -7270,7 +7270,8 @@ __global__ void __launch_bounds__(THREADS, 4)
   }
 }
 
-/* ---- allocate : one cooperative kernel, whose blocks all go through the steps of rdkv__solve */
+/* ---- allocate : one kernel, a cluster or cooperative, whose blocks all go through the steps of
+   rdkv__solve */
 
 enum {
   SOLVE = 512,    /* threads of a block, as many as there are fine bins */
@@ -7519,14 +7520,26 @@ __device__ __noinline__ void solve_sync(uint32_t *counter, uint32_t phase) {
 #endif
   __syncthreads();
   if (threadIdx.x == 0) {
-    volatile uint32_t *barrier = counter;
-    __threadfence();
-    atomicAdd(counter, 1u);
-    while (*barrier < phase * gridDim.x) {
-    }
-    __threadfence();
+    uint32_t seen;
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    } while (seen < phase * gridDim.x);
   }
   __syncthreads();
+}
+
+/* True in all threads of the head's block that is the last one to get here. */
+__device__ __forceinline__ bool last_unit(uint32_t *done, uint32_t units) {
+  __shared__ uint32_t before[1];
+  __syncthreads();
+  if (threadIdx.x == 0)
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+                 : "=r"(before[0])
+                 : "l"(done)
+                 : "memory");
+  __syncthreads();
+  return before[0] == units - 1;
 }
 
 /* block_scan() with memory of its own. */
@@ -8071,7 +8084,7 @@ __device__ __forceinline__ void fine_bins(solver &s, float base) {
           const uint32_t n = count[b];
           if (n) atomicAdd(&s.bins(x.i)[b], n);
         }
-        if (!last_block(&x.h->done, s.slices)) return;
+        if (!last_unit(&x.h->done, s.slices)) return;
         add_up(s, x);
         if (threadIdx.x == 0) x.h->done = 0;
       });
@@ -8106,32 +8119,37 @@ __device__ __forceinline__ uint32_t last_offer(uint32_t below, uint32_t tiles) {
 
 __device__ __forceinline__ void find_windows(const solver &s, const unit &x, const cut &at,
                                              windows *out) {
-  __shared__ uint32_t window_low[4], window_high[4];
+  __shared__ uint32_t window_low[4], window_high[4], window_here[4], window_enough[4];
   const uint32_t tid = threadIdx.x, bin = at.bin;
   __syncthreads();
+  if (tid < 4) window_low[tid] = at.floor(), window_high[tid] = ~0u;
   if (bin < FINE) {
-    uint32_t here[4], n[4], above[4], below[4], high[4][HIGH], pinned[4];
+    uint32_t n[4], above[4];
 #pragma unroll
     for (uint32_t l = 0; l < 4; ++l) { /* all are asked for before any is waited for */
       const uint32_t *bins = s.bins(x.i) + l * FINE;
-      here[l] = bins[bin], n[l] = bins[tid], above[l] = tid + 1 < FINE ? bins[tid + 1] : 0;
-      below[l] = bins[bin > 0 ? bin - 1 : 0], pinned[l] = x.h->pinned[l + 1];
-      for (uint32_t j = 0; j < HIGH; ++j) high[l][j] = bins[FINE - HIGH + j];
+      n[l] = bins[tid], above[l] = tid + 1 < FINE ? bins[tid + 1] : 0;
     }
-    if (tid < 4) window_low[tid] = at.floor(), window_high[tid] = ~0u;
+    if (tid < 4) { /* a level each */
+      const uint32_t *bins = s.bins(x.i) + tid * FINE;
+      const uint32_t here = bins[bin], below = bins[bin > 0 ? bin - 1 : 0];
+      const uint32_t pinned = x.h->pinned[tid + 1];
+      uint32_t high[HIGH];
+#pragma unroll
+      for (uint32_t j = 0; j < HIGH; ++j) high[j] = bins[FINE - HIGH + j];
+      const uint32_t tiles = tiles_at(s, here, high, pinned);
+      window_here[tid] = here, window_enough[tid] = last_offer(below, tiles) * TILE + 3 * TILE;
+    }
     __syncthreads();
 #pragma unroll
     for (uint32_t l = 0; l < 4; ++l) {
       /* the bin of this thread is the one in which so many tokens have come together */
-      const uint32_t tiles = tiles_at(s, here[l], high[l], pinned[l]);
-      const uint32_t enough = last_offer(below[l], tiles) * TILE + 3 * TILE;
-      if (tid >= bin && tid + 1 < FINE && here[l] - above[l] >= MARGIN && here[l] - n[l] < MARGIN)
+      const uint32_t here = window_here[l], enough = window_enough[l];
+      if (tid >= bin && tid + 1 < FINE && here - above[l] >= MARGIN && here - n[l] < MARGIN)
         window_high[l] = fine_edge(at.base, tid + 1);
       if (tid < bin && n[l] >= enough && above[l] < enough)
         window_low[l] = most(fine_edge(at.base, tid), 1);
     }
-  } else if (tid < 4) {
-    window_low[tid] = at.floor(), window_high[tid] = ~0u;
   }
   __syncthreads();
 #pragma unroll
@@ -8348,8 +8366,8 @@ struct spending {
    rest one by one. */
 __device__ __forceinline__ void spend(const solver &s, const cut &at, u64 left, const spending &p) {
   enum { LANES = 8 }; /* that look at the offers of a level */
-  __shared__ u64 spend_bytes[FINE], spend_key[SOLVE / 32], spend_before[1];
-  __shared__ uint32_t spend_who[SOLVE / 32];
+  __shared__ u64 spend_key[SOLVE / 32], spend_before[1];
+  __shared__ uint32_t spend_who[SOLVE / 32], spend_bytes[FINE]; /* of 64 */
   __shared__ int spend_found[1];
   const uint32_t tid = threadIdx.x, lane = tid & 31, n = 4 * s.n_heads;
   const uint32_t bottom = fine_edge(at.base, at.bin - 1);
@@ -8361,13 +8379,12 @@ __device__ __forceinline__ void spend(const solver &s, const cut &at, u64 left, 
     const u64 *offers = s.offers(q / 4, q % 4);
     for (uint32_t j = tid % LANES; j < p.n_offers[q]; j += LANES) {
       const uint32_t slope = static_cast<uint32_t>(offers[j] >> 32);
-      if (slope >= bottom)
-        atomicAdd(&spend_bytes[(slope - bottom) >> 6], static_cast<u64>(p.cost[q]));
+      if (slope >= bottom) atomicAdd(&spend_bytes[(slope - bottom) >> 6], p.cost[q] / 64);
     }
   }
   __syncthreads();
   const uint32_t bin = FINE - 1 - tid;
-  const u64 here = spend_bytes[bin], before = solve_scan(here, &all);
+  const u64 here = 64ull * spend_bytes[bin], before = solve_scan(here, &all);
   if (before + here > left) atomicMax(&spend_found[0], static_cast<int>(bin));
   __syncthreads();
   const int found = spend_found[0]; /* the highest bin that is too much */
@@ -8410,7 +8427,7 @@ __device__ __forceinline__ void spend(const solver &s, const cut &at, u64 left, 
 
 /* Gives every token the level that is sure, and lists the tokens of the windows. */
 __device__ __forceinline__ void collect(solver &s, const cut &at) {
-  __shared__ uint32_t listed[4], listed_to[4];
+  __shared__ uint32_t listed[4], listed_to[4], surely[4];
   u64 *const here = reinterpret_cast<u64 *>(solve_shared); /* [4][SORT] */
   windows w;
   solve_head *h = nullptr;
@@ -8423,7 +8440,7 @@ __device__ __forceinline__ void collect(solver &s, const cut &at) {
       [&](const unit &x) {
         h = x.h, v_bits = x.v_bits, list = x.list;
         find_windows(s, x, at, &w);
-        if (threadIdx.x < 4) listed[threadIdx.x] = 0;
+        if (threadIdx.x < 4) listed[threadIdx.x] = surely[threadIdx.x] = 0;
         taken = 0;
         __syncthreads();
         return least(least(w.from[0], w.from[1]), least(w.from[2], w.from[3]));
@@ -8453,13 +8470,15 @@ __device__ __forceinline__ void collect(solver &s, const cut &at) {
         for (uint32_t l = 0; l < 4; ++l) {
           const uint32_t n =
               __reduce_add_sync(FULL, static_cast<uint32_t>(taken >> (16 * l) & 0xffff));
-          if (threadIdx.x % 32 == 0 && n) atomicAdd(&h->n_sure[l], n);
+          if (threadIdx.x % 32 == 0 && n) atomicAdd(&surely[l], n);
           if (threadIdx.x == 0) h->list_from[l] = w.from[l], h->sure_from[l] = w.to[l];
         }
         __syncthreads();
-        if (threadIdx.x < 4)
+        if (threadIdx.x < 4) {
           listed_to[threadIdx.x] =
               atomicAdd(&h->n_list[threadIdx.x], least(listed[threadIdx.x], SORT));
+          if (surely[threadIdx.x]) atomicAdd(&h->n_sure[threadIdx.x], surely[threadIdx.x]);
+        }
         __syncthreads();
 #pragma unroll
         for (uint32_t l = 0; l < 4; ++l)
@@ -8571,7 +8590,7 @@ __device__ __forceinline__ bool raise_listed(solver &s, const unit &x, const uin
     return room ? keys[first[l] + j] : lists[l * capacity + j];
   };
   u64 limit[4] = {0, 0, 0, 0};
-  /* the level, `most` at most, of a token that is listed */
+  /* the level, the highest at most, of a token that is listed */
   const auto level_at = [&](uint32_t e, u64 key, uint32_t highest) {
     const uint4 y = room ? slopes[e] : slopes_at(s.a, ~static_cast<uint32_t>(key));
     const uint32_t slope[4] = {y.x, y.y, y.z, y.w}, token = static_cast<uint32_t>(key);
