@@ -6853,8 +6853,10 @@ __global__ void __launch_bounds__(RDKV_CUDA__GROUP_THREADS(64 * A, STATS, SETS),
     asm volatile("cp.async.commit_group;" ::: "memory");
     copy(1, t0 + STEP);
     if (!STATS) wait_for_launches(); /* for STATS' */
-    if (!STATS && tid < COLUMNS)
-      reference[order(tid)] = reference_of(a, it, head, h, column0 + tid);
+    if (!STATS)
+#pragma unroll 1
+      for (int c = tid; c < (group == 0 ? COLUMNS : 0); c += 128)
+        reference[order(c)] = reference_of(a, it, head, h, column0 + c);
     asm volatile("cp.async.wait_group 1;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads(); /* queries and references are there */
