@@ -52,36 +52,45 @@ if has test; then
   "$bin/prefill_decode" --check > "$out/prefill_decode_check.txt" 2>&1 || failed=1
   cat "$out/prefill_decode_check.txt"
 fi
-if has sanitize; then
-  : > "$out/sanitizer.txt"
-  for tool in memcheck initcheck synccheck racecheck; do # the last takes longest
-    running= reports=
-    for test in test_cuda test_compress test_sequence; do
-      options="--error-exitcode 9 --tool $tool"
-      names=all
-      case $tool.$test in # room for all barriers; more takes more time
-        synccheck.test_cuda | synccheck.test_compress) options="$options --num-cuda-barriers 65536" ;;
-        synccheck.test_sequence) options="$options --num-cuda-barriers 4096" ;;
-        # apart: where the solver's blocks wait for one another it takes very long
-        racecheck.test_compress)
-          names="pack measure score items allocate max_error histogram stream refused graph" ;;
-        racecheck.test_sequence)
-          names="block_by_block attention chunks replays rollback fork save no_room merging" ;;
-      esac
-      [ $test = test_sequence ] && plain=plain || plain= # of graphs the tools say less
-      for name in $names; do
-        report=$test.$tool.$name
-        [ $name = all ] && name=
-        compute-sanitizer $options "$bin/$test" small $plain $name > "$out/$report" 2>&1 &
-        running="$running $!" reports="$reports $report"
-      done
+if has sanitize; then # RDKV_LIMIT: seconds for each
+  check() {
+    options="--error-exitcode 9 --tool $1"
+    name=$3
+    [ $name = all ] && name=
+    [ $2 = test_sequence ] && name="plain $name" # of graphs the tools say less
+    case $1.$2 in # room for all barriers; more takes more time
+      synccheck.test_cuda | synccheck.test_compress) options="$options --num-cuda-barriers 65536" ;;
+      synccheck.test_sequence) options="$options --num-cuda-barriers 4096" ;;
+    esac
+    timeout "${RDKV_LIMIT:-3600}" compute-sanitizer $options "$bin/$2" small $name > "$out/$2.$1.$3" 2>&1
+    code=$?
+    [ $code = 124 ] && echo "did not end in ${RDKV_LIMIT:-3600} s" >> "$out/$2.$1.$3"
+    echo "$2.$1.$3: $(tail -1 "$out/$2.$1.$3")"
+    return $code
+  }
+  together() { # TOOL TEST NAME..., side by side
+    tool=$1 test=$2
+    shift 2
+    for name; do
+      check $tool $test $name &
+      running="$running $!"
     done
-    ended
-    for report in $reports; do
-      { echo "== $report"; head -200 "$out/$report"; } >> "$out/sanitizer.txt"
-      echo "$report: $(tail -1 "$out/$report")"
-    done
+  }
+  running=
+  for tool in memcheck initcheck synccheck; do
+    for test in test_compress test_sequence test_cuda; do together $tool $test all; done
   done
+  together racecheck test_cuda all
+  together racecheck test_compress pack measure score items
+  ended
+  running= # where the solver's blocks wait for one another racecheck takes very long
+  together racecheck test_compress allocate max_error histogram stream refused graph
+  together racecheck test_sequence block_by_block chunks rollback fork save no_room merging
+  ended
+  for report in "$out"/test_*.*check.*; do
+    echo "== $(basename "$report")"
+    head -200 "$report"
+  done > "$out/sanitizer.txt"
 fi
 if has bench; then
   "$bin/bench_cuda" --csv > "$out/bench.csv" || failed=1
