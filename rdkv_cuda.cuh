@@ -3681,12 +3681,9 @@ template <int DTYPE>
 struct raw_pair {
   uint32_t x;
   __device__ __forceinline__ void set(uint32_t word) { x = word; }
-  __device__ __forceinline__ void load(const void *p, ptrdiff_t stride, bool whole, int n) {
+  __device__ __forceinline__ void load(const void *p, ptrdiff_t stride, int n) {
     const uint16_t *h = static_cast<const uint16_t *>(p);
-    if (whole)
-      x = __ldg(static_cast<const uint32_t *>(p));
-    else
-      x = (n > 0 ? __ldg(h) : 0u) | (n > 1 ? static_cast<uint32_t>(__ldg(h + stride)) << 16 : 0u);
+    x = (n > 0 ? __ldg(h) : 0u) | (n > 1 ? static_cast<uint32_t>(__ldg(h + stride)) << 16 : 0u);
   }
   __device__ __forceinline__ float2 values() const {
     return DTYPE == RDKV_F16 ? __half22float2(rdkv_cuda__halves(x))
@@ -3697,12 +3694,29 @@ template <>
 struct raw_pair<RDKV_F32> {
   float x, y;
   __device__ __forceinline__ void set(uint32_t) {} /* words have no pairs of them */
-  __device__ __forceinline__ void load(const void *p, ptrdiff_t stride, bool, int n) {
+  __device__ __forceinline__ void load(const void *p, ptrdiff_t stride, int n) {
     const float *f = static_cast<const float *>(p);
     x = n > 0 ? __ldg(f) : 0, y = n > 1 ? __ldg(f + stride) : 0;
   }
   __device__ __forceinline__ float2 values() const { return make_float2(x, y); }
 };
+
+/* N pairs of a row, which has n elements from there on; WHOLE: all of them, side by side. */
+template <bool WHOLE, int DTYPE, int N>
+__device__ __forceinline__ void load_pairs(raw_pair<DTYPE> (&x)[N], const char *row,
+                                           ptrdiff_t stride, int n) {
+  if (WHOLE && N == 4) {
+    const uint4 y = __ldg(reinterpret_cast<const uint4 *>(row));
+    x[0].set(y.x), x[1].set(y.y), x[N - 2].set(y.z), x[N - 1].set(y.w);
+  } else if (WHOLE) {
+    const uint2 y = __ldg(reinterpret_cast<const uint2 *>(row));
+    x[0].set(y.x), x[1].set(y.y);
+  } else {
+#pragma unroll
+    for (int c = 0; c < N; ++c)
+      x[c].load(row + 2 * c * stride * (DTYPE == RDKV_F32 ? 4 : 2), stride, n - 2 * c);
+  }
+}
 
 /* Smallest and largest of pairs, which begin at the ends of the half range; a NaN stays. */
 template <int DTYPE>
@@ -4114,15 +4128,7 @@ static __device__ __forceinline__ void find_ends(const pack_args &a, int head, u
       for (uint32_t j = 0; j < ROWS; ++j) { /* the last one again and again does no harm */
         const char *row =
             rows + static_cast<ptrdiff_t>(list[least(r + j * all_teams, kept - 1)]) * step;
-        if (WHOLE) {
-          const uint4 y = __ldg(reinterpret_cast<const uint4 *>(row));
-          k[j][0].set(y.x), k[j][1].set(y.y), k[j][2].set(y.z), k[j][3].set(y.w);
-        } else {
-#pragma unroll
-          for (int c = 0; c < 4; ++c)
-            k[j][c].load(row + 2 * c * stride * (DTYPE == RDKV_F32 ? 4 : 2), stride, false,
-                         channels - 2 * c);
-        }
+        load_pairs<WHOLE>(k[j], row, stride, channels);
       }
 #pragma unroll
       for (uint32_t j = 0; j < ROWS; ++j)
@@ -4188,15 +4194,7 @@ static __device__ __noinline__ void find_sums(const pack_args &a, int head, uint
 #pragma unroll
       for (uint32_t j = 0; j < ROWS; ++j) {
         const char *row = rows + at[j];
-        if (WHOLE) {
-          const uint4 y = __ldg(reinterpret_cast<const uint4 *>(row));
-          x[j][0].set(y.x), x[j][1].set(y.y), x[j][2].set(y.z), x[j][3].set(y.w);
-        } else {
-#pragma unroll
-          for (int c = 0; c < 4; ++c)
-            x[j][c].load(row + 2 * c * stride * (DTYPE == RDKV_F32 ? 4 : 2), stride, false,
-                         channels - 2 * c);
-        }
+        load_pairs<WHOLE>(x[j], row, stride, channels);
       }
 #pragma unroll
       for (uint32_t j = 0; j < ROWS; ++j)
@@ -5815,13 +5813,7 @@ struct quad_rows {
     n = dim - d;
   }
   __device__ __forceinline__ void load(const char *row, raw_pair<DTYPE> (&x)[2]) const {
-    if (WHOLE) {
-      const uint2 y = __ldg(reinterpret_cast<const uint2 *>(row));
-      x[0].set(y.x), x[1].set(y.y);
-    } else {
-      x[0].load(row, stride, false, n);
-      x[1].load(row + 2 * stride * (DTYPE == RDKV_F32 ? 4 : 2), stride, false, n - 2);
-    }
+    load_pairs<WHOLE>(x, row, stride, n);
   }
 };
 
