@@ -4870,11 +4870,13 @@ struct row_copy {
   const char *from;
   int step;
   uint32_t to, jump, row, rows; /* rows at once, and bytes to the next ones */
+  bool mine;                    /* a lane beyond the pieces of its row has none */
   __device__ __forceinline__ row_copy(const rdkv_tensor &x, int dim, int head, uint32_t at) {
     const uint32_t lane = threadIdx.x & 31, pieces = static_cast<uint32_t>(dim) / 8;
     const uint32_t lanes = pieces <= 16 ? 16 : 32; /* that share a row */
     const uint32_t e = least(lane % lanes, pieces - 1);
     from = static_cast<const char *>(row_of(x, 0, head)) + 16 * e, step = step_of(x);
+    mine = lane % lanes < pieces;
     row = threadIdx.x / lanes, rows = 32 * TILE_WARPS / lanes;
     to = at + 16 * e + row * row_pitch(dim), jump = rows * row_pitch(dim);
   }
@@ -4886,7 +4888,7 @@ struct row_copy {
 #pragma unroll
       for (uint32_t j = 0; j < 4; ++j, at += jump) {
         const uint32_t t = __shfl_sync(FULL, token, static_cast<int>(i + j * rows));
-        copy_16(at, from + static_cast<ptrdiff_t>(t) * step);
+        if (mine) copy_16(at, from + static_cast<ptrdiff_t>(t) * step);
       }
   }
 };

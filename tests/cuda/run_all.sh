@@ -81,10 +81,10 @@ if has sanitize; then # RDKV_LIMIT: seconds for each
     for test in test_compress test_sequence test_cuda; do together $tool $test all; done
   done
   together racecheck test_cuda all
-  together racecheck test_compress pack measure score items
+  together racecheck test_compress pack measure score items refused allocate_paper
   ended
-  running= # where the solver's blocks wait for one another racecheck takes very long
-  together racecheck test_compress allocate max_error histogram stream refused graph
+  running= # these take racecheck long
+  together racecheck test_compress allocate_long max_error histogram stream graph
   together racecheck test_sequence block_by_block chunks rollback fork save no_room merging
   ended
   for report in "$out"/test_*.*check.*; do
