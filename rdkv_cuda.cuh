@@ -43,6 +43,8 @@
      RDKV_CUDA_IMPLEMENTATION   compile the kernels and launchers here
      RDKV_CUDA_V_DIM            the one v_dim to compile kernels for; default all (a minute of
    nvcc). Compression of other dims goes its slow way. 0: none of attention, all of compression
+     RDKV_CUDA_NO_COMPRESS      attention alone: no compression and no sequences that live on the
+   device, a third of the time to compile
      RDKV_CUDA_MAGIC_UNPACK     codes as normal numbers (OR and subtract) instead of subnormals
 
    Licence: MIT or public domain, as rdkv.h. */
@@ -3371,6 +3373,7 @@ extern "C" cudaError_t rdkv_cuda_advance(uint32_t *tail_tokens, int batch, cudaS
   return cudaGetLastError();
 }
 
+#ifndef RDKV_CUDA_NO_COMPRESS
 /* ---- >>cuda-compress : score, measure, allocate and pack on the device -------------------------
 
    Whatever decides a width or a code is computed as rdkv.h does it, operation by operation: the
@@ -12017,5 +12020,6 @@ extern "C" cudaError_t rdkv_cuda_sequence_download(const rdkv_cuda_config *cfg,
   return cudaSuccess;
 }
 
+#endif /* RDKV_CUDA_NO_COMPRESS */
 #endif /* RDKV_CUDA_IMPLEMENTED */
 #endif /* RDKV_CUDA_IMPLEMENTATION */

@@ -9,6 +9,7 @@
 #define RDKV_IMPLEMENTATION
 #define RDKV_CUDA_IMPLEMENTATION
 #define RDKV_CUDA_V_DIM 128 /* compiles faster */
+#define RDKV_CUDA_NO_COMPRESS
 #include "../rdkv_cuda.cuh"
 
 #include <algorithm>

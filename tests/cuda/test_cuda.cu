@@ -4,6 +4,7 @@
    nvcc -O2 -std=c++17 -arch=native tests/cuda/test_cuda.cu -o test_cuda && ./test_cuda */
 #define RDKV_IMPLEMENTATION
 #define RDKV_CUDA_IMPLEMENTATION
+#define RDKV_CUDA_NO_COMPRESS
 #include "../../rdkv_cuda.cuh"
 
 #include <math.h>
