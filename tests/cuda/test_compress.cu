@@ -11,18 +11,11 @@
 #include <vector>
 
 #include "../problem.h"
+#include "device.h"
 
-static bool small_run = false;
 static const char *wanted = ""; /* the tests whose names contain it */
 #define TEST(function) \
   if (strstr(#function, wanted)) RUN(function)
-
-static void cuda_ok(cudaError_t e, int line) {
-  if (e == cudaSuccess) return;
-  fprintf(stderr, "line %d: %s\n", line, cudaGetErrorString(e));
-  exit(2);
-}
-#define CUDA(call) cuda_ok(call, __LINE__)
 
 /* The cases {shape, length, variant} of a small run: each kernel and each way through it once. */
 template <size_t N>

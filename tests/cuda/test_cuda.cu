@@ -8,26 +8,18 @@
 #include "../../rdkv_cuda.cuh"
 
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
+#include "device.h"
 #include "random_block.h"
 
 static int failures = 0;
-static bool small_run = false, has_latency = false;
+static bool has_latency = false;
 static std::vector<const char *> filters; /* cases to run: those whose name contains one of these */
-
-static void check(cudaError_t e, int line) {
-  if (e == cudaSuccess) return;
-  fprintf(stderr, "line %d: %s\n", line, cudaGetErrorString(e));
-  exit(2);
-}
-#define CHECK(call) check(call, __LINE__)
 
 template <typename T>
 static T *to_device(const T *data, size_t n) {
   T *p = nullptr;
-  CHECK(cudaMalloc(&p, n * sizeof(T) + 16));
-  if (n) CHECK(cudaMemcpy(p, data, n * sizeof(T), cudaMemcpyHostToDevice));
+  CUDA(cudaMalloc(&p, n * sizeof(T) + 16));
+  if (n) CUDA(cudaMemcpy(p, data, n * sizeof(T), cudaMemcpyHostToDevice));
   return p;
 }
 
@@ -62,7 +54,7 @@ static void test_unpack() {
   uint32_t *words;
   __half *b;
   float *out;
-  CHECK(cudaMalloc(&words, 512)), CHECK(cudaMalloc(&b, 256)), CHECK(cudaMalloc(&out, 1024));
+  CUDA(cudaMalloc(&words, 512)), CUDA(cudaMalloc(&b, 256)), CUDA(cudaMalloc(&out, 1024));
   int wrong = 0, checked = 0;
   for (int bits = 2; bits <= 8; bits *= 2)
     for (int round = 0; round < (small_run ? 2 : 200); ++round) {
@@ -75,12 +67,12 @@ static void test_unpack() {
       if (round < 2) /* B selects single columns: each code must come through alone */
         for (int i = 0; i < 128; ++i)
           hb[i] = __float2half(i / 8 == i % 8 + 8 * round ? 1.0f : 0.0f);
-      CHECK(cudaMemcpy(words, w, sizeof w, cudaMemcpyHostToDevice));
-      CHECK(cudaMemcpy(b, hb, sizeof hb, cudaMemcpyHostToDevice));
-      CHECK(cudaMemset(out, 0xff, 1024));
+      CUDA(cudaMemcpy(words, w, sizeof w, cudaMemcpyHostToDevice));
+      CUDA(cudaMemcpy(b, hb, sizeof hb, cudaMemcpyHostToDevice));
+      CUDA(cudaMemset(out, 0xff, 1024));
       unpack_kernel<<<1, 32>>>(words, b, bits, out);
       float got[256];
-      CHECK(cudaMemcpy(got, out, sizeof got, cudaMemcpyDeviceToHost));
+      CUDA(cudaMemcpy(got, out, sizeof got, cudaMemcpyDeviceToHost));
       for (int token = 0; token < 32; ++token)
         for (int n = 0; n < 8; ++n) {
           double want = 0;
@@ -199,7 +191,7 @@ static void run_case(const shape &s, uint64_t seed) {
     const int heads = s.batch * s.kv_heads * ((s.group + 7) / 8);
     cfg.n_blocks = heads * (2 + 4 * static_cast<int>(seed % 5)) + static_cast<int>(seed % 3);
   }
-  CHECK(rdkv_cuda_resolve(&cfg, &cfg));
+  CUDA(rdkv_cuda_resolve(&cfg, &cfg));
   if (has_latency && (cfg.latency == 1) != (s.latency == 1)) {
     printf("%s: not the kernel asked for   FAIL\n", s.name), ++failures;
     return;
@@ -238,7 +230,7 @@ static void run_case(const shape &s, uint64_t seed) {
     lengths.push_back(n);
     std::vector<uint16_t> tail(tail_values, 0x7fff);
     void *data;
-    CHECK(cudaMalloc(&data, tail_values * 2 + 16));
+    CUDA(cudaMalloc(&data, tail_values * 2 + 16));
     owned.push_back(data);
     rdkv_cuda_tail(&cfg, data, capacity, &q);
     if (s.special == 4) { /* [layer][token][head][dim], K and V interleaved by layer */
@@ -258,7 +250,7 @@ static void run_case(const shape &s, uint64_t seed) {
           for (int d = 0; d < s.v_dim; ++d)
             v[d] = pack16(s.special == 2 ? 0.5 : s.spread_v * rng.normal(), s.tail_dtype);
         }
-    CHECK(cudaMemcpy(data, tail.data(), tail_values * 2, cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpy(data, tail.data(), tail_values * 2, cudaMemcpyHostToDevice));
     tails.push_back(tail);
   }
   rdkv_cuda_sequence *d_sequences = to_device(sequences.data(), sequences.size());
@@ -291,17 +283,17 @@ static void run_case(const shape &s, uint64_t seed) {
   uint8_t *d_out;
   float *d_lse;
   void *plan, *workspace;
-  CHECK(cudaMalloc(&d_out, no * 4));
-  CHECK(cudaMalloc(&d_lse, static_cast<size_t>(s.batch * q_heads) * 4));
-  CHECK(cudaMalloc(&plan, rdkv_cuda_plan_bytes(&cfg)));
-  CHECK(cudaMalloc(&workspace, rdkv_cuda_workspace_bytes(&cfg)));
-  CHECK(cudaMemset(plan, 0xff, rdkv_cuda_plan_bytes(&cfg)));
-  CHECK(cudaMemset(workspace, 0xff, rdkv_cuda_workspace_bytes(&cfg)));
+  CUDA(cudaMalloc(&d_out, no * 4));
+  CUDA(cudaMalloc(&d_lse, static_cast<size_t>(s.batch * q_heads) * 4));
+  CUDA(cudaMalloc(&plan, rdkv_cuda_plan_bytes(&cfg)));
+  CUDA(cudaMalloc(&workspace, rdkv_cuda_workspace_bytes(&cfg)));
+  CUDA(cudaMemset(plan, 0xff, rdkv_cuda_plan_bytes(&cfg)));
+  CUDA(cudaMemset(workspace, 0xff, rdkv_cuda_workspace_bytes(&cfg)));
   cudaStream_t stream;
-  CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  CHECK(cudaDeviceSynchronize()); /* that stream does not wait for the copies and memsets above */
-  CHECK(rdkv_cuda_plan(&cfg, d_sequences, d_lengths, plan, stream));
-  CHECK(cudaStreamSynchronize(stream));
+  CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  CUDA(cudaDeviceSynchronize()); /* that stream does not wait for the copies and memsets above */
+  CUDA(rdkv_cuda_plan(&cfg, d_sequences, d_lengths, plan, stream));
+  CUDA(cudaStreamSynchronize(stream));
 
   const size_t width = s.dtype == RDKV_F32 ? 4 : 2;
   double worst = 0, worst_lse = 0;
@@ -314,24 +306,24 @@ static void run_case(const shape &s, uint64_t seed) {
     std::vector<uint8_t> got(no * 4), again(no * 4);
     std::vector<float> lse(static_cast<size_t>(s.batch * q_heads));
     for (int round = 0; round < (small_run ? 2 : 4); ++round) {
-      CHECK(cudaMemset(d_out, 0xff, no * 4));
-      CHECK(cudaMemset(d_lse, 0xff, lse.size() * 4));
-      CHECK(cudaDeviceSynchronize());
+      CUDA(cudaMemset(d_out, 0xff, no * 4));
+      CUDA(cudaMemset(d_lse, 0xff, lse.size() * 4));
+      CUDA(cudaDeviceSynchronize());
       io.lse = round ? d_lse : nullptr;
-      CHECK(rdkv_cuda_attend(&cfg, plan, l, &io, workspace, stream));
-      CHECK(cudaStreamSynchronize(stream));
-      CHECK(cudaMemcpy(again.data(), d_out, no * width, cudaMemcpyDeviceToHost));
+      CUDA(rdkv_cuda_attend(&cfg, plan, l, &io, workspace, stream));
+      CUDA(cudaStreamSynchronize(stream));
+      CUDA(cudaMemcpy(again.data(), d_out, no * width, cudaMemcpyDeviceToHost));
       if (round && memcmp(again.data(), got.data(), no * width) != 0) same = false;
       got = again;
     }
-    CHECK(cudaMemcpy(lse.data(), d_lse, lse.size() * 4, cudaMemcpyDeviceToHost));
+    CUDA(cudaMemcpy(lse.data(), d_lse, lse.size() * 4, cudaMemcpyDeviceToHost));
 
     double num = 0, den = 0;
     for (int b = 0; b < s.batch; ++b) {
       const rdkv_cuda_sequence &sq = sequences[static_cast<size_t>(b)];
       const uint32_t n = lengths[static_cast<size_t>(b)];
       std::vector<uint16_t> now(tail_values);
-      CHECK(cudaMemcpy(now.data(), sq.k, tail_values * 2, cudaMemcpyDeviceToHost));
+      CUDA(cudaMemcpy(now.data(), sq.k, tail_values * 2, cudaMemcpyDeviceToHost));
       const uint16_t *base = static_cast<const uint16_t *>(sq.k);
       for (int h = 0; h < s.kv_heads; ++h) {
         std::vector<double> k, v;
@@ -564,7 +556,7 @@ static void test_graph(int latency) {
   memset(&cfg, 0, sizeof cfg);
   cfg.batch = 2, cfg.n_q_heads = 8, cfg.n_kv_heads = 2, cfg.k_dim = 64, cfg.overlap = 1;
   cfg.dtype = RDKV_F16, cfg.tail_dtype = RDKV_F16, cfg.latency = latency;
-  CHECK(rdkv_cuda_resolve(&cfg, &cfg));
+  CUDA(rdkv_cuda_resolve(&cfg, &cfg));
   const head_counts counts[2] = {{{100, 70, 33, 5}, {20, 30, 10}}, {{10, 370, 3, 0}, {0, 64, 0}}};
   const std::vector<uint8_t> block = random_block(1, 0, 8, 2, 64, 64, counts, 1, 1, 5);
   const void *d_block = to_device(block.data(), block.size());
@@ -574,48 +566,48 @@ static void test_graph(int latency) {
   void *tails[2];
   for (int b = 0; b < 2; ++b) {
     memset(&sequences[b], 0, sizeof sequences[b]);
-    CHECK(cudaMalloc(&tails[b], 2 * 2 * 64 * capacity * 2));
-    CHECK(cudaMemset(tails[b], 0xff, 2 * 2 * 64 * capacity * 2));
+    CUDA(cudaMalloc(&tails[b], 2 * 2 * 64 * capacity * 2));
+    CUDA(cudaMemset(tails[b], 0xff, 2 * 2 * 64 * capacity * 2));
     rdkv_cuda_tail(&cfg, tails[b], capacity, &sequences[b]);
     sequences[b].segments = segments, sequences[b].n_segments = 1;
   }
   rdkv_cuda_sequence *d_sequences = to_device(sequences, 2);
   uint32_t *lengths;
-  CHECK(cudaMalloc(&lengths, 8)), CHECK(cudaMemset(lengths, 0, 8));
+  CUDA(cudaMalloc(&lengths, 8)), CUDA(cudaMemset(lengths, 0, 8));
   random_source rng = {9};
   uint16_t h[16 * 64 * 3];
   for (uint16_t &x : h) x = half_bits(rng.normal());
   uint16_t *data = to_device(h, 16 * 64 * 3), *out;
   void *plan, *workspace;
-  CHECK(cudaMalloc(&out, 2 * 16 * 64 * 2));
-  CHECK(cudaMalloc(&plan, rdkv_cuda_plan_bytes(&cfg)));
-  CHECK(cudaMalloc(&workspace, rdkv_cuda_workspace_bytes(&cfg)));
+  CUDA(cudaMalloc(&out, 2 * 16 * 64 * 2));
+  CUDA(cudaMalloc(&plan, rdkv_cuda_plan_bytes(&cfg)));
+  CUDA(cudaMalloc(&workspace, rdkv_cuda_workspace_bytes(&cfg)));
   cudaStream_t stream;
-  CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   rdkv_cuda_io io;
   memset(&io, 0, sizeof io);
   io.q = data, io.k_new = data + 16 * 64, io.v_new = data + 32 * 64, io.tail_tokens = lengths;
   cudaGraph_t graph;
   cudaGraphExec_t exec;
-  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  CHECK(rdkv_cuda_plan(&cfg, d_sequences, lengths, plan, stream));
+  CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  CUDA(rdkv_cuda_plan(&cfg, d_sequences, lengths, plan, stream));
   for (int i = 0; i < 2; ++i) { /* twice: bitwise the same, overlapped or not */
     io.out = out + i * 16 * 64;
     rdkv_cuda_config launch = cfg;
     launch.overlap = i; /* not behind the plan itself, which it would read too early */
-    CHECK(rdkv_cuda_attend(&launch, plan, 0, &io, workspace, stream));
+    CUDA(rdkv_cuda_attend(&launch, plan, 0, &io, workspace, stream));
   }
-  CHECK(rdkv_cuda_advance(lengths, 2, stream));
-  CHECK(cudaStreamEndCapture(stream, &graph));
-  CHECK(cudaGraphInstantiate(&exec, graph, 0));
+  CUDA(rdkv_cuda_advance(lengths, 2, stream));
+  CUDA(cudaStreamEndCapture(stream, &graph));
+  CUDA(cudaGraphInstantiate(&exec, graph, 0));
   int different = 0, wrong = 0;
   for (int step = 0; step < steps; ++step) {
-    CHECK(cudaMemset(out, 0xff, 2 * 16 * 64 * 2));
-    CHECK(cudaDeviceSynchronize());
-    CHECK(cudaGraphLaunch(exec, stream));
-    CHECK(cudaStreamSynchronize(stream));
+    CUDA(cudaMemset(out, 0xff, 2 * 16 * 64 * 2));
+    CUDA(cudaDeviceSynchronize());
+    CUDA(cudaGraphLaunch(exec, stream));
+    CUDA(cudaStreamSynchronize(stream));
     uint16_t got[2][16 * 64];
-    CHECK(cudaMemcpy(got, out, sizeof got, cudaMemcpyDeviceToHost));
+    CUDA(cudaMemcpy(got, out, sizeof got, cudaMemcpyDeviceToHost));
     if (memcmp(got[0], got[1], sizeof got[0]) != 0) ++different;
     /* every new token is the same one: so the result is known from how often it is there */
     for (int b = 0; b < 2; ++b)
@@ -653,10 +645,10 @@ static void test_graph(int latency) {
   int changed = 0;
   for (int i = 0; i < steps; ++i) {
     const uint32_t fixed[2] = {40, 41};
-    CHECK(cudaMemcpy(lengths, fixed, 8, cudaMemcpyHostToDevice));
-    CHECK(cudaGraphLaunch(exec, stream));
-    CHECK(cudaStreamSynchronize(stream));
-    CHECK(cudaMemcpy(now, out, sizeof now, cudaMemcpyDeviceToHost));
+    CUDA(cudaMemcpy(lengths, fixed, 8, cudaMemcpyHostToDevice));
+    CUDA(cudaGraphLaunch(exec, stream));
+    CUDA(cudaStreamSynchronize(stream));
+    CUDA(cudaMemcpy(now, out, sizeof now, cudaMemcpyDeviceToHost));
     if (i == 0) memcpy(first, now, sizeof now);
     if (memcmp(first, now, sizeof now) != 0) ++changed;
   }
@@ -667,6 +659,28 @@ static void test_graph(int latency) {
   cudaFree(d_sequences), cudaFree(lengths), cudaFree(data), cudaFree(out), cudaFree(plan);
   cudaFree(workspace);
 }
+
+/* A block on the device, a sequence of it alone and that sequence's tail, which is empty. */
+struct lone_sequence {
+  const void *block, **segments;
+  rdkv_cuda_sequence *sequence;
+  uint32_t *lengths;
+  explicit lone_sequence(const std::vector<uint8_t> &bytes)
+      : block(to_device(bytes.data(), bytes.size())), segments(to_device(&block, 1)) {
+    rdkv_cuda_sequence s;
+    memset(&s, 0, sizeof s);
+    s.segments = segments, s.n_segments = 1;
+    sequence = to_device(&s, 1);
+    const uint32_t none = 0;
+    lengths = to_device(&none, 1);
+  }
+  ~lone_sequence() {
+    cudaFree(const_cast<void *>(block)), cudaFree(segments);
+    cudaFree(sequence), cudaFree(lengths);
+  }
+  lone_sequence(const lone_sequence &) = delete;
+  lone_sequence &operator=(const lone_sequence &) = delete;
+};
 
 /* ---- layers with unlike amounts of work in turn -----------------------------------------------
  */
@@ -681,61 +695,54 @@ static void test_turns(int latency) {
   memset(&cfg, 0, sizeof cfg);
   cfg.n_layers = layers, cfg.batch = 1, cfg.n_q_heads = q_heads, cfg.n_kv_heads = heads;
   cfg.k_dim = 64, cfg.dtype = RDKV_F16, cfg.tail_dtype = RDKV_F16, cfg.latency = latency;
-  CHECK(rdkv_cuda_resolve(&cfg, &cfg));
+  CUDA(rdkv_cuda_resolve(&cfg, &cfg));
   const head_counts many = {{12000, 10000, 400, 0}, {10, 40, 0}}, one = {{1, 0, 0, 0}, {64, 0, 0}},
                     some = {{900, 500, 0, 0}, {32, 16, 16}};
   const head_counts counts[] = {many, some, one, one, some, many}; /* [layer][head] */
   const std::vector<uint8_t> block =
       random_block(layers, 0, q_heads, heads, 64, 64, counts, 1, 1, 5);
-  const void *d_block = to_device(block.data(), block.size());
-  const void **segments = to_device(&d_block, 1);
-  rdkv_cuda_sequence sequence;
-  memset(&sequence, 0, sizeof sequence);
-  sequence.segments = segments, sequence.n_segments = 1;
-  rdkv_cuda_sequence *d_sequence = to_device(&sequence, 1);
-  const uint32_t none = 0;
-  uint32_t *lengths = to_device(&none, 1);
+  const lone_sequence at(block);
   random_source rng = {11};
   std::vector<uint16_t> q(values * queries);
   for (uint16_t &x : q) x = half_bits(rng.normal());
   uint16_t *d_q = to_device(q.data(), q.size()), *out;
   void *plan, *workspace;
-  CHECK(cudaMalloc(&out, values * 2 * static_cast<size_t>(launches)));
-  CHECK(cudaMalloc(&plan, rdkv_cuda_plan_bytes(&cfg)));
-  CHECK(cudaMalloc(&workspace, rdkv_cuda_workspace_bytes(&cfg)));
-  CHECK(cudaMemset(plan, 0xff, rdkv_cuda_plan_bytes(&cfg)));
-  CHECK(cudaMemset(workspace, 0xff, rdkv_cuda_workspace_bytes(&cfg)));
+  CUDA(cudaMalloc(&out, values * 2 * static_cast<size_t>(launches)));
+  CUDA(cudaMalloc(&plan, rdkv_cuda_plan_bytes(&cfg)));
+  CUDA(cudaMalloc(&workspace, rdkv_cuda_workspace_bytes(&cfg)));
+  CUDA(cudaMemset(plan, 0xff, rdkv_cuda_plan_bytes(&cfg)));
+  CUDA(cudaMemset(workspace, 0xff, rdkv_cuda_workspace_bytes(&cfg)));
   rdkv_cuda_io io;
   memset(&io, 0, sizeof io);
-  io.tail_tokens = lengths;
+  io.tail_tokens = at.lengths;
   const auto attend = [&](int layer, int query, int launch, int overlap) {
     rdkv_cuda_config c = cfg;
     c.overlap = overlap;
     io.q = d_q + values * static_cast<size_t>(query);
     io.out = out + values * static_cast<size_t>(launch);
-    CHECK(rdkv_cuda_attend(&c, plan, layer, &io, workspace, nullptr));
+    CUDA(rdkv_cuda_attend(&c, plan, layer, &io, workspace, nullptr));
   };
   std::vector<uint16_t> alone(values * layers * queries),
       got(values * static_cast<size_t>(launches));
   for (int i = 0; i < layers * queries; ++i) {
-    CHECK(rdkv_cuda_plan(&cfg, d_sequence, lengths, plan, nullptr));
+    CUDA(rdkv_cuda_plan(&cfg, at.sequence, at.lengths, plan, nullptr));
     attend(i / queries, i % queries, 0, 0);
-    CHECK(cudaMemcpy(alone.data() + values * static_cast<size_t>(i), out, values * 2,
-                     cudaMemcpyDeviceToHost));
+    CUDA(cudaMemcpy(alone.data() + values * static_cast<size_t>(i), out, values * 2,
+                    cudaMemcpyDeviceToHost));
   }
   int different = 0;
   for (int overlap = 0; overlap < 2; ++overlap) {
     std::vector<int> what;
-    CHECK(cudaMemset(out, 0xff, got.size() * 2));
-    CHECK(rdkv_cuda_plan(&cfg, d_sequence, lengths, plan, nullptr));
-    CHECK(cudaDeviceSynchronize()); /* an overlapping launch would read the plan too early */
+    CUDA(cudaMemset(out, 0xff, got.size() * 2));
+    CUDA(rdkv_cuda_plan(&cfg, at.sequence, at.lengths, plan, nullptr));
+    CUDA(cudaDeviceSynchronize()); /* an overlapping launch would read the plan too early */
     for (int n = 0; n < launches; ++n) {
       /* first in turn, then at random */
       const int layer = n < launches / 2 ? n % layers : static_cast<int>(rng.below(layers));
       what.push_back(layer * queries + static_cast<int>(rng.below(queries)));
       attend(layer, what.back() % queries, n, overlap);
     }
-    CHECK(cudaMemcpy(got.data(), out, got.size() * 2, cudaMemcpyDeviceToHost));
+    CUDA(cudaMemcpy(got.data(), out, got.size() * 2, cudaMemcpyDeviceToHost));
     for (int n = 0; n < launches; ++n)
       different += memcmp(got.data() + values * static_cast<size_t>(n),
                           alone.data() + values * static_cast<size_t>(what[static_cast<size_t>(n)]),
@@ -744,8 +751,7 @@ static void test_turns(int latency) {
   printf("turns%s: %d of %d launches differ from one alone\n", latency > 0 ? ", latency" : "",
          different, 2 * launches);
   if (different) ++failures;
-  cudaFree(const_cast<void *>(d_block)), cudaFree(segments), cudaFree(d_sequence);
-  cudaFree(lengths), cudaFree(d_q), cudaFree(out), cudaFree(plan), cudaFree(workspace);
+  cudaFree(d_q), cudaFree(out), cudaFree(plan), cudaFree(workspace);
 }
 
 /* ---- many launches at once ------------------------------------------------------------------- */
@@ -760,19 +766,12 @@ static void test_crowd(int latency, int heads) {
   memset(&cfg, 0, sizeof cfg);
   cfg.batch = 1, cfg.n_q_heads = queries, cfg.n_kv_heads = heads, cfg.k_dim = 64;
   cfg.dtype = RDKV_F16, cfg.tail_dtype = RDKV_F16, cfg.latency = latency;
-  CHECK(rdkv_cuda_resolve(&cfg, &cfg));
+  CUDA(rdkv_cuda_resolve(&cfg, &cfg));
   const std::vector<head_counts> counts(static_cast<size_t>(heads),
                                         {{12000, 10000, 400, 0}, {10, 40, 0}});
   const std::vector<uint8_t> block =
       random_block(1, 0, queries, heads, 64, 64, counts.data(), 1, 1, 5);
-  const void *d_block = to_device(block.data(), block.size());
-  const void **segments = to_device(&d_block, 1);
-  rdkv_cuda_sequence sequence;
-  memset(&sequence, 0, sizeof sequence);
-  sequence.segments = segments, sequence.n_segments = 1;
-  rdkv_cuda_sequence *d_sequence = to_device(&sequence, 1);
-  const uint32_t none = 0;
-  uint32_t *lengths = to_device(&none, 1);
+  const lone_sequence at(block);
   random_source rng = {9};
   std::vector<uint16_t> q(values);
   for (uint16_t &x : q) x = half_bits(rng.normal());
@@ -783,45 +782,44 @@ static void test_crowd(int latency, int heads) {
   const size_t results = values * static_cast<size_t>(launches);
   for (size_t i = 0; i < stream.size(); ++i) {
     const int poison = i % 3 == 0 ? 0xff : i % 3 == 1 ? 0 : 0x3c;
-    CHECK(cudaStreamCreateWithFlags(&stream[i], cudaStreamNonBlocking));
-    CHECK(cudaMalloc(&out[i], results * 2)), CHECK(cudaMemset(out[i], 0xff, results * 2));
-    CHECK(cudaMalloc(&plan[i], rdkv_cuda_plan_bytes(&cfg)));
-    CHECK(cudaMalloc(&workspace[i], rdkv_cuda_workspace_bytes(&cfg)));
-    CHECK(cudaMemset(plan[i], poison, rdkv_cuda_plan_bytes(&cfg)));
-    CHECK(cudaMemset(workspace[i], poison, rdkv_cuda_workspace_bytes(&cfg)));
+    CUDA(cudaStreamCreateWithFlags(&stream[i], cudaStreamNonBlocking));
+    CUDA(cudaMalloc(&out[i], results * 2)), CUDA(cudaMemset(out[i], 0xff, results * 2));
+    CUDA(cudaMalloc(&plan[i], rdkv_cuda_plan_bytes(&cfg)));
+    CUDA(cudaMalloc(&workspace[i], rdkv_cuda_workspace_bytes(&cfg)));
+    CUDA(cudaMemset(plan[i], poison, rdkv_cuda_plan_bytes(&cfg)));
+    CUDA(cudaMemset(workspace[i], poison, rdkv_cuda_workspace_bytes(&cfg)));
   }
-  CHECK(cudaDeviceSynchronize());
+  CUDA(cudaDeviceSynchronize());
   rdkv_cuda_io io;
   memset(&io, 0, sizeof io);
-  io.q = d_q, io.tail_tokens = lengths;
+  io.q = d_q, io.tail_tokens = at.lengths;
   for (size_t i = 0; i < stream.size(); ++i)
-    CHECK(rdkv_cuda_plan(&cfg, d_sequence, lengths, plan[i], stream[i]));
-  CHECK(cudaDeviceSynchronize());
+    CUDA(rdkv_cuda_plan(&cfg, at.sequence, at.lengths, plan[i], stream[i]));
+  CUDA(cudaDeviceSynchronize());
   for (int n = 0; n < launches; ++n)
     for (size_t i = 0; i < stream.size(); ++i) {
       rdkv_cuda_config launch = cfg;
       launch.overlap = cfg.latency > 0 && i & 1;
       io.out = out[i] + values * static_cast<size_t>(n);
-      CHECK(rdkv_cuda_attend(&launch, plan[i], 0, &io, workspace[i], stream[i]));
-      if (n == 0 && i == 0) CHECK(cudaStreamSynchronize(stream[0])); /* alone */
+      CUDA(rdkv_cuda_attend(&launch, plan[i], 0, &io, workspace[i], stream[i]));
+      if (n == 0 && i == 0) CUDA(cudaStreamSynchronize(stream[0])); /* alone */
     }
-  CHECK(cudaDeviceSynchronize());
+  CUDA(cudaDeviceSynchronize());
   std::vector<uint16_t> first, got(results);
   int different = 0;
   for (size_t i = 0; i < stream.size(); ++i) {
-    CHECK(cudaMemcpy(got.data(), out[i], results * 2, cudaMemcpyDeviceToHost));
+    CUDA(cudaMemcpy(got.data(), out[i], results * 2, cudaMemcpyDeviceToHost));
     if (i == 0) first.assign(got.begin(), got.begin() + static_cast<std::ptrdiff_t>(values));
     for (int n = 0; n < launches; ++n)
       different +=
           memcmp(got.data() + values * static_cast<size_t>(n), first.data(), values * 2) != 0;
-    CHECK(cudaStreamDestroy(stream[i]));
+    CUDA(cudaStreamDestroy(stream[i]));
     cudaFree(out[i]), cudaFree(plan[i]), cudaFree(workspace[i]);
   }
   printf("crowd%s, %d heads: %d streams, %d of %d launches differ\n",
          latency > 0 ? ", latency" : "", heads, streams, different, streams * launches);
   if (different) ++failures;
-  cudaFree(const_cast<void *>(d_block)), cudaFree(segments), cudaFree(d_sequence);
-  cudaFree(lengths), cudaFree(d_q);
+  cudaFree(d_q);
 }
 
 /* ---- shapes that are refused ----------------------------------------------------------------- */
@@ -857,7 +855,7 @@ int main(int argc, char **argv) {
     else
       filters.push_back(argv[i]);
   int major = 0;
-  CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+  CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
   has_latency = major >= 9;
   if (wanted("blocks")) test_blocks();
   if (wanted("unpack")) test_unpack();

@@ -10,19 +10,12 @@
 
 #include <vector>
 #include "../problem.h"
+#include "device.h"
 
-static bool small_run = false;
 static bool plain_run = false;  /* no graphs: compute-sanitizer says more about plain launches */
 static const char *wanted = ""; /* the tests whose names contain it */
 #define TEST(function) \
   if (strstr(#function, wanted)) RUN(function)
-
-static void cuda_ok(cudaError_t e, int line) {
-  if (e == cudaSuccess) return;
-  fprintf(stderr, "line %d: %s\n", line, cudaGetErrorString(e));
-  exit(2);
-}
-#define CUDA(call) cuda_ok(call, __LINE__)
 
 enum { LAYERS = 2, Q_HEADS = 4, KV_HEADS = 2, K_DIM = 64, V_DIM = 64, MAX_SEGMENTS = 24 };
 enum { OUT = Q_HEADS * V_DIM, QUERY = Q_HEADS * K_DIM, KEY = KV_HEADS * K_DIM };
