@@ -7276,16 +7276,13 @@ enum {
   SOLVE = 512,    /* threads of a block, as many as there are fine bins */
   FINE = 512,     /* as RDKV__FINE */
   HIGH = 5,       /* as RDKV__HIGH */
-  MORE = 4,       /* as RDKV__MORE */
-  MARGIN = 128,   /* tokens above the threshold: more than all levels' last tiles may lack */
   BATCH = 2,      /* tokens that a thread asks for at once */
-  SORT = 1024,    /* keys of a level that a block lists in shared memory */
-  PAIR_WORDS = 4, /* of a head's level while the budget is spent */
-  BUCKETS = 512,  /* of a short list */
-  NEAR = 4096,    /* tokens of a list whose slopes are kept */
-  SOLVE_WORDS = 4 * SORT * 2, /* of shared memory beside them */
-  TEAM = 16,                  /* blocks of a cluster that solves by itself, at most */
-  TEAM_PART = 2048            /* tokens from which a block has company */
+  LISTED = 1024,  /* tokens that a block lists in shared memory */
+  NEAR = 8192,    /* tokens of a list whose slopes are kept */
+  BUCKETS = 512,  /* by which a list is searched */
+  SOLVE_WORDS = 4 * BINS, /* of shared memory beside the distortions */
+  TEAM = 16,              /* blocks of a cluster that solves by itself, at most */
+  TEAM_PART = 2048        /* tokens from which a block has company */
 };
 static const uint32_t PINNED = 0x7f7fffffu; /* FLT_MAX: what must be kept */
 
@@ -7296,14 +7293,10 @@ struct layer_view {
 
 struct solve_head {
   uint32_t count[5], channels[4], k_tile;
-  uint32_t pinned[5];                  /* tokens that must reach a level */
-  uint32_t tiles[4];                   /* that reach level 1.. */
-  uint32_t n_list[4], n_sure[4];       /* tokens of each level */
-  uint32_t list_from[4], sure_from[4]; /* slopes from which up they are */
-  uint32_t n_offers[4];
-  uint32_t no_lists; /* 1: they were too long */
-  uint32_t done;     /* units that have been counted */
-  double v, k;       /* predicted */
+  uint32_t pinned[5];         /* tokens that must reach a level */
+  uint32_t n_list, n_sure[4]; /* tokens that are listed, and that surely reach level 1.. */
+  uint32_t done;              /* units that have been counted */
+  double v, k;                /* predicted */
 };
 
 struct solve_state {
@@ -7329,10 +7322,9 @@ struct solve_args {
   solve_head *heads;  /* [n_layers][n_kv_heads] */
   uint32_t *bins[3];  /* [heads][BINS], used in turn: counted in, read, cleared */
   u64 *hist[3];       /* [BINS] */
-  u64 *list;          /* [heads][4][capacity] slope above inverted index: greater is better */
-  uint4 *slopes;      /* [heads][4][least(capacity, NEAR)] of the tokens of the lists */
-  u64 *offers;        /* [heads][4][max_offers] such keys of tiles that may come next */
-  uint32_t *pairs;    /* [PAIR_WORDS][heads * 4] where there are more than SOLVE */
+  uint32_t *list;     /* [heads][n] tokens near the threshold */
+  uint4 *slopes;      /* [heads][least(n, NEAR)] theirs */
+  uint32_t *tiles;    /* [heads * 4] where there are more than SOLVE, and the costs of one */
   uint8_t *pin;       /* [heads][n] lowest levels, or NULL */
   solve_state *state;
   double *lambda; /* [n_layers] */
@@ -7345,7 +7337,7 @@ struct solve_args {
   float eps_k[5], eps_v[5];
   paper_edges edges; /* of eps_v */
   float v_mean;
-  uint32_t n, n_heads, n_kv_heads, capacity, max_offers;
+  uint32_t n, n_heads, n_kv_heads;
   uint32_t stage; /* there is shared memory for so many tokens */
   int n_layers, k_dim, v_dim, positions, scope;
 };
@@ -7460,7 +7452,7 @@ struct unit {
   const float *v, *kd; /* the head's distortions */
   const uint8_t *pin;
   uint8_t *v_bits, *k_bits;
-  u64 *list;
+  uint32_t *list;
   uint4 *slopes;
   v_costs costs;
   alignas(16) float dk[4 * MAX_DIM]; /* as kd */
@@ -7484,8 +7476,8 @@ __device__ __noinline__ void enter_unit(const solve_args &a, uint32_t first, uin
     x.v = view.v_distortion + row * 5 * a.n, x.kd = view.k_distortion + row * 4 * kd;
     x.pin = a.pin ? a.pin + static_cast<size_t>(head) * a.n : nullptr;
     x.v_bits = view.v_bits + row * a.n, x.k_bits = view.k_bits + row * kd;
-    x.list = a.list + static_cast<size_t>(head) * 4 * a.capacity;
-    x.slopes = a.slopes + static_cast<size_t>(head) * 4 * least(a.capacity, NEAR);
+    x.list = a.list + static_cast<size_t>(head) * a.n;
+    x.slopes = a.slopes + static_cast<size_t>(head) * least(a.n, NEAR);
   }
   __syncthreads();
   stage_floats(x.dk, x.kd, 4 * static_cast<uint32_t>(a.k_dim));
@@ -7607,14 +7599,6 @@ struct solver {
   __device__ static float *distortions() {
     return reinterpret_cast<float *>(solve_shared + SOLVE_WORDS / 4);
   }
-  /* All of the shared memory, for n things of so many bytes if there is room; distortions that lie
-     there have to be read anew. */
-  __device__ bool take_memory(uint32_t n, uint32_t bytes) {
-    const u64 want = static_cast<u64>(n) * bytes;
-    if (want > 4 * SOLVE_WORDS) staged = false;
-    return want <= 4 * SOLVE_WORDS + 20ull * a.stage;
-  }
-
   __device__ void sync() { solve_sync(&a.state->barrier, ++phase); }
 
   /* The blocks are one cluster. */
@@ -7651,13 +7635,10 @@ struct solver {
     return a.bins[set == 0 ? 2 : set - 1] + static_cast<size_t>(i) * BINS;
   }
   __device__ u64 *hist() const { return a.hist[set]; }
-  __device__ u64 *offers(uint32_t i, uint32_t l) const {
-    return a.offers + ((first + i) * 4 + l) * static_cast<size_t>(a.max_offers);
-  }
 
   /* Where a copy of another has come to. */
   __device__ void leave(solver *other) const {
-    other->phase = phase, other->set = set, other->refused = refused, other->staged = staged;
+    other->phase = phase, other->set = set, other->refused = refused;
   }
 
   /* To the next set of bins, which is clear; the one after it is cleared. */
@@ -8103,77 +8084,109 @@ struct cut {
   __device__ uint32_t floor() const { return bin < FINE ? most(fine_edge(base, 0), 1) : PINNED; }
 };
 
-/* Slopes of each level between which it must be looked at which tokens are taken. Above `to` all
-   are, as MARGIN lie between it and the threshold; down to `from` there are enough for all tiles
-   that may be offered, and for those that lower levels' last tiles keep from this one. */
-struct windows {
-  uint32_t from[4], to[4];
+/* Where the budget is spent: what each level of each head has, and what a tile costs there. */
+struct spending {
+  uint32_t *tiles, *cost;
 };
 
-/* The last tile of a level that may be offered, with `below` tokens down to the bin below the
-   threshold's. */
-__device__ __forceinline__ uint32_t last_offer(uint32_t below, uint32_t tiles) {
-  return most(below / TILE, tiles) + MORE;
+/* rdkv__spend's whole tiles of n tokens. */
+__device__ __forceinline__ uint32_t full_tiles(uint32_t n, uint32_t all) {
+  return n < all ? n / TILE : (n + TILE - 1) / TILE;
 }
 
-__device__ __forceinline__ void find_windows(const solver &s, const unit &x, const cut &at,
-                                             windows *out) {
-  __shared__ uint32_t window_low[4], window_high[4], window_here[4], window_enough[4];
-  const uint32_t tid = threadIdx.x, bin = at.bin;
-  __syncthreads();
-  if (tid < 4) window_low[tid] = at.floor(), window_high[tid] = ~0u;
-  if (bin < FINE) {
-    uint32_t n[4], above[4];
+/* rdkv__spend, by one block. */
+__device__ __forceinline__ void spend(const solver &s, const cut &at, u64 left, const spending &p) {
+  __shared__ uint32_t spend_bin[1], spend_from[1];
+  __shared__ u64 spend_left[1];
+  const uint32_t tid = threadIdx.x, lane = tid & 31, n = 4 * s.n_heads, all = s.a.n;
+  for (uint32_t bin = at.bin;;) {
+    /* the next bin down with a tile more that fits */
+    __syncthreads();
+    if (tid == 0) spend_bin[0] = 0;
+    __syncthreads();
+    for (uint32_t q = tid / 32; q < n; q += SOLVE / 32) {
+      const uint32_t tiles = p.tiles[q];
+      if (p.cost[q] > left || (q % 4 > 0 && p.tiles[q - 1] <= tiles)) continue;
+      const uint4 *bins = reinterpret_cast<const uint4 *>(s.bins(q / 4) + q % 4 * FINE) + lane;
+      uint32_t more = 0; /* bins down to which there are */
 #pragma unroll
-    for (uint32_t l = 0; l < 4; ++l) { /* all are asked for before any is waited for */
-      const uint32_t *bins = s.bins(x.i) + l * FINE;
-      n[l] = bins[tid], above[l] = tid + 1 < FINE ? bins[tid + 1] : 0;
-    }
-    if (tid < 4) { /* a level each */
-      const uint32_t *bins = s.bins(x.i) + tid * FINE;
-      const uint32_t here = bins[bin], below = bins[bin > 0 ? bin - 1 : 0];
-      const uint32_t pinned = x.h->pinned[tid + 1];
-      uint32_t high[HIGH];
-#pragma unroll
-      for (uint32_t j = 0; j < HIGH; ++j) high[j] = bins[FINE - HIGH + j];
-      const uint32_t tiles = tiles_at(s, here, high, pinned);
-      window_here[tid] = here, window_enough[tid] = last_offer(below, tiles) * TILE + 3 * TILE;
+      for (uint32_t i = 0; i < FINE / 128; ++i) {
+        const uint4 x = bins[32 * i];
+        more += (full_tiles(x.x, all) > tiles) + (full_tiles(x.y, all) > tiles) +
+                (full_tiles(x.z, all) > tiles) + (full_tiles(x.w, all) > tiles);
+      }
+      more = least(__reduce_add_sync(FULL, more), bin);
+      if (lane == 0 && more) atomicMax(&spend_bin[0], more);
     }
     __syncthreads();
-#pragma unroll
-    for (uint32_t l = 0; l < 4; ++l) {
-      /* the bin of this thread is the one in which so many tokens have come together */
-      const uint32_t here = window_here[l], enough = window_enough[l];
-      if (tid >= bin && tid + 1 < FINE && here - above[l] >= MARGIN && here - n[l] < MARGIN)
-        window_high[l] = fine_edge(at.base, tid + 1);
-      if (tid < bin && n[l] >= enough && above[l] < enough)
-        window_low[l] = most(fine_edge(at.base, tid), 1);
-    }
-  }
-  __syncthreads();
-#pragma unroll
-  for (uint32_t l = 0; l < 4; ++l) out->to[l] = window_high[l], out->from[l] = window_low[l];
-}
-
-/* Sorts n keys, the greatest first, by one block: a bitonic network whose comparators all point the
-   same way, so that nothing need be padded. */
-__device__ __noinline__ void sort_long(u64 *keys, uint32_t n) {
-  __syncthreads();
-  for (uint32_t level = 0; (1u << level) < n; ++level) {
-    const uint32_t pairs = (n + (2u << level) - 1) >> (level + 1) << level;
-    for (uint32_t step = level + 1; step-- > 0;) {
-      const uint32_t stride = 1u << step;
-      for (uint32_t i = threadIdx.x; i < pairs; i += SOLVE) {
-        const uint32_t in = i & (stride - 1), lo = (i >> step << (step + 1)) + in;
-        const uint32_t hi = step == level ? lo - 2 * in + 2 * stride - 1 : lo + stride;
-        if (hi >= n) continue;
-        const u64 x = keys[lo], y = keys[hi];
-        if (x < y) keys[lo] = y, keys[hi] = x;
+    if (spend_bin[0] == 0) return;
+    bin = spend_bin[0] - 1;
+    /* as many as fit, in order: up to a level of which not all do, then from there on */
+    for (uint32_t from = 0; from < n;) {
+      const uint32_t q = from / 4 * 4 + tid;
+      uint32_t has = 0, cost = 0, want = 0;
+      if (q < n) {
+        has = want = p.tiles[q], cost = p.cost[q];
+        if (q >= from && cost <= left)
+          want = most(has, full_tiles((s.bins(q / 4) + q % 4 * FINE)[bin], all));
       }
+#pragma unroll
+      for (uint32_t l = 1; l < 4; ++l) {
+        const uint32_t below = __shfl_up_sync(FULL, want, 1);
+        if (q % 4 == l) want = most(has, least(want, below));
+      }
+      const u64 bytes = static_cast<u64>(want - has) * cost;
+      u64 sum;
+      const u64 before = solve_scan(bytes, &sum);
+      if (before + bytes <= left && want > has) p.tiles[q] = want;
+      if (before <= left && before + bytes > left) {
+        const uint32_t fit = static_cast<uint32_t>((left - before) / cost);
+        p.tiles[q] = has + fit;
+        spend_left[0] = left - before - static_cast<u64>(fit) * cost, spend_from[0] = q + 1;
+      }
+      __syncthreads();
+      from = sum > left ? spend_from[0] : from / 4 * 4 + SOLVE;
+      left = sum > left ? spend_left[0] : left - sum;
       __syncthreads();
     }
   }
+}
+
+/* Tokens of a head that reach each level, and slopes between which it must be looked at which: all
+   above `to` do that reach the level below; from `from` up there are enough, also where lower levels'
+   last tiles keep some from this one. */
+struct windows {
+  uint32_t want[4], from[4], to[4];
+};
+
+__device__ __forceinline__ void find_windows(const solver &s, const unit &x, const cut &at,
+                                             const uint32_t *tiles, windows *out) {
+  __shared__ uint32_t window_from[4], window_to[4];
+  const uint32_t tid = threadIdx.x;
+  uint32_t n[4] = {0, 0, 0, 0}, above[4] = {0, 0, 0, 0}, below = s.a.n;
+#pragma unroll
+  for (uint32_t l = 0; l < 4; ++l) { /* all are asked for before any is waited for */
+    const uint32_t *bins = s.bins(x.i) + l * FINE;
+    if (at.bin < FINE) n[l] = bins[tid], above[l] = tid + 1 < FINE ? bins[tid + 1] : 0;
+    below = out->want[l] = reach_of(tiles[l], x.h->pinned[l + 1], below);
+  }
   __syncthreads();
+  if (tid < 4) window_from[tid] = at.floor(), window_to[tid] = ~0u;
+  __syncthreads();
+#pragma unroll
+  for (uint32_t l = 0; l < 4; ++l) {
+    const uint32_t want = out->want[l], enough = want + 3 * TILE;
+    if (n[l] >= enough && above[l] < enough) window_from[l] = most(fine_edge(at.base, tid), 1);
+    if (n[l] > want && above[l] <= want && tid + 1 < FINE)
+      window_to[l] = fine_edge(at.base, tid + 1);
+    if (n[l] <= want && tid == 0 && at.bin < FINE) window_to[l] = at.floor();
+  }
+  __syncthreads();
+#pragma unroll
+  for (uint32_t l = 0; l < 4; ++l) {
+    const bool some = out->want[l] > 0;
+    out->from[l] = some ? window_from[l] : ~0u, out->to[l] = some ? window_to[l] : ~0u;
+  }
 }
 
 /* Slopes of a token of the unit's head, where not all tokens are looked at at once. */
@@ -8187,347 +8200,6 @@ __device__ __forceinline__ uint4 slopes_at(const solve_args &a, uint32_t t) {
   slopes_of(y, x.costs, slope);
   if (x.pin) pinned_slopes(y, x.costs, x.pin[t], slope);
   return make_uint4(slope[0], slope[1], slope[2], slope[3]);
-}
-
-/* A level's list of a head, what is offered of it, and the buckets that it is sorted by. */
-struct listing {
-  uint32_t m, from, shift, tiles, n_offers, above;
-};
-
-__device__ __forceinline__ listing &solve_listing(uint32_t l) {
-  __shared__ listing x[4];
-  return x[l];
-}
-
-__device__ __forceinline__ uint32_t bucket_of(u64 key, const listing &x) {
-  return least((static_cast<uint32_t>(key >> 32) - x.from) >> x.shift, BUCKETS - 1);
-}
-
-/* Puts the lists of some levels in order, the greatest key first, for which there is shared memory:
-   into buckets by slope, then by rank within the bucket. */
-__device__ __noinline__ void sort_short(const solve_args &a, uint32_t levels) {
-  __shared__ uint32_t bucket_end[4][BUCKETS]; /* keys of this bucket and those above */
-  u64 *const memory = reinterpret_cast<u64 *>(solve_shared), *keys = memory;
-  u64 *const lists = solve_unit().list;
-  const size_t capacity = a.capacity;
-  const uint32_t tid = threadIdx.x, bucket = BUCKETS - 1 - tid;
-  __syncthreads();
-#pragma unroll
-  for (uint32_t l = 0; l < 4; ++l) bucket_end[l][tid] = 0;
-  __syncthreads();
-#pragma unroll 1
-  for (uint32_t l = 0; l < 4; ++l)
-    for (uint32_t j = tid; (levels >> l & 1) && j < solve_listing(l).m; j += SOLVE)
-      atomicAdd(&bucket_end[l][bucket_of(lists[l * capacity + j], solve_listing(l))], 1u);
-  __syncthreads();
-#pragma unroll 1
-  for (uint32_t l = 0; l < 2; ++l) { /* two lists in one sum, from the top bucket down */
-    if (!(levels >> l & 5)) continue;
-    const u64 here = bucket_end[l][bucket] | static_cast<u64>(bucket_end[l + 2][bucket]) << 32;
-    u64 all;
-    const u64 sum = solve_scan(here, &all) + here;
-    bucket_end[l][bucket] = static_cast<uint32_t>(sum);
-    bucket_end[l + 2][bucket] = static_cast<uint32_t>(sum >> 32);
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (uint32_t l = 0; l < 4; ++l) { /* filled from their ends, which become their starts */
-    if (!(levels >> l & 1)) continue;
-    const listing x = solve_listing(l);
-    for (uint32_t j = tid; j < x.m; j += SOLVE) {
-      const u64 key = lists[l * capacity + j];
-      keys[atomicSub(&bucket_end[l][bucket_of(key, x)], 1u) - 1] = key;
-    }
-    keys += x.m;
-  }
-  __syncthreads();
-  keys = memory;
-#pragma unroll 1
-  for (uint32_t l = 0; l < 4; ++l) {
-    if (!(levels >> l & 1)) continue;
-    const listing x = solve_listing(l);
-    for (uint32_t j = tid; j < x.m; j += SOLVE) {
-      const u64 key = keys[j];
-      const uint4 slopes = slopes_at(a, ~static_cast<uint32_t>(key));
-      const uint32_t b = bucket_of(key, x), end = b > 0 ? bucket_end[l][b - 1] : x.m;
-      uint32_t rank = bucket_end[l][b];
-      for (uint32_t o = rank; o < end; ++o) rank += keys[o] > key;
-      lists[l * capacity + rank] = key;
-      if (rank < NEAR) solve_unit().slopes[l * least(a.capacity, NEAR) + rank] = slopes;
-    }
-    keys += x.m;
-  }
-  __syncthreads();
-}
-
-/* Its key for a level; slopes below the floor as 0. */
-__device__ __noinline__ u64 key_of(const solver &s, uint32_t t, uint32_t l, uint32_t floor) {
-  const uint4 slope = slopes_at(s.a, t);
-  const uint32_t y = l == 0 ? slope.x : l == 1 ? slope.y : l == 2 ? slope.z : slope.w;
-  return static_cast<u64>(y >= floor ? y : 0) << 32 | static_cast<uint32_t>(~t);
-}
-
-/* rdkv__offer for a head, whose levels are shared out to its blocks; leaves its lists in order. */
-__device__ __forceinline__ void offer(solver &s, const unit &x, const cut &at) {
-  __shared__ uint32_t offer_listed[1];
-  const uint32_t tid = threadIdx.x;
-  const size_t capacity = s.a.capacity;
-  const bool some = at.bin < FINE;
-  solve_head *h = x.h;
-  __syncthreads();
-  if (tid < 4) { /* a level each */
-    const uint32_t *bins = s.bins(x.i) + tid * FINE;
-    const uint32_t from = h->list_from[tid], to = h->sure_from[tid], pinned = h->pinned[tid + 1];
-    const uint32_t have = some ? bins[at.bin] : 0, all = bins[0];
-    const uint32_t below = bins[some && at.bin > 0 ? at.bin - 1 : 0];
-    uint32_t high[HIGH];
-#pragma unroll
-    for (uint32_t j = 0; j < HIGH; ++j) high[j] = bins[FINE - HIGH + j];
-    listing y = {h->n_list[tid], from, 0, 0, 0, h->n_sure[tid]};
-    const uint32_t span = (to == ~0u ? 2u << 23 : to - from) / BUCKETS; /* two octaves */
-    y.shift = span > 0 ? 32 - static_cast<uint32_t>(__clz(static_cast<int>(span))) : 0;
-    y.tiles = tiles_at(s, have, some ? high : nullptr, pinned);
-    if (at.bin > 0 && some && s.round_up == 0) {
-      const uint32_t end = least(last_offer(below, y.tiles), whole_tiles(all, s.a.n, nullptr, 0));
-      y.n_offers = end > y.tiles ? end - y.tiles : 0;
-    }
-    solve_listing(tid) = y;
-  }
-  __syncthreads();
-  uint32_t longest = 0, all = 0, levels = 0;
-#pragma unroll
-  for (uint32_t l = 0; l < 4; ++l) longest = most(longest, solve_listing(l).m);
-  const bool lists = longest <= s.a.capacity; /* they have all tokens in question */
-#pragma unroll
-  for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t k = !lists || s.slices == 1 ? 0
-                       : s.slices == 2         ? l & 1
-                       : s.slices == 3         ? l % 3
-                                               : l;
-    if (x.k == k) levels |= 1u << l, all += solve_listing(l).m;
-  }
-  if (lists && s.take_memory(all, 8)) {
-    sort_short(s.a, levels);
-  } else if (lists) {
-#pragma unroll 1
-    for (uint32_t l = 0; l < 4; ++l) {
-      if (!(levels >> l & 1)) continue;
-      if (s.take_memory(solve_listing(l).m, 8))
-        sort_short(s.a, 1u << l);
-      else
-        sort_long(x.list + l * capacity, solve_listing(l).m); /* more than NEAR */
-    }
-  }
-#pragma unroll 1
-  for (uint32_t l = 0; l < 4; ++l) {
-    if (!(levels >> l & 1)) continue;
-    const listing y = solve_listing(l);
-    const u64 *list = x.list + l * capacity;
-    uint32_t above = y.above;
-    if (!lists && y.n_offers > 0) { /* all the tokens in question, in the room of four lists */
-      const u64 top = static_cast<u64>(fine_edge(at.base, at.bin)) << 32;
-      above = (s.bins(x.i) + l * FINE)[at.bin], list = x.list;
-      __syncthreads();
-      if (tid == 0) offer_listed[0] = 0;
-      __syncthreads();
-      for (uint32_t t = tid; t < s.a.n; t += SOLVE) {
-        const u64 key = key_of(s, t, l, 0);
-        if (key < top && key >> 32 >= y.from) x.list[atomicAdd(&offer_listed[0], 1u)] = key;
-      }
-      __syncthreads();
-      sort_long(x.list, offer_listed[0]);
-    }
-    for (uint32_t j = tid; j < y.n_offers; j += SOLVE)
-      s.offers(x.i, l)[j] = list[least((y.tiles + 1 + j) * TILE, s.a.n) - 1 - above];
-    if (tid == 0) h->tiles[l] = y.tiles, h->n_offers[l] = y.n_offers, h->no_lists = !lists;
-  }
-}
-
-/* The greatest key of a warp, of equal ones that with the least number. */
-__device__ __forceinline__ void best_of_warp(u64 *key, uint32_t *who) {
-  const uint32_t high = static_cast<uint32_t>(*key >> 32), low = static_cast<uint32_t>(*key);
-  const uint32_t top = __reduce_max_sync(FULL, high);
-  const uint32_t rest = __reduce_max_sync(FULL, high == top ? low : 0);
-  *who = __reduce_min_sync(FULL, high == top && low == rest ? *who : ~0u);
-  *key = static_cast<u64>(top) << 32 | rest;
-}
-
-/* Where a level of each head stands while the budget is spent, of head after head. */
-struct spending {
-  uint32_t *tiles, *taken, *n_offers, *cost;
-
-  __device__ spending(uint32_t *memory, uint32_t n)
-      : tiles(memory), taken(memory + n), n_offers(memory + 2 * n), cost(memory + 3 * n) {}
-};
-
-/* rdkv__spend, by one block: of the tiles above the lower edge of the bin below the threshold's
-   those are taken that come before the first that does not fit, down to a 512th of the bin; the
-   rest one by one. */
-__device__ __forceinline__ void spend(const solver &s, const cut &at, u64 left, const spending &p) {
-  enum { LANES = 8 }; /* that look at the offers of a level */
-  __shared__ u64 spend_key[SOLVE / 32], spend_before[1];
-  __shared__ uint32_t spend_who[SOLVE / 32], spend_bytes[FINE]; /* of 64 */
-  __shared__ int spend_found[1];
-  const uint32_t tid = threadIdx.x, lane = tid & 31, n = 4 * s.n_heads;
-  const uint32_t bottom = fine_edge(at.base, at.bin - 1);
-  u64 all;
-  spend_bytes[tid] = 0;
-  if (tid == 0) spend_found[0] = -1;
-  __syncthreads();
-  for (uint32_t q = tid / LANES; q < n; q += SOLVE / LANES) {
-    const u64 *offers = s.offers(q / 4, q % 4);
-    for (uint32_t j = tid % LANES; j < p.n_offers[q]; j += LANES) {
-      const uint32_t slope = static_cast<uint32_t>(offers[j] >> 32);
-      if (slope >= bottom) atomicAdd(&spend_bytes[(slope - bottom) >> 6], p.cost[q] / 64);
-    }
-  }
-  __syncthreads();
-  const uint32_t bin = FINE - 1 - tid;
-  const u64 here = 64ull * spend_bytes[bin], before = solve_scan(here, &all);
-  if (before + here > left) atomicMax(&spend_found[0], static_cast<int>(bin));
-  __syncthreads();
-  const int found = spend_found[0]; /* the highest bin that is too much */
-  if (static_cast<int>(bin) == found) spend_before[0] = before;
-  const uint32_t edge = bottom + (static_cast<uint32_t>(found + 1) << 6);
-  __syncthreads();
-  left -= found < 0 ? all : spend_before[0];
-  for (uint32_t q0 = 0; q0 < n; q0 += SOLVE / LANES) {
-    const uint32_t q = q0 + tid / LANES;
-    const u64 *offers = s.offers(least(q, n - 1) / 4, q % 4);
-    uint32_t taken = 0;
-    for (uint32_t j = tid % LANES; q < n && j < p.n_offers[q]; j += LANES)
-      taken += offers[j] >> 32 >= edge;
-    for (int d = LANES / 2; d; d >>= 1) taken += __shfl_xor_sync(FULL, taken, d);
-    if (q < n && tid % LANES == 0) p.taken[q] = taken, p.tiles[q] += taken;
-  }
-  __syncthreads();
-  for (;;) {
-    u64 best = 0;
-    uint32_t who = ~0u;
-    for (uint32_t q = tid; q < n; q += SOLVE) {
-      const uint32_t next = p.taken[q];
-      if (next >= p.n_offers[q] || p.cost[q] > left || (q % 4 > 0 && p.tiles[q] >= p.tiles[q - 1]))
-        continue;
-      const u64 key = s.offers(q / 4, q % 4)[next];
-      if (key > best) best = key, who = q;
-    }
-    best_of_warp(&best, &who);
-    if (lane == 0) spend_key[tid / 32] = best, spend_who[tid / 32] = who;
-    __syncthreads();
-    best = spend_key[lane % (SOLVE / 32)], who = spend_who[lane % (SOLVE / 32)];
-    best_of_warp(&best, &who);
-    if (best == 0) break;
-    left -= p.cost[who];
-    __syncthreads();
-    if (tid == 0) ++p.taken[who], ++p.tiles[who];
-    __syncthreads();
-  }
-}
-
-/* Gives every token the level that is sure, and lists the tokens of the windows. */
-__device__ __forceinline__ void collect(solver &s, const cut &at) {
-  __shared__ uint32_t listed[4], listed_to[4], surely[4];
-  u64 *const here = reinterpret_cast<u64 *>(solve_shared); /* [4][SORT] */
-  windows w;
-  solve_head *h = nullptr;
-  uint8_t *v_bits = nullptr;
-  u64 *list = nullptr;
-  const uint32_t capacity = s.a.capacity;
-  u64 taken = 0; /* 16 bits a level: a thread has at most 2^20 / SOLVE tokens of a unit */
-  each_token(
-      s,
-      [&](const unit &x) {
-        h = x.h, v_bits = x.v_bits, list = x.list;
-        find_windows(s, x, at, &w);
-        if (threadIdx.x < 4) listed[threadIdx.x] = surely[threadIdx.x] = 0;
-        taken = 0;
-        __syncthreads();
-        return least(least(w.from[0], w.from[1]), least(w.from[2], w.from[3]));
-      },
-      [&](uint32_t t, const uint32_t *slope) {
-        uint32_t level = 0; /* that is sure */
-#pragma unroll
-        for (uint32_t l = 0; l < 4; ++l) level += level == l && slope[l] >= w.to[l];
-        if (level) taken += 0x0001000100010001ull >> (64 - 16 * level);
-#pragma unroll
-        for (uint32_t l = 0; l < 4; ++l) {
-          if (l < level || slope[l] < w.from[l]) continue;
-          const u64 key = static_cast<u64>(slope[l]) << 32 | static_cast<uint32_t>(~t);
-          uint32_t to = atomicAdd(&listed[l], 1u);
-          if (to < SORT) {
-            here[l * SORT + to] = key;
-          } else {
-            to = atomicAdd(&h->n_list[l], 1u);
-            if (to < capacity) list[l * static_cast<size_t>(capacity) + to] = key;
-          }
-        }
-        v_bits[t] = static_cast<uint8_t>(width_of(static_cast<int>(level)));
-      },
-      [&](uint32_t t) { v_bits[t] = 0; },
-      [&](const unit &) {
-#pragma unroll
-        for (uint32_t l = 0; l < 4; ++l) {
-          const uint32_t n =
-              __reduce_add_sync(FULL, static_cast<uint32_t>(taken >> (16 * l) & 0xffff));
-          if (threadIdx.x % 32 == 0 && n) atomicAdd(&surely[l], n);
-          if (threadIdx.x == 0) h->list_from[l] = w.from[l], h->sure_from[l] = w.to[l];
-        }
-        __syncthreads();
-        if (threadIdx.x < 4) {
-          listed_to[threadIdx.x] =
-              atomicAdd(&h->n_list[threadIdx.x], least(listed[threadIdx.x], SORT));
-          if (surely[threadIdx.x]) atomicAdd(&h->n_sure[threadIdx.x], surely[threadIdx.x]);
-        }
-        __syncthreads();
-#pragma unroll
-        for (uint32_t l = 0; l < 4; ++l)
-          for (uint32_t j = threadIdx.x; j < least(listed[l], SORT); j += SOLVE)
-            if (listed_to[l] + j < capacity)
-              list[l * static_cast<size_t>(capacity) + listed_to[l] + j] = here[l * SORT + j];
-      });
-  s.sync();
-}
-
-/* Level after level the best tokens of those at the level below rise, as many as the tiles hold:
-   by looking at all of them. By one block. */
-__device__ __noinline__ void raise_all(const solver &s, const unit &x, const uint32_t *tiles,
-                                       uint32_t floor) {
-  __shared__ uint32_t raise_digits[256], raise_found[2];
-  const solve_head *h = x.h;
-  uint8_t *v_bits = x.v_bits;
-  uint32_t at_level = s.a.n;
-  __syncthreads();
-  for (uint32_t t = threadIdx.x; t < s.a.n; t += SOLVE) v_bits[t] = 0;
-  for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t want = reach_of(tiles[l], h->pinned[l + 1], at_level);
-    const uint8_t here = static_cast<uint8_t>(width_of(static_cast<int>(l)));
-    uint32_t k = want;
-    u64 limit = 0; /* the least key that rises, digit by digit */
-    for (int shift = 56; want < at_level && shift >= 0; shift -= 8) {
-      __syncthreads();
-      if (threadIdx.x < 256) raise_digits[threadIdx.x] = 0;
-      __syncthreads();
-      for (uint32_t t = threadIdx.x; t < s.a.n && want > 0; t += SOLVE) {
-        if (v_bits[t] != here) continue;
-        const u64 key = key_of(s, t, l, floor);
-        if (shift == 56 || key >> (shift + 8) == limit >> (shift + 8))
-          atomicAdd(&raise_digits[key >> shift & 255], 1u);
-      }
-      __syncthreads();
-      const uint32_t digit = 255 - threadIdx.x,
-                     n = threadIdx.x < 256 ? raise_digits[digit & 255] : 0;
-      u64 all;
-      const u64 above = solve_scan(n, &all);
-      if (above < k && above + n >= k)
-        raise_found[0] = digit, raise_found[1] = static_cast<uint32_t>(above);
-      __syncthreads();
-      if (want > 0) limit |= static_cast<u64>(raise_found[0]) << shift, k -= raise_found[1];
-    }
-    for (uint32_t t = threadIdx.x; t < s.a.n && want > 0; t += SOLVE)
-      if (v_bits[t] == here && key_of(s, t, l, floor) >= limit)
-        v_bits[t] = static_cast<uint8_t>(width_of(static_cast<int>(l) + 1));
-    at_level = want;
-  }
 }
 
 /* The first `want` of n tokens with a width get the next one. By one block. */
@@ -8556,141 +8228,204 @@ __device__ __noinline__ void raise_first(uint8_t *bits, uint32_t n, uint8_t from
   __syncthreads();
 }
 
-/* The same by the lists in order; false where they do not suffice. Of each level's list the last
-   key that rises is found: a token's level is the one up to which its keys are no less. */
-__device__ __forceinline__ bool raise_listed(solver &s, const unit &x, const uint32_t *tiles,
-                                             uint32_t floor) {
-  __shared__ u64 listed_limit[4];
-  const solve_head *h = x.h;
-  uint8_t *v_bits = x.v_bits;
-  const u64 *lists = x.list;
-  const size_t capacity = s.a.capacity;
-  uint32_t n[4], sure[4], from[4], to[4], pinned[4], first[5] = {0, 0, 0, 0, 0}, fill[4];
-#pragma unroll
-  for (uint32_t l = 0; l < 4; ++l) {
-    n[l] = h->n_list[l], sure[l] = h->n_sure[l], from[l] = h->list_from[l];
-    to[l] = h->sure_from[l], pinned[l] = h->pinned[l + 1];
-  }
-#pragma unroll
-  for (uint32_t l = 0; l < 4; ++l) first[l + 1] = first[l] + n[l];
-  /* of all that are listed, if there is room */
-  const bool room = most(most(n[0], n[1]), most(n[2], n[3])) <= NEAR && s.take_memory(first[4], 24);
-  uint4 *const slopes = solve_shared;
-  u64 *const keys = reinterpret_cast<u64 *>(solve_shared + first[4]);
-  __syncthreads();
-#pragma unroll
-  for (uint32_t l = 0; l < 4; ++l)
-    for (uint32_t j = threadIdx.x; j < n[l] && room; j += SOLVE) {
-      slopes[first[l] + j] = x.slopes[l * least(s.a.capacity, NEAR) + j];
-      keys[first[l] + j] = lists[l * capacity + j];
-    }
-  __syncthreads();
-  const auto key_at = [&](uint32_t l, uint32_t j) {
-    return room ? keys[first[l] + j] : lists[l * capacity + j];
+/* rdkv__assign for one head, by one block: of the tokens that are listed, m, or of all the head's,
+   where those that are sure have their width. For level after level the last key that rises is
+   found, slope above inverted index: a token's level is the one up to which its keys are no less.
+   False: the list does not suffice. */
+__device__ __noinline__ bool raise(const solver &s, const windows &w, uint32_t floor, bool listed) {
+  __shared__ uint32_t raise_count[BUCKETS], raise_warp[SOLVE / 32], raise_found[3], raise_fill[4];
+  __shared__ u64 raise_limit[4];
+  const unit &x = solve_unit();
+  const uint32_t tid = threadIdx.x, lane = tid & 31, m = listed ? x.h->n_list : s.a.n;
+  static_assert(BUCKETS == SOLVE, "a bucket a thread");
+  const auto entry = [&](uint32_t j, uint32_t slope[4]) {
+    const uint32_t t = listed ? x.list[j] : j;
+    const uint4 y = listed && j < NEAR ? x.slopes[j] : slopes_at(s.a, t);
+    slope[0] = y.x, slope[1] = y.y, slope[2] = y.z, slope[3] = y.w;
+    return t;
   };
-  u64 limit[4] = {0, 0, 0, 0};
-  /* the level, the highest at most, of a token that is listed */
-  const auto level_at = [&](uint32_t e, u64 key, uint32_t highest) {
-    const uint4 y = room ? slopes[e] : slopes_at(s.a, ~static_cast<uint32_t>(key));
-    const uint32_t slope[4] = {y.x, y.y, y.z, y.w}, token = static_cast<uint32_t>(key);
+  /* its level, the highest at most, and the key of that level */
+  const auto level_at = [&](uint32_t t, const uint32_t slope[4], uint32_t highest, u64 *key) {
     uint32_t level = 0;
 #pragma unroll
-    for (uint32_t l = 0; l < 4; ++l)
-      level += l < highest && level == l && (static_cast<u64>(slope[l]) << 32 | token) >= limit[l];
+    for (uint32_t l = 0; l < 4; ++l) {
+      const u64 k = static_cast<u64>(slope[l]) << 32 | static_cast<uint32_t>(~t);
+      if (l == highest) *key = k;
+      level += l < highest && level == l && k >= raise_limit[l];
+    }
     return level;
   };
-  uint32_t at_level = s.a.n;
-#pragma unroll
-  for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t each = (n[l] + SOLVE - 1) / SOLVE;
-    const uint32_t j0 = least(threadIdx.x * each, n[l]), j1 = least(j0 + each, n[l]);
-    const uint32_t want = reach_of(tiles[l], pinned[l], at_level);
-    at_level = want;
-    u64 mine = 0, all;
-    for (uint32_t j = j0; j < j1; ++j)
-      mine += l == 0 || level_at(first[l] + j, key_at(l, j), l) == l;
-    uint32_t before = static_cast<uint32_t>(solve_scan(mine, &all));
-    if (want < sure[l] || (all + sure[l] < want && from[l] > floor)) return false;
-    const uint32_t need = want - sure[l];
-    if (threadIdx.x == 0) listed_limit[l] = need >= all ? static_cast<u64>(from[l]) << 32 : ~0ull;
-    __syncthreads();
-    for (uint32_t j = j0; j < j1 && before < need && need < all; ++j)
-      if ((l == 0 || level_at(first[l] + j, key_at(l, j), l) == l) && ++before == need)
-        listed_limit[l] = key_at(l, j);
-    __syncthreads();
-    limit[l] = listed_limit[l];
-    fill[l] = need > all ? need - static_cast<uint32_t>(all) : 0;
-    /* all that are listed must lie below those that are sure */
-    if (sure[l] > 0 && limit[l] >> 32 >= to[l]) return false;
-  }
+  __syncthreads();
+  raise_count[tid] = 0;
 #pragma unroll 1
   for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t m = l == 0 ? n[0] : l == 1 ? n[1] : l == 2 ? n[2] : n[3];
-    const uint32_t e = l == 0 ? 0 : l == 1 ? first[1] : l == 2 ? first[2] : first[3];
-    for (uint32_t j = threadIdx.x; j < m; j += SOLVE) {
-      const u64 key = room ? keys[e + j] : lists[l * capacity + j];
-      v_bits[~static_cast<uint32_t>(key)] =
-          static_cast<uint8_t>(width_of(static_cast<int>(level_at(e + j, key, 4))));
-    }
-  }
+    const uint32_t from = l == 0 ? w.from[0] : l == 1 ? w.from[1] : l == 2 ? w.from[2] : w.from[3];
+    const uint32_t to = l == 0 ? w.to[0] : l == 1 ? w.to[1] : l == 2 ? w.to[2] : w.to[3];
+    uint32_t need = l == 0 ? w.want[0] : l == 1 ? w.want[1] : l == 2 ? w.want[2] : w.want[3];
+    if (listed) need -= x.h->n_sure[l];
+    u64 limit = static_cast<u64>(from) << 32, top = ~0ull, end = static_cast<u64>(to) << 32;
+    uint32_t missing = 0;
+    for (bool first = true; need > 0; first = false) {
+      /* keys in [limit, top) by buckets, of which the last one goes on beyond end */
+      const u64 span = end - limit - 1;
+      const uint32_t shift = span < BUCKETS ? 0 : 55 - static_cast<uint32_t>(__clzll(static_cast<long long>(span)));
+      __syncthreads();
+      for (uint32_t j = tid; j < m; j += SOLVE) {
+        uint32_t slope[4];
+        u64 key = 0;
+        const uint32_t t = entry(j, slope);
+        if (level_at(t, slope, l, &key) == l && key >= limit && key < top)
+          atomicAdd(&raise_count[min((key - limit) >> shift, static_cast<u64>(BUCKETS - 1))], 1u);
+      }
+      __syncthreads();
+      const uint32_t here = raise_count[BUCKETS - 1 - tid];
+      raise_count[BUCKETS - 1 - tid] = 0;
+      uint32_t sum = here;
 #pragma unroll
-  for (uint32_t l = 0; l < 4; ++l) {
-    if (fill[l] == 0) continue;
+      for (uint32_t d = 1; d < 32; d <<= 1) {
+        const uint32_t y = __shfl_up_sync(FULL, sum, d);
+        if (lane >= d) sum += y;
+      }
+      if (lane == 31) raise_warp[tid / 32] = sum;
+      __syncthreads();
+      const uint32_t warp = lane < SOLVE / 32 ? raise_warp[lane] : 0;
+      const uint32_t all = __reduce_add_sync(FULL, warp);
+      sum += __reduce_add_sync(FULL, lane < tid / 32 ? warp : 0);
+      if (first && all <= need) {
+        missing = need - all;
+        break;
+      }
+      if (sum - here < need && sum >= need)
+        raise_found[0] = BUCKETS - 1 - tid, raise_found[1] = here, raise_found[2] = sum - here;
+      __syncthreads();
+      const uint32_t bucket = raise_found[0];
+      need -= raise_found[2], limit += static_cast<u64>(bucket) << shift;
+      if (need == raise_found[1]) break;
+      if (bucket < BUCKETS - 1) top = limit + (1ull << shift);
+      end = top;
+    }
+    if (missing > 0 && from > floor) return false;
     __syncthreads();
-    raise_first(v_bits, s.a.n, static_cast<uint8_t>(width_of(static_cast<int>(l))),
-                static_cast<uint8_t>(width_of(static_cast<int>(l) + 1)), fill[l]);
+    if (tid == 0) raise_limit[l] = need > 0 ? limit : ~0ull, raise_fill[l] = missing;
+    __syncthreads();
+  }
+  for (uint32_t j = tid; j < m; j += SOLVE) {
+    uint32_t slope[4];
+    u64 key;
+    const uint32_t t = entry(j, slope), level = level_at(t, slope, 4, &key);
+    x.v_bits[t] = static_cast<uint8_t>(width_of(static_cast<int>(level)));
+  }
+#pragma unroll 1
+  for (int l = 0; l < 4; ++l) {
+    if (raise_fill[l] == 0) continue;
+    __syncthreads();
+    raise_first(x.v_bits, s.a.n, static_cast<uint8_t>(width_of(l)),
+                static_cast<uint8_t>(width_of(l + 1)), raise_fill[l]);
   }
   return true;
 }
 
-/* rdkv__assign for one head, by one block. */
-__device__ __forceinline__ void assign(solver &s, unit &x, const uint32_t *tiles, const cut &at) {
-  solve_head *h = x.h;
-  find_costs(s, x);
-  if (h->no_lists || !raise_listed(s, x, tiles, at.floor())) raise_all(s, x, tiles, at.floor());
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-  uint32_t last = s.a.n;
-  for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t reach = reach_of(tiles[l], h->pinned[l + 1], last);
-    h->count[l] = last - reach, last = reach;
-    h->n_list[l] = h->n_sure[l] = 0;
-  }
-  h->count[4] = last;
+/* Gives every token the level that is sure and lists those of the windows, from which the last block
+   of a head takes the others. */
+__device__ __forceinline__ void assign(solver &s, const cut &at, const uint32_t *tiles) {
+  __shared__ uint32_t listed[2], surely[4];
+  uint4 *const slopes = solve_shared;
+  uint32_t *const tokens = reinterpret_cast<uint32_t *>(solve_shared + LISTED);
+  windows w;
+  solve_head *h = nullptr;
+  uint8_t *v_bits = nullptr;
+  u64 taken = 0; /* 16 bits a level: a thread has at most 2^20 / SOLVE tokens of a unit */
+  static_assert(LISTED * 5 <= SOLVE_WORDS, "they fit");
+  const auto put = [](const unit &x, uint32_t j, uint32_t t, const uint4 &y) {
+    x.list[j] = t;
+    if (j < NEAR) x.slopes[j] = y;
+  };
+  each_token(
+      s,
+      [&](const unit &x) {
+        h = x.h, v_bits = x.v_bits;
+        find_windows(s, x, at, tiles + 4 * x.i, &w);
+        if (threadIdx.x < 4) listed[0] = surely[threadIdx.x] = 0;
+        taken = 0;
+        __syncthreads();
+        return least(least(w.from[0], w.from[1]), least(w.from[2], w.from[3]));
+      },
+      [&](uint32_t t, const uint32_t *slope) {
+        uint32_t level = 0; /* that is sure */
+        bool open = false;
+#pragma unroll
+        for (uint32_t l = 0; l < 4; ++l) level += level == l && slope[l] >= w.to[l];
+        if (level) taken += 0x0001000100010001ull >> (64 - 16 * level);
+#pragma unroll
+        for (uint32_t l = 0; l < 4; ++l) open |= l >= level && slope[l] >= w.from[l];
+        if (open) {
+          const uint4 y = make_uint4(slope[0], slope[1], slope[2], slope[3]);
+          const uint32_t to = atomicAdd(&listed[0], 1u);
+          if (to < LISTED)
+            slopes[to] = y, tokens[to] = t;
+          else
+            put(solve_unit(), atomicAdd(&h->n_list, 1u), t, y);
+        }
+        v_bits[t] = static_cast<uint8_t>(width_of(static_cast<int>(level)));
+      },
+      [&](uint32_t t) { v_bits[t] = 0; },
+      [&](const unit &x) {
+#pragma unroll
+        for (uint32_t l = 0; l < 4; ++l) {
+          const uint32_t n =
+              __reduce_add_sync(FULL, static_cast<uint32_t>(taken >> (16 * l) & 0xffff));
+          if (threadIdx.x % 32 == 0 && n) atomicAdd(&surely[l], n);
+        }
+        __syncthreads();
+        const uint32_t n = least(listed[0], LISTED);
+        if (threadIdx.x == 0 && n) listed[1] = atomicAdd(&h->n_list, n);
+        if (threadIdx.x < 4 && surely[threadIdx.x])
+          atomicAdd(&h->n_sure[threadIdx.x], surely[threadIdx.x]);
+        __syncthreads();
+        for (uint32_t j = threadIdx.x; j < n; j += SOLVE)
+          put(x, listed[1] + j, tokens[j], slopes[j]);
+        if (!last_unit(&h->done, s.slices)) return;
+        if (!raise(s, w, at.floor(), true)) {
+          const uint32_t from = at.floor();
+#pragma unroll
+          for (uint32_t l = 0; l < 4; ++l) w.from[l] = from, w.to[l] = ~0u;
+          raise(s, w, from, false);
+        }
+        __syncthreads();
+        if (threadIdx.x > 0) return;
+        uint32_t before = s.a.n;
+        for (uint32_t l = 0; l < 4; ++l)
+          h->count[l] = before - w.want[l], before = w.want[l], h->n_sure[l] = 0;
+        h->count[4] = before, h->n_list = h->done = 0;
+      });
 }
 
 /* The widths, once the threshold is known: the tiles above it, those below it as long as the budget
    lasts, and their tokens. */
 __device__ __noinline__ void finish(solver &state, const cut &at, u64 budget) {
-  __shared__ uint32_t finish_pairs[PAIR_WORDS * SOLVE];
+  __shared__ uint32_t finish_tiles[2 * SOLVE];
   solver s = state; /* in registers */
-  const uint32_t n = 4 * s.n_heads, units = s.n_heads * s.slices, tid = threadIdx.x;
-  const bool alike = n <= SOLVE; /* blocks that want to know spend, all the same way */
-  const spending p(alike ? finish_pairs : s.a.pairs, alike ? SOLVE : n);
-  collect(s, at);
-  s.choose = KEEP;
-  for (uint32_t u = blockIdx.x; u < units; u += gridDim.x) {
-    unit &x = s.enter(u);
-    find_costs(s, x);
-    offer(s, x, at);
-  }
-  s.sync();
-  if (alike ? blockIdx.x < units : blockIdx.x == 0) {
-    const u64 took = at.bin < FINE ? s.hist()[at.bin] : 0; /* as add_up() left it */
+  const uint32_t n = 4 * s.n_heads, tid = threadIdx.x;
+  const bool alike = n <= SOLVE; /* all blocks spend, the same way */
+  const spending p = {alike ? finish_tiles : s.a.tiles,
+                      alike ? finish_tiles + SOLVE : s.a.tiles + n};
+  if (alike || blockIdx.x == 0) {
+    const bool some = at.bin < FINE;
+    const u64 took = some ? s.hist()[at.bin] : 0; /* as add_up() left it */
     for (uint32_t q = tid; q < n; q += SOLVE) {
       const solve_head *h = s.head(q / 4);
-      p.tiles[q] = h->tiles[q % 4], p.taken[q] = 0, p.n_offers[q] = h->n_offers[q % 4];
+      const uint32_t *bins = s.bins(q / 4) + q % 4 * FINE;
+      uint32_t high[HIGH];
+#pragma unroll
+      for (uint32_t j = 0; j < HIGH; ++j) high[j] = some ? bins[FINE - HIGH + j] : 0;
+      p.tiles[q] = tiles_at(s, some ? bins[at.bin] : 0, high, h->pinned[q % 4 + 1]);
       p.cost[q] = tile_cost(s, h, q % 4);
     }
-    __syncthreads();
-    if (at.bin > 0 && at.bin < FINE && s.round_up == 0) spend(s, at, budget - took, p);
+    if (some && s.round_up == 0) spend(s, at, budget - took, p);
     __syncthreads();
   }
   if (!alike) s.sync();
-  for (uint32_t u = blockIdx.x; u < units; u += gridDim.x) {
-    unit &x = s.enter(u);
-    if (x.k == 0) assign(s, x, p.tiles + 4 * x.i, at);
-  }
+  assign(s, at, p.tiles);
   s.leave(&state);
 }
 
@@ -8789,7 +8524,6 @@ __device__ __noinline__ bool within_error(solver &s) {
 
 /* rdkv__solve. */
 __device__ __noinline__ void solve(solver &state, uint64_t budget, double *used) {
-  if (!state.staged) state.part(state.first, state.n_heads);
   solver s = state; /* in registers */
   const float max = __uint_as_float(PINNED);
   float lowest = 0;
@@ -9548,8 +9282,8 @@ static __global__ void __launch_bounds__(SOLVE, 1)
     if (first == 0) *a.state = solve_state();
   }
   for (uint32_t i = first; i < a.n_heads; i += step) {
-    for (int l = 0; l < 4; ++l) s.head(i)->n_list[l] = s.head(i)->n_sure[l] = 0;
-    s.head(i)->done = 0;
+    for (int l = 0; l < 4; ++l) s.head(i)->n_sure[l] = 0;
+    s.head(i)->n_list = s.head(i)->done = 0;
     for (int l = 0; l < 5 && !a.pin; ++l) s.head(i)->pinned[l] = 0;
   }
   if (failed != RDKV_OK) return;
@@ -10190,8 +9924,6 @@ static void layout_solve(const rdkv_config *cfg, int n_layers, uint32_t n, void 
   const bool paper = cfg->profile == RDKV_PAPER;
   s->a = solve_args();
   s->m.next = static_cast<uint8_t *>(workspace), s->m.bytes = 0;
-  /* a list for a level, which all four have in one where that is too small */
-  s->a.capacity = n < 2 ? 2 : n < 1024 ? n : n / 4 < 1024 ? 1024 : n / 4;
   s->m.take(&s->a.pin, cfg->n_pins > 0 ? heads * n : 0);
   s->m.take(&s->a.state, 1);
   s->m.take(&s->a.hist[0], paper ? 0 : BINS);
@@ -10202,11 +9934,9 @@ static void layout_solve(const rdkv_config *cfg, int n_layers, uint32_t n, void 
   s->m.take(&s->a.bins[2], paper ? 0 : heads * BINS);
   s->m.take(&s->a.layers, static_cast<uint64_t>(n_layers));
   s->m.take(&s->a.heads, heads);
-  s->m.take(&s->a.list, paper ? 0 : heads * 4 * s->a.capacity);
-  s->m.take(&s->a.slopes, paper ? 0 : heads * 4 * least(s->a.capacity, NEAR));
-  s->a.max_offers = n / TILE + 1;
-  s->m.take(&s->a.offers, paper ? 0 : heads * 4 * s->a.max_offers);
-  s->m.take(&s->a.pairs, paper || 4 * heads <= SOLVE ? 0 : PAIR_WORDS * 4 * heads);
+  s->m.take(&s->a.list, paper ? 0 : heads * n);
+  s->m.take(&s->a.slopes, paper ? 0 : heads * least(n, NEAR));
+  s->m.take(&s->a.tiles, paper || 4 * heads <= SOLVE ? 0 : 8 * heads);
 }
 
 struct solve_launch {
