@@ -7292,9 +7292,10 @@ struct layer_view {
 };
 
 struct solve_head {
-  uint32_t count[5], channels[4], k_tile;
+  uint32_t count[5], channels[4], k_tile, k_tokens;
+  float k_lambda;             /* K is chosen by these */
   uint32_t pinned[5];         /* tokens that must reach a level */
-  uint32_t n_list, n_sure[4]; /* tokens that are listed, and that surely reach level 1.. */
+  uint32_t n_list, n_sure[4]; /* tokens that are listed, and others that reach level 1.. */
   uint32_t done;              /* units that have been counted */
   double v, k;                /* predicted */
 };
@@ -7448,6 +7449,8 @@ struct v_costs {
 struct unit {
   uint32_t number, i, k, t0, t1; /* k: which of its head's */
   uint32_t k_tile;               /* that costs are of, or FULL */
+  uint32_t k_tokens;             /* K is chosen for so many */
+  float k_lambda;                /* and this threshold */
   solve_head *h;
   const float *v, *kd; /* the head's distortions */
   const uint8_t *pin;
@@ -7483,11 +7486,10 @@ __device__ __noinline__ void enter_unit(const solve_args &a, uint32_t first, uin
   stage_floats(x.dk, x.kd, 4 * static_cast<uint32_t>(a.k_dim));
 }
 
-/* By the bytes that K takes in a tile; by at least 20 threads. */
+/* By the bytes that K takes in a tile; by at least 20 threads, between barriers. */
 __device__ __noinline__ void set_costs(int v_dim, int positions, uint32_t k_tile, v_costs &c) {
   const uint32_t tid = threadIdx.x, block = static_cast<uint32_t>(pad16(v_dim)) / 16 * 128;
   const uint32_t whole = k_tile + 128 + block + (positions ? 128u : 0u);
-  __syncthreads();
   /* bytes of a tile at a level, which are exact in floats as parts of a token, too */
   const auto bytes = [&](uint32_t l) { return l ? whole + block * ((1u << (l - 1)) - 1) : 0; };
   const auto step = [&](uint32_t from, uint32_t to) {
@@ -7495,7 +7497,6 @@ __device__ __noinline__ void set_costs(int v_dim, int positions, uint32_t k_tile
   };
   if (tid < 4) c.cost[tid] = step(tid, tid + 1);
   if (tid < 20 && tid / 5 < tid % 5) c.inv[tid / 5][tid % 5] = __fdiv_rn(1, step(tid / 5, tid % 5));
-  __syncthreads();
 }
 
 /* All blocks of a launch meet, and see what the others wrote. */
@@ -7520,8 +7521,8 @@ __device__ __noinline__ void solve_sync(uint32_t *counter, uint32_t phase) {
   __syncthreads();
 }
 
-/* True in all threads of the head's block that is the last one to get here. */
-__device__ __forceinline__ bool last_unit(uint32_t *done, uint32_t units) {
+/* How many of a head's blocks have got here before, and let see what they wrote. */
+__device__ __forceinline__ uint32_t units_before(uint32_t *done) {
   __shared__ uint32_t before[1];
   __syncthreads();
   if (threadIdx.x == 0)
@@ -7530,7 +7531,7 @@ __device__ __forceinline__ bool last_unit(uint32_t *done, uint32_t units) {
                  : "l"(done)
                  : "memory");
   __syncthreads();
-  return before[0] == units - 1;
+  return before[0];
 }
 
 /* block_scan() with memory of its own. */
@@ -7759,36 +7760,52 @@ __device__ __forceinline__ void k_slopes(const float d[4], float cost, uint32_t 
   slope[2] = y2 > 0 ? __float_as_uint(y2) : 0;
 }
 
-/* rdkv__choose_k for this block's unit: what it takes one by one is here a rank, for which each
-   warp has some of the channels, and a lane all that it compares them with. Returns the bytes of K
-   in a tile; a head's first block writes down what it has chosen. */
-__device__ __noinline__ uint32_t choose_k(const solve_args &a, uint32_t n_tokens, float lambda) {
-  enum { EACH = MAX_DIM / (SOLVE / 32) };
-  __shared__ u64 k_key[MAX_DIM];
-  __shared__ uint32_t k_rank[MAX_DIM];
+/* What rdkv__choose_k finds of K of this block's unit: a thread the slopes of its channel; how many
+   channels reach each level, in whole blocks. */
+struct k_choice {
+  uint32_t slope[3], reach[4];
+};
+
+__device__ __forceinline__ k_choice count_k(const solve_args &a, uint32_t n_tokens, float lambda) {
+  k_choice y;
   const unit &x = solve_unit();
-  const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(a.k_dim), lane = tid & 31;
+  const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(a.k_dim);
   const uint32_t tiles = (most(n_tokens, 1) + TILE - 1) / TILE;
-  const uint32_t each = kd <= MAX_DIM / 2 ? EACH / 2 : EACH, first = tid / 32 * each;
   float d[4] = {0, 0, 0, 0};
   staged_floats();
   __syncthreads();
 #pragma unroll
   for (uint32_t l = 0; l < 4; ++l)
     if (tid < kd) d[l] = x.dk[l * kd + tid];
-  uint32_t slope[3] = {0, 0, 0}, reach[4] = {kd, 0, 0, 0}, level = 0;
-  if (tid < kd) k_slopes(d, static_cast<float>(tiles * 8), slope);
-#pragma unroll
-  for (uint32_t l = 0; l < 3; ++l)
-    reach[l + 1] =
-        static_cast<uint32_t>(__syncthreads_count(tid < kd && __uint_as_float(slope[l]) > lambda));
+  y.slope[0] = y.slope[1] = y.slope[2] = 0, y.reach[0] = kd;
+  if (tid < kd) k_slopes(d, static_cast<float>(tiles * 8), y.slope);
 #pragma unroll
   for (uint32_t l = 0; l < 3; ++l) {
-    const uint32_t want = reach[l + 1] = least((reach[l + 1] + 8) / 16 * 16, reach[l]);
+    const uint32_t n = static_cast<uint32_t>(
+        __syncthreads_count(tid < kd && __uint_as_float(y.slope[l]) > lambda));
+    y.reach[l + 1] = least((n + 8) / 16 * 16, y.reach[l]);
+  }
+  return y;
+}
+
+/* Gives K of this block's unit's head its widths: what rdkv__choose_k takes one by one is here a
+   rank, for which each warp has some of the channels, and a lane all that it compares them with. */
+__device__ __noinline__ void place_k(const solve_args &a) {
+  enum { EACH = MAX_DIM / (SOLVE / 32) };
+  __shared__ u64 k_key[MAX_DIM];
+  __shared__ uint32_t k_rank[MAX_DIM];
+  const unit &x = solve_unit();
+  const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(a.k_dim), lane = tid & 31;
+  const uint32_t each = kd <= MAX_DIM / 2 ? EACH / 2 : EACH, first = tid / 32 * each;
+  const k_choice y = count_k(a, x.k_tokens, x.k_lambda);
+  uint32_t level = 0;
+#pragma unroll
+  for (uint32_t l = 0; l < 3; ++l) {
+    const uint32_t want = y.reach[l + 1];
     uint32_t rank = 0;
-    if (want > 0 && want < reach[l]) {
+    if (want > 0 && want < y.reach[l]) {
       if (tid < MAX_DIM) {
-        k_key[tid] = tid < kd && level == l ? static_cast<u64>(slope[l]) << 32 | ~tid : 0;
+        k_key[tid] = tid < kd && level == l ? static_cast<u64>(y.slope[l]) << 32 | ~tid : 0;
         k_rank[tid] = 0;
       }
       __syncthreads();
@@ -7809,37 +7826,39 @@ __device__ __noinline__ uint32_t choose_k(const solve_args &a, uint32_t n_tokens
     }
     if (level == l && rank < want) level = l + 1;
   }
-  uint32_t k_tile = 0;
-#pragma unroll
-  for (int l = 1; l < 4; ++l)
-    k_tile += (reach[l] - (l < 3 ? reach[l + 1] : 0) + 15) / 16 * (64u << l);
-  if (x.t0 == 0) {
-    if (tid < kd) x.k_bits[tid] = static_cast<uint8_t>(width_of(static_cast<int>(level)));
-    if (tid < 4)
-      x.h->channels[tid] = tid == 0   ? reach[0] - reach[1]
-                           : tid == 1 ? reach[1] - reach[2]
-                           : tid == 2 ? reach[2] - reach[3]
-                                      : reach[3];
-    if (tid == 0) x.h->k_tile = k_tile;
-  }
-  return k_tile;
+  if (tid < kd) x.k_bits[tid] = static_cast<uint8_t>(width_of(static_cast<int>(level)));
 }
 
-/* The costs of a unit whose head's K is as it is, or as it is chosen now. */
+/* The costs of a unit whose head's K is as it is, or as it is chosen now, which a head's first block
+   writes down. Between barriers. */
 __device__ __forceinline__ void find_costs(const solver &s, unit &x) {
+  const uint32_t tid = threadIdx.x;
   uint32_t k_tile = first_k_tile(s.a.k_dim);
   if (s.choose == KEEP) {
     if (x.k_tile != FULL) return;
     k_tile = x.h->k_tile;
+    if (tid == 0) x.k_tokens = x.h->k_tokens, x.k_lambda = x.h->k_lambda;
   } else if (s.choose != FRESH) {
     const uint32_t n_tokens = s.choose == BY_BINS   ? count_from(s.bins_before(x.i), s.above)
                               : s.choose == BY_FINE ? s.bins_before(x.i)[s.above]
                               : s.choose == BY_ALL  ? s.a.n
                                                     : 0;
-    k_tile = choose_k(s.a, n_tokens, s.chosen < 1e37f ? __fmul_rn(s.chosen, s.bias) : s.chosen);
+    const float lambda = s.chosen < 1e37f ? __fmul_rn(s.chosen, s.bias) : s.chosen;
+    const k_choice y = count_k(s.a, n_tokens, lambda);
+    k_tile = 0;
+#pragma unroll
+    for (int l = 1; l < 4; ++l)
+      k_tile += (y.reach[l] - (l < 3 ? y.reach[l + 1] : 0) + 15) / 16 * (64u << l);
+    if (tid == 0) x.k_tokens = n_tokens, x.k_lambda = lambda;
+    if (x.t0 == 0 && tid == 0) {
+      solve_head *h = x.h;
+      h->k_tile = k_tile, h->k_tokens = n_tokens, h->k_lambda = lambda;
+#pragma unroll
+      for (int l = 0; l < 4; ++l) h->channels[l] = y.reach[l] - (l < 3 ? y.reach[l + 1] : 0);
+    }
   }
   set_costs(s.a.v_dim, s.a.positions, k_tile, x.costs);
-  if (threadIdx.x == 0) x.k_tile = k_tile; /* seen at the next meeting */
+  if (tid == 0) x.k_tile = k_tile; /* seen at the next meeting */
 }
 
 /* f(token, slopes) over all tokens of the part; but skip(token) where a warp has none with a slope
@@ -7852,13 +7871,13 @@ __device__ __forceinline__ void each_token(solver &s, Begin begin, F f, Skip ski
   for (uint32_t u = blockIdx.x; u < units; u += gridDim.x) {
     unit &x = s.enter(u);
     find_costs(s, x);
-    const v_costs c = x.costs;
     const uint32_t t0 = x.t0, t1 = x.t1;
     const float *d = s.staged ? s.distortions() - t0 : x.v;
     const size_t stride = s.staged ? s.slice : n;
     const uint8_t *pin = x.pin;
     staged_floats();
     const uint32_t floor = begin(x); /* the threads meet there */
+    const v_costs c = x.costs;
 #pragma unroll 1
     for (uint32_t t = t0 + threadIdx.x; t < t1 + (-t1 & 31); t += BATCH * SOLVE) { /* by warps */
       float y[BATCH][5];
@@ -7946,24 +7965,34 @@ __device__ __forceinline__ void spectrum(solver &s, float floor) {
 /* Lowest edge of a bin down to which everything fits; *lowest the edge of the lowest bin in use. */
 __device__ __forceinline__ float spectrum_edge(const solver &s, uint64_t bytes, float *lowest) {
   __shared__ uint32_t edge_found[2];
-  const uint32_t top = BINS - 1 - threadIdx.x * (BINS / SOLVE);
+  enum { EACH = BINS / SOLVE };
+  const uint32_t top = BINS - 1 - threadIdx.x * EACH;
   const u64 *hist = s.hist();
-  u64 here[BINS / SOLVE], mine = 0, all;
+  u64 here[EACH], mine = 0, all;
+  if (blockIdx.x < s.n_heads * s.slices) /* will be asked for next: see count_from() */
+    asm volatile("{ .reg .u32 x; ld.global.u32 x, [%0]; }" ::"l"(s.bins(blockIdx.x / s.slices) + 4 * threadIdx.x));
 #pragma unroll
-  for (uint32_t i = 0; i < BINS / SOLVE; ++i) here[i] = hist[top - i], mine += here[i];
-  u64 sum = solve_scan(mine, &all);
+  for (uint32_t i = 0; i < EACH; ++i) here[i] = hist[top - i], mine += here[i];
   if (threadIdx.x == 0) edge_found[0] = 0, edge_found[1] = BINS;
-  __syncthreads();
+  u64 sum = solve_scan(mine, &all);
+  if (sum <= bytes && sum + mine > bytes) {
 #pragma unroll
-  for (uint32_t i = 0; i < BINS / SOLVE; ++i) {
-    const uint32_t bin = top - i;
-    if (bin > 0 && sum <= bytes && sum + here[i] > bytes) edge_found[0] = bin;
-    if (bin > 0 && here[i]) atomicMin(&edge_found[1], bin);
-    sum += here[i];
+    for (uint32_t i = 0; i < EACH; ++i) {
+      const uint32_t bin = top - i;
+      if (bin > 0 && sum <= bytes && sum + here[i] > bytes) edge_found[0] = bin;
+      sum += here[i];
+    }
+  }
+  if (lowest) {
+    uint32_t low = BINS;
+#pragma unroll
+    for (uint32_t i = 0; i < EACH; ++i)
+      if (top - i > 0 && here[i]) low = top - i;
+    low = __reduce_min_sync(FULL, low);
+    if (threadIdx.x % 32 == 0 && low < BINS) atomicMin(&edge_found[1], low);
   }
   __syncthreads();
   const uint32_t found = edge_found[0], low = edge_found[1];
-  __syncthreads();
   if (lowest) *lowest = low < BINS ? __uint_as_float(low << 20) : 0;
   return __uint_as_float(found < 0x7f7 ? (found + 1) << 20 : PINNED);
 }
@@ -8007,28 +8036,44 @@ __device__ __forceinline__ uint32_t table_bytes(const solve_head *h) {
 }
 
 /* Cumulates a head's fine bins from the top, and adds what it takes, in whole tiles, if the
-   threshold lies at the lower edge of each to hist. By the head's last block. */
+   threshold lies at the lower edge of each to hist. By the head's last block, a quarter of which has
+   a level, a thread four bins. */
 __device__ __forceinline__ void add_up(const solver &s, const unit &x) {
-  __shared__ uint32_t fine_high[4][HIGH];
+  __shared__ uint32_t fine_warp[SOLVE / 32], fine_high[4][HIGH], fine_bytes[4][FINE]; /* of 64 */
+  enum { QUARTER = SOLVE / 4 };
+  static_assert(FINE == SOLVE, "four bins a thread");
   const solve_head *h = x.h;
-  const uint32_t tid = threadIdx.x;
-  uint32_t n[4];
-  u64 bytes = table_bytes(h);
-  for (uint32_t l = 0; l < 4; l += 2) { /* two levels in one sum */
-    uint32_t *at = s.bins(x.i) + l * FINE + (FINE - 1 - tid);
-    const u64 mine = at[0] | static_cast<u64>(at[FINE]) << 32;
-    u64 all;
-    const u64 sum = mine + solve_scan(mine, &all);
-    at[0] = n[l] = static_cast<uint32_t>(sum);
-    at[FINE] = n[l + 1] = static_cast<uint32_t>(sum >> 32);
+  const uint32_t tid = threadIdx.x, lane = tid & 31, l = tid / QUARTER;
+  const uint32_t bin = FINE - 4 - tid % QUARTER * 4; /* and the three above it */
+  uint4 *at = reinterpret_cast<uint4 *>(s.bins(x.i) + l * FINE + bin);
+  uint4 n = *at;
+  const uint32_t cost = tile_cost(s, h, l) / 64, pinned = h->pinned[l + 1];
+  n.z += n.w, n.y += n.z, n.x += n.y;
+  uint32_t sum = n.x;
+#pragma unroll
+  for (uint32_t d = 1; d < 32; d <<= 1) {
+    const uint32_t y = __shfl_up_sync(FULL, sum, d);
+    if (lane >= d) sum += y;
   }
-  for (uint32_t l = 0; l < 4; ++l)
-    if (tid < HIGH) fine_high[l][HIGH - 1 - tid] = n[l];
+  if (lane == 31) fine_warp[tid / 32] = sum;
   __syncthreads();
-  for (uint32_t l = 0; l < 4; ++l)
-    bytes +=
-        static_cast<u64>(tiles_at(s, n[l], fine_high[l], h->pinned[l + 1])) * tile_cost(s, h, l);
-  atomicAdd(&s.hist()[FINE - 1 - tid], bytes);
+  sum -= n.x;
+  for (uint32_t w = l * QUARTER / 32; w < tid / 32; ++w) sum += fine_warp[w];
+  n.x += sum, n.y += sum, n.z += sum, n.w += sum;
+  *at = n;
+  const uint32_t each[4] = {n.x, n.y, n.z, n.w};
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i)
+    if (bin + i >= FINE - HIGH) fine_high[l][bin + i - (FINE - HIGH)] = each[i];
+  __syncthreads();
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i)
+    fine_bytes[l][bin + i] = tiles_at(s, each[i], fine_high[l], pinned) * cost;
+  __syncthreads();
+  u64 bytes = table_bytes(h);
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i) bytes += 64ull * fine_bytes[i][tid];
+  atomicAdd(&s.hist()[tid], bytes);
 }
 
 /* rdkv__fine_bin. */
@@ -8064,7 +8109,7 @@ __device__ __forceinline__ void fine_bins(solver &s, float base) {
           const uint32_t n = count[b];
           if (n) atomicAdd(&s.bins(x.i)[b], n);
         }
-        if (!last_unit(&x.h->done, s.slices)) return;
+        if (units_before(&x.h->done) + 1 < s.slices) return;
         add_up(s, x);
         if (threadIdx.x == 0) x.h->done = 0;
       });
@@ -8355,7 +8400,6 @@ __device__ __forceinline__ void assign(solver &s, const cut &at, const uint32_t 
         bool open = false;
 #pragma unroll
         for (uint32_t l = 0; l < 4; ++l) level += level == l && slope[l] >= w.to[l];
-        if (level) taken += 0x0001000100010001ull >> (64 - 16 * level);
 #pragma unroll
         for (uint32_t l = 0; l < 4; ++l) open |= l >= level && slope[l] >= w.from[l];
         if (open) {
@@ -8365,6 +8409,8 @@ __device__ __forceinline__ void assign(solver &s, const cut &at, const uint32_t 
             slopes[to] = y, tokens[to] = t;
           else
             put(solve_unit(), atomicAdd(&h->n_list, 1u), t, y);
+        } else if (level) {
+          taken += 0x0001000100010001ull >> (64 - 16 * level);
         }
         v_bits[t] = static_cast<uint8_t>(width_of(static_cast<int>(level)));
       },
@@ -8384,19 +8430,22 @@ __device__ __forceinline__ void assign(solver &s, const cut &at, const uint32_t 
         __syncthreads();
         for (uint32_t j = threadIdx.x; j < n; j += SOLVE)
           put(x, listed[1] + j, tokens[j], slopes[j]);
-        if (!last_unit(&h->done, s.slices)) return;
+        const uint32_t before = units_before(&h->done);
+        if (before == 0 && s.slices > 1) place_k(s.a);
+        if (before + 1 < s.slices) return;
         if (!raise(s, w, at.floor(), true)) {
           const uint32_t from = at.floor();
 #pragma unroll
           for (uint32_t l = 0; l < 4; ++l) w.from[l] = from, w.to[l] = ~0u;
           raise(s, w, from, false);
         }
+        if (s.slices == 1) place_k(s.a);
         __syncthreads();
         if (threadIdx.x > 0) return;
-        uint32_t before = s.a.n;
+        uint32_t below = s.a.n;
         for (uint32_t l = 0; l < 4; ++l)
-          h->count[l] = before - w.want[l], before = w.want[l], h->n_sure[l] = 0;
-        h->count[4] = before, h->n_list = h->done = 0;
+          h->count[l] = below - w.want[l], below = w.want[l], h->n_sure[l] = 0;
+        h->count[4] = below, h->n_list = h->done = 0;
       });
 }
 
@@ -9375,7 +9424,9 @@ static __global__ void __launch_bounds__(AT_TOKENS)
   if (odd) fail(a.status, RDKV_ERR_NONFINITE);
   uint32_t k_tile = first_k_tile(a.k_dim), k_level = 0, slope[4] = {0, 0, 0, 0};
   const auto v_slopes = [&](uint32_t k_bytes) {
+    __syncthreads();
     set_costs(a.v_dim, a.positions, k_bytes, c);
+    __syncthreads();
     if (has_token) slopes_of(x, c, slope), pinned_slopes(x, c, pin, slope);
   };
   /* K for the tokens at the threshold, which depend on the bytes that K takes: two rounds */
