@@ -7273,13 +7273,13 @@ __global__ void __launch_bounds__(THREADS, 4)
    rdkv__solve */
 
 enum {
-  SOLVE = 512,    /* threads of a block, as many as there are fine bins */
-  FINE = 512,     /* as RDKV__FINE */
-  HIGH = 5,       /* as RDKV__HIGH */
-  BATCH = 2,      /* tokens that a thread asks for at once */
-  LISTED = 1024,  /* tokens that a block lists in shared memory */
-  NEAR = 8192,    /* tokens of a list whose slopes are kept */
-  BUCKETS = 512,  /* by which a list is searched */
+  SOLVE = 512,            /* threads of a block, as many as there are fine bins */
+  FINE = 512,             /* as RDKV__FINE */
+  HIGH = 5,               /* as RDKV__HIGH */
+  BATCH = 2,              /* tokens that a thread asks for at once */
+  LISTED = 1024,          /* tokens that a block lists in shared memory */
+  NEAR = 8192,            /* tokens of a list whose slopes are kept */
+  BUCKETS = 512,          /* by which a list is searched */
   SOLVE_WORDS = 4 * BINS, /* of shared memory beside the distortions */
   TEAM = 16,              /* blocks of a cluster that solves by itself, at most */
   TEAM_PART = 2048        /* tokens from which a block has company */
@@ -7565,6 +7565,7 @@ struct solver {
         chosen(0),
         above(0),
         sums(0),
+        staged(false),
         refused(false),
         bias(1),
         round_up(0) {
@@ -7572,6 +7573,7 @@ struct solver {
   }
 
   __device__ void part(uint32_t at, uint32_t n) {
+    if (staged) wait();
     first = at, n_heads = n;
     slice = slice_of(a.n, n, gridDim.x);
     slices = a.n > 0 ? (a.n + slice - 1) / slice : 1;
@@ -7579,19 +7581,43 @@ struct solver {
     __syncthreads();
     if (threadIdx.x == 0) solve_unit().number = ~0u;
     __syncthreads();
-    if (!staged || blockIdx.x >= n * slices) return;
-    const unit &x = enter(blockIdx.x);
-    const uint32_t m = x.t1 - x.t0;
-    const bool whole = ((reinterpret_cast<uintptr_t>(x.v) | 4 * a.n) & 15) == 0;
-#pragma unroll 1
-    for (uint32_t l = 0; l < 5; ++l) { /* each_token() waits for them */
-      float *to = distortions() + l * slice;
-      const float *from = x.v + l * static_cast<size_t>(a.n) + x.t0;
-      if (!whole) stage_floats(to, from, m);
-#pragma unroll 1
-      for (uint32_t t = 4 * threadIdx.x; t < m && whole; t += 4 * SOLVE)
-        copy_16(rdkv_cuda__shared_address(to + t), reinterpret_cast<const char *>(from + t));
+    if (!staged) return;
+    if (blockIdx.x < n * slices) enter(blockIdx.x);
+    const unit &x = solve_unit();
+    const uint32_t m = blockIdx.x < n * slices ? x.t1 - x.t0 : 0;
+    bool bulk = false; /* rows in 16-byte pieces, by one thread */
+#if __CUDA_ARCH__ >= 900
+    bulk = m > 0 && ((reinterpret_cast<uintptr_t>(x.v) | 4 * a.n) & 15) == 0;
+    if (threadIdx.x == 0) {
+      const uint32_t barrier = rdkv_cuda__shared_address(&stage_barrier());
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                   "r"(bulk ? 20 * m : 0)
+                   : "memory");
+      for (uint32_t l = 0; l < 5 && bulk; ++l)
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+            "[%3];" ::"r"(rdkv_cuda__shared_address(distortions() + l * slice)),
+            "l"(x.v + l * static_cast<size_t>(a.n) + x.t0), "r"(4 * m), "r"(barrier)
+            : "memory");
     }
+    __syncthreads();
+#endif
+#pragma unroll 1
+    for (uint32_t l = 0; l < 5 && !bulk; ++l)
+      stage_floats(distortions() + l * slice, x.v + l * static_cast<size_t>(a.n) + x.t0, m);
+  }
+  /* What has been asked for is there, once the threads have met. */
+  __device__ void wait() const {
+    staged_floats();
+#if __CUDA_ARCH__ >= 900
+    if (staged) rdkv_cuda__wait(rdkv_cuda__shared_address(&stage_barrier()), 0);
+#endif
+  }
+  __device__ static u64 &stage_barrier() {
+    __shared__ u64 x[1];
+    return x[0];
   }
   __device__ unit &enter(uint32_t u) const {
     if (solve_unit().number != u) enter_unit(a, first, slice, slices, u);
@@ -7829,8 +7855,8 @@ __device__ __noinline__ void place_k(const solve_args &a) {
   if (tid < kd) x.k_bits[tid] = static_cast<uint8_t>(width_of(static_cast<int>(level)));
 }
 
-/* The costs of a unit whose head's K is as it is, or as it is chosen now, which a head's first block
-   writes down. Between barriers. */
+/* The costs of a unit whose head's K is as it is, or as it is chosen now, which a head's first
+   block writes down. Between barriers. */
 __device__ __forceinline__ void find_costs(const solver &s, unit &x) {
   const uint32_t tid = threadIdx.x;
   uint32_t k_tile = first_k_tile(s.a.k_dim);
@@ -7875,29 +7901,37 @@ __device__ __forceinline__ void each_token(solver &s, Begin begin, F f, Skip ski
     const float *d = s.staged ? s.distortions() - t0 : x.v;
     const size_t stride = s.staged ? s.slice : n;
     const uint8_t *pin = x.pin;
-    staged_floats();
+    const bool all = pin || s.choose == FRESH;
+    s.wait();
     const uint32_t floor = begin(x); /* the threads meet there */
     const v_costs c = x.costs;
 #pragma unroll 1
     for (uint32_t t = t0 + threadIdx.x; t < t1 + (-t1 & 31); t += BATCH * SOLVE) { /* by warps */
       float y[BATCH][5];
+      bool some[BATCH]; /* no slope is above that of all of D(0) for the least step */
+#pragma unroll
+      for (uint32_t b = 0; b < BATCH; ++b) y[b][0] = t + b * SOLVE < t1 ? d[t + b * SOLVE] : 0;
+#pragma unroll
+      for (uint32_t b = 0; b < BATCH; ++b)
+        some[b] =
+            all || __any_sync(FULL, __float_as_uint(__fmul_rn(y[b][0], c.inv[0][1])) >= floor);
 #pragma unroll
       for (uint32_t b = 0; b < BATCH; ++b)
 #pragma unroll
-        for (int l = 0; l < 5; ++l)
-          y[b][l] = t + b * SOLVE < t1 ? d[static_cast<size_t>(l) * stride + t + b * SOLVE] : 0;
+        for (int l = 1; l < 5; ++l)
+          y[b][l] = some[b] && t + b * SOLVE < t1
+                        ? d[static_cast<size_t>(l) * stride + t + b * SOLVE]
+                        : 0;
 #pragma unroll
       for (uint32_t b = 0; b < BATCH; ++b) {
-        float first = 0; /* slope: the largest */
-        uint32_t slope[4];
-#pragma unroll
-        for (int l = 0; l < 5; ++l) {
-          top = most(top, __float_as_uint(y[b][l]));
-          if (l) first = fmaxf(first, __fmul_rn(__fsub_rn(y[b][0], y[b][l]), c.inv[0][l]));
-        }
-        if (!__any_sync(FULL, pin || __float_as_uint(first) >= floor)) {
+        if (!some[b]) {
           if (t + b * SOLVE < t1) skip(t + b * SOLVE);
           continue;
+        }
+        uint32_t slope[4];
+        if (s.choose == FRESH) {
+#pragma unroll
+          for (int l = 0; l < 5; ++l) top = most(top, __float_as_uint(y[b][l]));
         }
         slopes_of(y[b], c, slope); /* of zeroes beyond the end */
         if (t + b * SOLVE < t1) {
@@ -7970,7 +8004,8 @@ __device__ __forceinline__ float spectrum_edge(const solver &s, uint64_t bytes, 
   const u64 *hist = s.hist();
   u64 here[EACH], mine = 0, all;
   if (blockIdx.x < s.n_heads * s.slices) /* will be asked for next: see count_from() */
-    asm volatile("{ .reg .u32 x; ld.global.u32 x, [%0]; }" ::"l"(s.bins(blockIdx.x / s.slices) + 4 * threadIdx.x));
+    asm volatile("{ .reg .u32 x; ld.global.u32 x, [%0]; }" ::"l"(s.bins(blockIdx.x / s.slices) +
+                                                                 4 * threadIdx.x));
 #pragma unroll
   for (uint32_t i = 0; i < EACH; ++i) here[i] = hist[top - i], mine += here[i];
   if (threadIdx.x == 0) edge_found[0] = 0, edge_found[1] = BINS;
@@ -8036,8 +8071,8 @@ __device__ __forceinline__ uint32_t table_bytes(const solve_head *h) {
 }
 
 /* Cumulates a head's fine bins from the top, and adds what it takes, in whole tiles, if the
-   threshold lies at the lower edge of each to hist. By the head's last block, a quarter of which has
-   a level, a thread four bins. */
+   threshold lies at the lower edge of each to hist. By the head's last block, a quarter of which
+   has a level, a thread four bins. */
 __device__ __forceinline__ void add_up(const solver &s, const unit &x) {
   __shared__ uint32_t fine_warp[SOLVE / 32], fine_high[4][HIGH], fine_bytes[4][FINE]; /* of 64 */
   enum { QUARTER = SOLVE / 4 };
@@ -8198,8 +8233,8 @@ __device__ __forceinline__ void spend(const solver &s, const cut &at, u64 left, 
 }
 
 /* Tokens of a head that reach each level, and slopes between which it must be looked at which: all
-   above `to` do that reach the level below; from `from` up there are enough, also where lower levels'
-   last tiles keep some from this one. */
+   above `to` do that reach the level below; from `from` up there are enough, also where lower
+   levels' last tiles keep some from this one. */
 struct windows {
   uint32_t want[4], from[4], to[4];
 };
@@ -8313,7 +8348,8 @@ __device__ __noinline__ bool raise(const solver &s, const windows &w, uint32_t f
     for (bool first = true; need > 0; first = false) {
       /* keys in [limit, top) by buckets, of which the last one goes on beyond end */
       const u64 span = end - limit - 1;
-      const uint32_t shift = span < BUCKETS ? 0 : 55 - static_cast<uint32_t>(__clzll(static_cast<long long>(span)));
+      const uint32_t shift =
+          span < BUCKETS ? 0 : 55 - static_cast<uint32_t>(__clzll(static_cast<long long>(span)));
       __syncthreads();
       for (uint32_t j = tid; j < m; j += SOLVE) {
         uint32_t slope[4];
@@ -8370,8 +8406,8 @@ __device__ __noinline__ bool raise(const solver &s, const windows &w, uint32_t f
   return true;
 }
 
-/* Gives every token the level that is sure and lists those of the windows, from which the last block
-   of a head takes the others. */
+/* Gives every token the level that is sure and lists those of the windows, from which the last
+   block of a head takes the others. */
 __device__ __forceinline__ void assign(solver &s, const cut &at, const uint32_t *tiles) {
   __shared__ uint32_t listed[2], surely[4];
   uint4 *const slopes = solve_shared;
@@ -9309,14 +9345,7 @@ __device__ __forceinline__ uint64_t part_of(uint64_t left, uint32_t parts) {
   return (parts == 1 ? left : left / parts) / 128 * 128;
 }
 
-static __global__ void __launch_bounds__(SOLVE, 1)
-    solve_kernel(const __grid_constant__ solve_args given) {
-  const uint32_t failed = *given.status; /* nobody writes it before the first barrier */
-  __shared__ solve_args a; /* each barrier makes a block forget what it has read from memory */
-  for (uint32_t i = threadIdx.x; i < sizeof a / 4; i += SOLVE)
-    reinterpret_cast<uint32_t *>(&a)[i] = reinterpret_cast<const uint32_t *>(&given)[i];
-  __syncthreads();
-  solver s(a);
+static __device__ __forceinline__ void solve_all(const solve_args &a, solver &s, uint32_t failed) {
   const uint32_t first = blockIdx.x * SOLVE + threadIdx.x, step = gridDim.x * SOLVE;
   const uint32_t kd = static_cast<uint32_t>(a.k_dim);
   const bool by_budget = a.scope != RDKV_SCOPE_LAMBDA && a.max_error == 0;
@@ -9386,6 +9415,18 @@ static __global__ void __launch_bounds__(SOLVE, 1)
   }
   for (int l = static_cast<int>(threadIdx.x); l < a.n_layers && blockIdx.x == 0; l += SOLVE)
     a.lambda[l] = used;
+}
+
+static __global__ void __launch_bounds__(SOLVE, 1)
+    solve_kernel(const __grid_constant__ solve_args given) {
+  const uint32_t failed = *given.status; /* nobody writes it before the first barrier */
+  __shared__ solve_args a; /* each barrier makes a block forget what it has read from memory */
+  for (uint32_t i = threadIdx.x; i < sizeof a / 4; i += SOLVE)
+    reinterpret_cast<uint32_t *>(&a)[i] = reinterpret_cast<const uint32_t *>(&given)[i];
+  __syncthreads();
+  solver s(a);
+  solve_all(a, s, failed);
+  s.wait(); /* nothing is under way when the block ends */
 }
 
 /* ---- widths at a given threshold : heads do not depend on each other, and a block has one */
