@@ -7276,6 +7276,7 @@ enum {
   SOLVE = 512,            /* threads of a block, as many as there are fine bins */
   FINE = 512,             /* as RDKV__FINE */
   HIGH = 5,               /* as RDKV__HIGH */
+  FEW = 4096,             /* as RDKV__FEW */
   BATCH = 2,              /* tokens that a thread asks for at once */
   LISTED = 1024,          /* tokens that a block lists in shared memory */
   NEAR = 8192,            /* tokens of a list whose slopes are kept */
@@ -7553,6 +7554,7 @@ struct solver {
   int choose;     /* K at the next pass */
   float chosen;   /* by this threshold */
   uint32_t above; /* and the tokens from this bin up */
+  uint32_t few;   /* tokens that one of the first pass stands for, then 1 */
   bool refused;   /* a distortion is no number >= 0 */
   float bias;
   uint32_t round_up;
@@ -7564,6 +7566,7 @@ struct solver {
         choose(FRESH),
         chosen(0),
         above(0),
+        few(1),
         sums(0),
         staged(false),
         refused(false),
@@ -7865,7 +7868,7 @@ __device__ __forceinline__ void find_costs(const solver &s, unit &x) {
     k_tile = x.h->k_tile;
     if (tid == 0) x.k_tokens = x.h->k_tokens, x.k_lambda = x.h->k_lambda;
   } else if (s.choose != FRESH) {
-    const uint32_t n_tokens = s.choose == BY_BINS   ? count_from(s.bins_before(x.i), s.above)
+    const uint32_t n_tokens = s.choose == BY_BINS ? s.few * count_from(s.bins_before(x.i), s.above)
                               : s.choose == BY_FINE ? s.bins_before(x.i)[s.above]
                               : s.choose == BY_ALL  ? s.a.n
                                                     : 0;
@@ -7905,12 +7908,31 @@ __device__ __forceinline__ void each_token(solver &s, Begin begin, F f, Skip ski
     s.wait();
     const uint32_t floor = begin(x); /* the threads meet there */
     const v_costs c = x.costs;
+    const bool fresh = s.choose == FRESH, few = fresh && s.few > 1;
+    for (uint32_t l = 0; l < 5 && fresh; ++l) { /* all are looked through */
+      const float *row = d + l * stride + t0;
+      const uint4 *four = reinterpret_cast<const uint4 *>(row);
+      const uint32_t m = t1 - t0;
+      for (uint32_t i = threadIdx.x; s.staged && i < (m + 3) / 4; i += SOLVE)
+        top = most(most(most(four[i].x, four[i].y), most(four[i].z, four[i].w)), top);
+      for (uint32_t i = threadIdx.x; !s.staged && i < m; i += SOLVE)
+        top = most(top, __float_as_uint(row[i]));
+    }
+    const uint32_t end_at = (t1 - t0 + 31) / 32 * (few ? 8 : 32);
+    const auto token =
+        [&](uint32_t i) { /* of a quarter 8 of 32 */
+                          return few ? t0 + i / 8 * 32 + (t0 / 32 + i / 8) % 4 * 8 + i % 8 : t0 + i;
+        };
 #pragma unroll 1
-    for (uint32_t t = t0 + threadIdx.x; t < t1 + (-t1 & 31); t += BATCH * SOLVE) { /* by warps */
+    for (uint32_t i = threadIdx.x; i < (end_at + 31) / 32 * 32; i += BATCH * SOLVE) { /* by warps */
       float y[BATCH][5];
-      bool some[BATCH]; /* no slope is above that of all of D(0) for the least step */
+      uint32_t t[BATCH];
+      bool in[BATCH], some[BATCH]; /* no slope is above that of all of D(0) for the least step */
 #pragma unroll
-      for (uint32_t b = 0; b < BATCH; ++b) y[b][0] = t + b * SOLVE < t1 ? d[t + b * SOLVE] : 0;
+      for (uint32_t b = 0; b < BATCH; ++b) {
+        t[b] = token(i + b * SOLVE), in[b] = i + b * SOLVE < end_at && t[b] < t1;
+        y[b][0] = in[b] ? d[t[b]] : 0;
+      }
 #pragma unroll
       for (uint32_t b = 0; b < BATCH; ++b)
         some[b] =
@@ -7919,24 +7941,18 @@ __device__ __forceinline__ void each_token(solver &s, Begin begin, F f, Skip ski
       for (uint32_t b = 0; b < BATCH; ++b)
 #pragma unroll
         for (int l = 1; l < 5; ++l)
-          y[b][l] = some[b] && t + b * SOLVE < t1
-                        ? d[static_cast<size_t>(l) * stride + t + b * SOLVE]
-                        : 0;
+          y[b][l] = some[b] && in[b] ? d[static_cast<size_t>(l) * stride + t[b]] : 0;
 #pragma unroll
       for (uint32_t b = 0; b < BATCH; ++b) {
         if (!some[b]) {
-          if (t + b * SOLVE < t1) skip(t + b * SOLVE);
+          if (in[b]) skip(t[b]);
           continue;
         }
         uint32_t slope[4];
-        if (s.choose == FRESH) {
-#pragma unroll
-          for (int l = 0; l < 5; ++l) top = most(top, __float_as_uint(y[b][l]));
-        }
         slopes_of(y[b], c, slope); /* of zeroes beyond the end */
-        if (t + b * SOLVE < t1) {
-          if (pin) pinned_slopes(y[b], c, pin[t + b * SOLVE], slope);
-          f(t + b * SOLVE, slope);
+        if (in[b]) {
+          if (pin) pinned_slopes(y[b], c, pin[t[b]], slope);
+          f(t[b], slope);
         }
         __syncwarp();
       }
@@ -8028,7 +8044,11 @@ __device__ __forceinline__ float spectrum_edge(const solver &s, uint64_t bytes, 
   }
   __syncthreads();
   const uint32_t found = edge_found[0], low = edge_found[1];
-  if (lowest) *lowest = low < BINS ? __uint_as_float(low << 20) : 0;
+  if (lowest) /* where not all tokens were seen ten octaves lower */
+    *lowest = low == BINS  ? 0
+              : s.few == 1 ? __uint_as_float(low << 20)
+              : low > 81   ? __uint_as_float((low - 80) << 20)
+                           : __uint_as_float(1 << 20);
   return __uint_as_float(found < 0x7f7 ? (found + 1) << 20 : PINNED);
 }
 
@@ -8615,11 +8635,12 @@ __device__ __noinline__ void solve(solver &state, uint64_t budget, double *used)
   cut at = {0, 0, FINE};
   float &threshold = at.threshold;
   bool raised = false;
-  s.choose = FRESH;
+  s.choose = FRESH, s.few = s.a.n < FEW ? 1 : 4;
   for (int round = 0; round < 2; ++round) {
     spectrum(s, round ? threshold / 16 : 0);
     if (round == 0 && refuse(s)) return s.leave(&state);
-    threshold = spectrum_edge(s, budget, round ? nullptr : &lowest);
+    if (round) s.few = 1;
+    threshold = spectrum_edge(s, budget / s.few, round ? nullptr : &lowest);
     s.choose = BY_BINS, s.chosen = threshold, s.above = __float_as_uint(threshold) >> 20;
   }
   for (int tries = 0;; ++tries) { /* move the window until the budget lies in it */
@@ -8630,7 +8651,7 @@ __device__ __noinline__ void solve(solver &state, uint64_t budget, double *used)
     const uint32_t lo = static_cast<uint32_t>(
         __syncthreads_count(threadIdx.x < FINE - HIGH && s.hist()[threadIdx.x] > budget));
     if (lo == FINE - HIGH) {
-      if (threshold > 1e37f || tries > 64) { /* pins alone, K dropped */
+      if (threshold > 1e37f || tries > 80) { /* pins alone, K dropped */
         s.choose = BY_NONE, s.chosen = max;
         break;
       }
@@ -10038,6 +10059,24 @@ struct solve_launch {
   bool team; /* one cluster, whose barriers cost less; else all blocks are resident */
 };
 
+/* Whether the device, or the part of one that there is, has room for the cluster; the last answer
+   is kept. */
+static bool cluster_fits(solve_launch *how, int device) {
+  static thread_local struct {
+    int device, clusters;
+    unsigned blocks;
+    size_t shared;
+  } last = {-1, 0, 0, 0};
+  cudaLaunchConfig_t &c = how->config;
+  if (last.device != device || last.blocks != c.gridDim.x || last.shared != c.dynamicSmemBytes) {
+    last.device = device, last.blocks = c.gridDim.x, last.shared = c.dynamicSmemBytes;
+    c.attrs = &how->attribute, c.numAttrs = 1;
+    if (cudaOccupancyMaxActiveClusters(&last.clusters, how->kernel, &c))
+      last.clusters = 0, cudaGetLastError();
+  }
+  return last.clusters > 0;
+}
+
 /* Blocks for a solve. */
 static cudaError_t plan_solve(bool search, solve_args *a, solve_launch *how) {
   cudaFuncAttributes is;
@@ -10065,19 +10104,21 @@ static cudaError_t plan_solve(bool search, solve_args *a, solve_launch *how) {
   const int room = shared - static_cast<int>(is.sharedSizeBytes) - 4 * SOLVE_WORDS;
   const auto fits = [&](uint32_t n) { return !search && static_cast<int64_t>(n) * 20 <= room; };
   how->team = is.ptxVersion >= 90 && size >= a->n_heads && fits(slice_of(a->n, a->n_heads, size));
-  if (how->team) blocks = size;
-  a->stage = slice_of(a->n, heads, blocks);
-  if (!fits(a->stage)) a->stage = 0;
-  c.gridDim = dim3(blocks), c.blockDim = dim3(SOLVE);
-  c.dynamicSmemBytes = search ? 4 * PAPER_WORDS : 4 * SOLVE_WORDS + 20 * a->stage;
-  e = cudaFuncSetAttribute(how->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(c.dynamicSmemBytes));
-  if (e) return e;
-  if (how->team) {
+  for (;; how->team = false) {
+    const uint32_t n = how->team ? size : blocks;
+    a->stage = slice_of(a->n, heads, n);
+    if (!fits(a->stage)) a->stage = 0;
+    c.gridDim = dim3(n), c.blockDim = dim3(SOLVE);
+    c.dynamicSmemBytes = search ? 4 * PAPER_WORDS : 4 * SOLVE_WORDS + 20 * a->stage;
+    e = cudaFuncSetAttribute(how->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(c.dynamicSmemBytes));
+    if (e) return e;
+    if (!how->team) break;
     how->attribute.id = cudaLaunchAttributeClusterDimension;
     how->attribute.val.clusterDim.x = size;
     how->attribute.val.clusterDim.y = how->attribute.val.clusterDim.z = 1;
-    return cudaFuncSetAttribute(how->kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    e = cudaFuncSetAttribute(how->kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (e || cluster_fits(how, device)) return e;
   }
   how->attribute.id = cudaLaunchAttributeCooperative;
   how->attribute.val.cooperative = 1;
