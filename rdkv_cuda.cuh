@@ -7904,7 +7904,6 @@ __device__ __forceinline__ void each_token(solver &s, Begin begin, F f, Skip ski
     const float *d = s.staged ? s.distortions() - t0 : x.v;
     const size_t stride = s.staged ? s.slice : n;
     const uint8_t *pin = x.pin;
-    const bool all = pin || s.choose == FRESH;
     s.wait();
     const uint32_t floor = begin(x); /* the threads meet there */
     const v_costs c = x.costs;
@@ -7923,35 +7922,37 @@ __device__ __forceinline__ void each_token(solver &s, Begin begin, F f, Skip ski
         [&](uint32_t i) { /* of a quarter 8 of 32 */
                           return few ? t0 + i / 8 * 32 + (t0 / 32 + i / 8) % 4 * 8 + i % 8 : t0 + i;
         };
+    const uint32_t least_all = pin || fresh ? 0 : floor; /* of what is looked at */
+    const float *row[5];
+#pragma unroll
+    for (int l = 0; l < 5; ++l) row[l] = d + static_cast<size_t>(l) * stride;
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < (end_at + 31) / 32 * 32; i += BATCH * SOLVE) { /* by warps */
-      float y[BATCH][5];
+      float first[BATCH];
       uint32_t t[BATCH];
-      bool in[BATCH], some[BATCH]; /* no slope is above that of all of D(0) for the least step */
+      bool in[BATCH], some[BATCH];
 #pragma unroll
       for (uint32_t b = 0; b < BATCH; ++b) {
         t[b] = token(i + b * SOLVE), in[b] = i + b * SOLVE < end_at && t[b] < t1;
-        y[b][0] = in[b] ? d[t[b]] : 0;
+        first[b] = in[b] ? row[0][t[b]] : 0;
       }
 #pragma unroll
-      for (uint32_t b = 0; b < BATCH; ++b)
-        some[b] =
-            all || __any_sync(FULL, __float_as_uint(__fmul_rn(y[b][0], c.inv[0][1])) >= floor);
-#pragma unroll
-      for (uint32_t b = 0; b < BATCH; ++b)
-#pragma unroll
-        for (int l = 1; l < 5; ++l)
-          y[b][l] = some[b] && in[b] ? d[static_cast<size_t>(l) * stride + t[b]] : 0;
+      for (uint32_t b = 0; b < BATCH; ++b) /* no slope is above all of D(0) for the least step */
+        some[b] = __any_sync(FULL, __float_as_uint(__fmul_rn(first[b], c.inv[0][1])) >= least_all);
 #pragma unroll
       for (uint32_t b = 0; b < BATCH; ++b) {
         if (!some[b]) {
           if (in[b]) skip(t[b]);
           continue;
         }
+        float y[5] = {first[b], 0, 0, 0, 0};
         uint32_t slope[4];
-        slopes_of(y[b], c, slope); /* of zeroes beyond the end */
+#pragma unroll
+        for (int l = 1; l < 5; ++l)
+          if (in[b]) y[l] = row[l][t[b]];
+        slopes_of(y, c, slope); /* of zeroes beyond the end */
         if (in[b]) {
-          if (pin) pinned_slopes(y[b], c, pin[t[b]], slope);
+          if (pin) pinned_slopes(y, c, pin[t[b]], slope);
           f(t[b], slope);
         }
         __syncwarp();
