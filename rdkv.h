@@ -2118,12 +2118,12 @@ static void rdkv__assign(const rdkv__solver *s, rdkv__head *h, float floor) {
 
 /* Spends what is left, the threshold lying at the lower edge of a fine bin: edge after edge further
    down the whole tiles that it adds, of head after head and level after level. What does not fit is
-   passed over. */
-static void rdkv__spend(const rdkv__solver *s, uint64_t left, int bin) {
+   passed over; a 4096th of the budget may be left. */
+static void rdkv__spend(const rdkv__solver *s, uint64_t budget, uint64_t left, int bin) {
   uint64_t i;
   float cost[4];
   int l;
-  while (bin-- > 0) {
+  while (bin-- > 0 && left > budget / 4096) {
     for (i = 0; i < s->n_heads; i++) {
       rdkv__head *h = &s->heads[i];
       rdkv__v_costs(s, h, cost);
@@ -2275,7 +2275,7 @@ static void rdkv__solve(const rdkv__solver *s, uint64_t budget, double *threshol
   threshold = lo < RDKV__FINE ? rdkv__fine_edge(base, lo) : FLT_MAX;
   *threshold_used = (double)threshold;
   sum = rdkv__bytes_at(s, lo);
-  if (lo < RDKV__FINE) rdkv__spend(s, budget - sum, lo);
+  if (lo < RDKV__FINE) rdkv__spend(s, budget, budget - sum, lo);
   for (i = 0; i < s->n_heads; i++)
     rdkv__assign(s, &s->heads[i], lo < RDKV__FINE ? rdkv__fine_edge(base, 0) : FLT_MAX);
 }

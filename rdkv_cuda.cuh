@@ -8196,11 +8196,12 @@ __device__ __forceinline__ uint32_t full_tiles(uint32_t n, uint32_t all) {
 }
 
 /* rdkv__spend, by one block. */
-__device__ __forceinline__ void spend(const solver &s, const cut &at, u64 left, const spending &p) {
+__device__ __forceinline__ void spend(const solver &s, const cut &at, u64 budget, u64 left,
+                                      const spending &p) {
   __shared__ uint32_t spend_bin[1], spend_from[1];
   __shared__ u64 spend_left[1];
   const uint32_t tid = threadIdx.x, lane = tid & 31, n = 4 * s.n_heads, all = s.a.n;
-  for (uint32_t bin = at.bin;;) {
+  for (uint32_t bin = at.bin; left > budget / 4096;) {
     /* the next bin down with a tile more that fits */
     __syncthreads();
     if (tid == 0) spend_bin[0] = 0;
@@ -8527,7 +8528,7 @@ __device__ __noinline__ void finish(solver &state, const cut &at, u64 budget) {
       p.tiles[q] = tiles_at(s, some ? bins[at.bin] : 0, high, h->pinned[q % 4 + 1]);
       p.cost[q] = tile_cost(s, h, q % 4);
     }
-    if (some && s.round_up == 0) spend(s, at, budget - took, p);
+    if (some && s.round_up == 0) spend(s, at, budget, budget - took, p);
     __syncthreads();
   }
   if (!alike) s.sync();
