@@ -1875,7 +1875,7 @@ static uint64_t rdkv__max_block(const rdkv_config *cfg, uint32_t n_tokens, int n
   return rdkv__add(rdkv__fixed_bytes(heads), rdkv__mul(heads, head));
 }
 
-#define RDKV__FEW 4096 /* tokens of a head from which up the first look is at a quarter of them */
+#define RDKV__FEW 2048 /* tokens of a head by which K is chosen at least, if it has them */
 #define RDKV__FINE 512 /* bins of a head's histogram: nearly 2 octaves of 256 */
 #define RDKV__HIGH 5   /* the last ones have an octave each */
 #define RDKV__PINNED 0x7f7fffffu /* slope of what must be kept: FLT_MAX */
@@ -2143,8 +2143,8 @@ static void rdkv__spend(const rdkv__solver *s, uint64_t budget, uint64_t left, i
 }
 
 /* Adds what a head would spend at each slope to hist; counts its tokens by level-1 slope in
-   h->bins. few: looks at a quarter of the tokens, 8 of 32. */
-static void rdkv__spectrum(const rdkv__solver *s, rdkv__head *h, float floor, int few,
+   h->bins. Looks at 8 of 8 * each tokens; each a power of two. */
+static void rdkv__spectrum(const rdkv__solver *s, rdkv__head *h, float floor, uint32_t each,
                            uint64_t *hist) {
   float cost[4], slope[4][RDKV__CHUNK];
   uint32_t t, i, l, chunk;
@@ -2155,7 +2155,7 @@ static void rdkv__spectrum(const rdkv__solver *s, rdkv__head *h, float floor, in
     chunk = rdkv__min_u32(h->n_tokens - t, RDKV__CHUNK);
     rdkv__v_slopes(s, h, t, chunk, cost, slope);
     for (i = 0; i < chunk; i++) {
-      if (slope[0][i] <= floor || (few && ((t + i) / 8 ^ (t + i) / 32) % 4 != 0)) continue;
+      if (slope[0][i] <= floor || ((t + i) / 8 ^ (t + i) / 8 / each) % each) continue;
       h->bins[rdkv__bin(slope[0][i])]++;
       for (l = 0; l < 4; l++)
         hist[rdkv__bin(slope[l][i])] += (uint64_t)cost[l]; /* whole: 128 / 32 divides */
@@ -2225,26 +2225,26 @@ static void rdkv__choose_all_k(const rdkv__solver *s, float threshold, int from_
    2. exact bytes, whole tiles, over fine bins around it; 3. tile by tile below; 4. widths. */
 static void rdkv__solve(const rdkv__solver *s, uint64_t budget, double *threshold_used) {
   uint64_t hist[RDKV_HISTOGRAM_BINS], i, sum;
-  uint32_t few = s->heads[0].n_tokens < RDKV__FEW ? 1 : 4; /* tokens that one stands for */
+  uint32_t each = 1; /* tokens that one stands for */
   float threshold = 0, base = 0, lowest = 0;
   int round, bin = 0, tries, raised = 0, lo = 0, hi = RDKV__FINE - RDKV__HIGH - 1;
   for (i = 0; i < s->n_heads; i++) /* start: K at 4 bits */
     s->heads[i].k_tile = (uint32_t)rdkv__pad16(s->cfg->k_dim) / 16 * 256;
+  while (s->heads[0].n_tokens / RDKV__FEW / 2 >= each) each *= 2;
   for (round = 0; round < 2; round++) {
     memset(hist, 0, sizeof hist);
     for (i = 0; i < s->n_heads; i++)
-      rdkv__spectrum(s, &s->heads[i], round ? threshold / 16 : 0, few > 1, hist);
+      rdkv__spectrum(s, &s->heads[i], round ? threshold / 16 : 0, each, hist);
     for (bin = RDKV_HISTOGRAM_BINS - 1; round == 0 && bin > 0; bin--)
-      if (hist[bin]) lowest = rdkv__bin_edge(few == 1 ? bin : bin > 81 ? bin - 80 : 1);
-    threshold = rdkv__spectrum_edge(hist, budget / few);
+      if (hist[bin]) lowest = rdkv__bin_edge(each == 1 ? bin : bin > 81 ? bin - 80 : 1);
+    threshold = rdkv__spectrum_edge(hist, budget / each);
     for (i = 0; i < s->n_heads; i++) {
       rdkv__head *h = &s->heads[i];
       uint32_t n = 0;
       for (bin = (int)(rdkv__bits(threshold) >> 20); bin < RDKV_HISTOGRAM_BINS; bin++)
         n += h->bins[bin];
-      rdkv__choose_k(s, h, threshold, n * few);
+      rdkv__choose_k(s, h, threshold, n * each);
     }
-    few = 1;
   }
   for (tries = 0;; tries++) { /* move the window until the budget lies in it */
     base = threshold / 2;
@@ -2332,7 +2332,7 @@ static void rdkv__solve_at(rdkv__solver *s, float threshold) {
   for (round = 0; round < 2; round++) {
     for (i = 0; i < s->n_heads; i++) {
       uint32_t n = 0;
-      rdkv__spectrum(s, &s->heads[i], threshold / 2, 0, hist);
+      rdkv__spectrum(s, &s->heads[i], threshold / 2, 1, hist);
       for (bin = (int)(rdkv__bits(threshold) >> 20); bin < RDKV_HISTOGRAM_BINS; bin++)
         n += s->heads[i].bins[bin];
       rdkv__choose_k(s, &s->heads[i], threshold, n);
@@ -2641,7 +2641,7 @@ RDKV_DEF rdkv_status rdkv_histogram_add(const rdkv_config *cfg, const rdkv_layer
       rdkv__head_bytes(cfg->v_dim, 0, h.count, h.channels, &p);
       h.k_tile = p.k_tile;
     }
-    rdkv__spectrum(&s, &h, 0, 0, histogram->bytes);
+    rdkv__spectrum(&s, &h, 0, 1, histogram->bytes);
   }
   return RDKV_OK;
 }

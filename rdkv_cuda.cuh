@@ -7276,7 +7276,7 @@ enum {
   SOLVE = 512,            /* threads of a block, as many as there are fine bins */
   FINE = 512,             /* as RDKV__FINE */
   HIGH = 5,               /* as RDKV__HIGH */
-  FEW = 4096,             /* as RDKV__FEW */
+  FEW = 2048,             /* as RDKV__FEW */
   BATCH = 2,              /* tokens that a thread asks for at once */
   LISTED = 1024,          /* tokens that a block lists in shared memory */
   NEAR = 8192,            /* tokens of a list whose slopes are kept */
@@ -7554,7 +7554,7 @@ struct solver {
   int choose;     /* K at the next pass */
   float chosen;   /* by this threshold */
   uint32_t above; /* and the tokens from this bin up */
-  uint32_t few;   /* tokens that one of the first pass stands for, then 1 */
+  uint32_t each;  /* log2 of the tokens that one of a spectrum stands for */
   bool refused;   /* a distortion is no number >= 0 */
   float bias;
   uint32_t round_up;
@@ -7566,7 +7566,7 @@ struct solver {
         choose(FRESH),
         chosen(0),
         above(0),
-        few(1),
+        each(0),
         sums(0),
         staged(false),
         refused(false),
@@ -7868,7 +7868,8 @@ __device__ __forceinline__ void find_costs(const solver &s, unit &x) {
     k_tile = x.h->k_tile;
     if (tid == 0) x.k_tokens = x.h->k_tokens, x.k_lambda = x.h->k_lambda;
   } else if (s.choose != FRESH) {
-    const uint32_t n_tokens = s.choose == BY_BINS ? s.few * count_from(s.bins_before(x.i), s.above)
+    const uint32_t n_tokens = s.choose == BY_BINS
+                                  ? count_from(s.bins_before(x.i), s.above) << s.each
                               : s.choose == BY_FINE ? s.bins_before(x.i)[s.above]
                               : s.choose == BY_ALL  ? s.a.n
                                                     : 0;
@@ -7890,11 +7891,12 @@ __device__ __forceinline__ void find_costs(const solver &s, unit &x) {
   if (tid == 0) x.k_tile = k_tile; /* seen at the next meeting */
 }
 
-/* f(token, slopes) over all tokens of the part; but skip(token) where a warp has none with a slope
-   of at least what begin(unit) says. begin before and end(unit) after the tokens of a unit are for
-   the whole block. */
+/* f(token, slopes) over all tokens of the part, or 8 of 8 << looked of them; but skip(token) where
+   a warp has none with a slope of at least what begin(unit) says. begin before and end(unit) after
+   the tokens of a unit are for the whole block. */
 template <typename Begin, typename F, typename Skip, typename End>
-__device__ __forceinline__ void each_token(solver &s, Begin begin, F f, Skip skip, End end) {
+__device__ __forceinline__ void each_token(solver &s, uint32_t looked, Begin begin, F f, Skip skip,
+                                           End end) {
   const uint32_t n = s.a.n, units = s.n_heads * s.slices;
   uint32_t top = 0;
   for (uint32_t u = blockIdx.x; u < units; u += gridDim.x) {
@@ -7907,7 +7909,7 @@ __device__ __forceinline__ void each_token(solver &s, Begin begin, F f, Skip ski
     s.wait();
     const uint32_t floor = begin(x); /* the threads meet there */
     const v_costs c = x.costs;
-    const bool fresh = s.choose == FRESH, few = fresh && s.few > 1;
+    const bool fresh = s.choose == FRESH;
     for (uint32_t l = 0; l < 5 && fresh; ++l) { /* all are looked through */
       const float *row = d + l * stride + t0;
       const uint4 *four = reinterpret_cast<const uint4 *>(row);
@@ -7917,23 +7919,25 @@ __device__ __forceinline__ void each_token(solver &s, Begin begin, F f, Skip ski
       for (uint32_t i = threadIdx.x; !s.staged && i < m; i += SOLVE)
         top = most(top, __float_as_uint(row[i]));
     }
-    const uint32_t end_at = (t1 - t0 + 31) / 32 * (few ? 8 : 32);
-    const auto token =
-        [&](uint32_t i) { /* of a quarter 8 of 32 */
-                          return few ? t0 + i / 8 * 32 + (t0 / 32 + i / 8) % 4 * 8 + i % 8 : t0 + i;
-        };
+    const uint32_t each = 3 + looked;
+    const uint32_t g0 = t0 >> each, n_looked = t1 > t0 ? (((t1 - 1) >> each) - g0 + 1) * 8 : 0;
+    const auto token = [&](uint32_t i) {
+      const uint32_t g = g0 + i / 8;
+      return (g << each) + (g & ((1u << looked) - 1)) * 8 + i % 8;
+    };
     const uint32_t least_all = pin || fresh ? 0 : floor; /* of what is looked at */
     const float *row[5];
 #pragma unroll
     for (int l = 0; l < 5; ++l) row[l] = d + static_cast<size_t>(l) * stride;
 #pragma unroll 1
-    for (uint32_t i = threadIdx.x; i < (end_at + 31) / 32 * 32; i += BATCH * SOLVE) { /* by warps */
+    for (uint32_t i = threadIdx.x; i < (n_looked + 31) / 32 * 32;
+         i += BATCH * SOLVE) { /* by warps */
       float first[BATCH];
       uint32_t t[BATCH];
       bool in[BATCH], some[BATCH];
 #pragma unroll
       for (uint32_t b = 0; b < BATCH; ++b) {
-        t[b] = token(i + b * SOLVE), in[b] = i + b * SOLVE < end_at && t[b] < t1;
+        t[b] = token(i + b * SOLVE), in[b] = i + b * SOLVE < n_looked && t[b] >= t0 && t[b] < t1;
         first[b] = in[b] ? row[0][t[b]] : 0;
       }
 #pragma unroll
@@ -7983,7 +7987,7 @@ __device__ __forceinline__ void spectrum(solver &s, float floor) {
   uint32_t *count = nullptr;
   s.turn();
   each_token(
-      s,
+      s, s.each,
       [&](const unit &) {
         count = clear_memory(4 * BINS);
         return __float_as_uint(floor) + 1;
@@ -8046,10 +8050,11 @@ __device__ __forceinline__ float spectrum_edge(const solver &s, uint64_t bytes, 
   __syncthreads();
   const uint32_t found = edge_found[0], low = edge_found[1];
   if (lowest) /* where not all tokens were seen ten octaves lower */
-    *lowest = low == BINS  ? 0
-              : s.few == 1 ? __uint_as_float(low << 20)
-              : low > 81   ? __uint_as_float((low - 80) << 20)
-                           : __uint_as_float(1 << 20);
+    *lowest = low == BINS ? 0
+                          : __uint_as_float((s.each == 0 ? low
+                                             : low > 81  ? low - 80
+                                                         : 1)
+                                            << 20);
   return __uint_as_float(found < 0x7f7 ? (found + 1) << 20 : PINNED);
 }
 
@@ -8144,7 +8149,7 @@ __device__ __forceinline__ void fine_bins(solver &s, float base) {
   uint32_t *count = nullptr;
   s.turn();
   each_token(
-      s,
+      s, 0,
       [&](const unit &) {
         count = clear_memory(4 * FINE);
         return most(bottom << 15, 1);
@@ -8444,7 +8449,7 @@ __device__ __forceinline__ void assign(solver &s, const cut &at, const uint32_t 
     if (j < NEAR) x.slopes[j] = y;
   };
   each_token(
-      s,
+      s, 0,
       [&](const unit &x) {
         h = x.h, v_bits = x.v_bits;
         find_windows(s, x, at, tiles + 4 * x.i, &w);
@@ -8637,12 +8642,12 @@ __device__ __noinline__ void solve(solver &state, uint64_t budget, double *used)
   cut at = {0, 0, FINE};
   float &threshold = at.threshold;
   bool raised = false;
-  s.choose = FRESH, s.few = s.a.n < FEW ? 1 : 4;
+  s.choose = FRESH, s.each = 0;
+  while (s.a.n / FEW / 2 >> s.each) ++s.each;
   for (int round = 0; round < 2; ++round) {
     spectrum(s, round ? threshold / 16 : 0);
     if (round == 0 && refuse(s)) return s.leave(&state);
-    if (round) s.few = 1;
-    threshold = spectrum_edge(s, budget / s.few, round ? nullptr : &lowest);
+    threshold = spectrum_edge(s, budget >> s.each, round ? nullptr : &lowest);
     s.choose = BY_BINS, s.chosen = threshold, s.above = __float_as_uint(threshold) >> 20;
   }
   for (int tries = 0;; ++tries) { /* move the window until the budget lies in it */
