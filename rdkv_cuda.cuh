@@ -7665,6 +7665,13 @@ struct solver {
     return a.bins[set == 0 ? 2 : set - 1] + static_cast<size_t>(i) * BINS;
   }
   __device__ u64 *hist() const { return a.hist[set]; }
+  /* Has the first n bins of this block's head come near, beside what is waited for. */
+  __device__ void call_bins(uint32_t n) const {
+    if (blockIdx.x >= n_heads * slices) return;
+    const uint32_t *own = bins(blockIdx.x / slices);
+    for (uint32_t b = 32 * threadIdx.x; b < n; b += 32 * SOLVE) /* a line each */
+      asm volatile("prefetch.global.L1 [%0];" ::"l"(own + b));
+  }
 
   /* Where a copy of another has come to. */
   __device__ void leave(solver *other) const {
@@ -8024,9 +8031,7 @@ __device__ __forceinline__ float spectrum_edge(const solver &s, uint64_t bytes, 
   const uint32_t top = BINS - 1 - threadIdx.x * EACH;
   const u64 *hist = s.hist();
   u64 here[EACH], mine = 0, all;
-  if (blockIdx.x < s.n_heads * s.slices) /* will be asked for next: see count_from() */
-    asm volatile("{ .reg .u32 x; ld.global.u32 x, [%0]; }" ::"l"(s.bins(blockIdx.x / s.slices) +
-                                                                 4 * threadIdx.x));
+  s.call_bins(BINS); /* see count_from() */
 #pragma unroll
   for (uint32_t i = 0; i < EACH; ++i) here[i] = hist[top - i], mine += here[i];
   if (threadIdx.x == 0) edge_found[0] = 0, edge_found[1] = BINS;
@@ -8184,7 +8189,7 @@ __device__ __forceinline__ uint32_t fine_edge(float base, uint32_t bin) {
 
 /* A threshold for whole tiles: the lower edge of a fine bin; or FINE, pins alone. */
 struct cut {
-  float base, threshold;
+  float base;
   uint32_t bin;
 
   __device__ uint32_t floor() const { return bin < FINE ? most(fine_edge(base, 0), 1) : PINNED; }
@@ -8266,34 +8271,39 @@ struct windows {
   uint32_t want[4], from[4], to[4];
 };
 
-__device__ __forceinline__ void find_windows(const solver &s, const unit &x, const cut &at,
-                                             const uint32_t *tiles, windows *out) {
-  __shared__ uint32_t window_from[4], window_to[4];
+__device__ __forceinline__ windows &solve_windows() {
+  __shared__ windows x[1];
+  return x[0];
+}
+
+__device__ __forceinline__ windows find_windows(const solver &s, const unit &x, const cut &at,
+                                                const uint32_t *tiles) {
+  windows &w = solve_windows(), y;
   const uint32_t tid = threadIdx.x;
   uint32_t n[4] = {0, 0, 0, 0}, above[4] = {0, 0, 0, 0}, below = s.a.n;
 #pragma unroll
   for (uint32_t l = 0; l < 4; ++l) { /* all are asked for before any is waited for */
     const uint32_t *bins = s.bins(x.i) + l * FINE;
     if (at.bin < FINE) n[l] = bins[tid], above[l] = tid + 1 < FINE ? bins[tid + 1] : 0;
-    below = out->want[l] = reach_of(tiles[l], x.h->pinned[l + 1], below);
-  }
-  __syncthreads();
-  if (tid < 4) window_from[tid] = at.floor(), window_to[tid] = ~0u;
-  __syncthreads();
-#pragma unroll
-  for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t want = out->want[l], enough = want + 3 * TILE;
-    if (n[l] >= enough && above[l] < enough) window_from[l] = most(fine_edge(at.base, tid), 1);
-    if (n[l] > want && above[l] <= want && tid + 1 < FINE)
-      window_to[l] = fine_edge(at.base, tid + 1);
-    if (n[l] <= want && tid == 0 && at.bin < FINE) window_to[l] = at.floor();
+    below = y.want[l] = reach_of(tiles[l], x.h->pinned[l + 1], below);
   }
   __syncthreads();
 #pragma unroll
+  for (uint32_t l = 0; l < 4 && tid == 0; ++l)
+    w.want[l] = y.want[l], w.from[l] = y.want[l] > 0 ? at.floor() : ~0u, w.to[l] = ~0u;
+  __syncthreads();
+#pragma unroll
   for (uint32_t l = 0; l < 4; ++l) {
-    const bool some = out->want[l] > 0;
-    out->from[l] = some ? window_from[l] : ~0u, out->to[l] = some ? window_to[l] : ~0u;
+    const uint32_t want = y.want[l], enough = want + 3 * TILE;
+    if (want == 0) continue;
+    if (n[l] >= enough && above[l] < enough) w.from[l] = most(fine_edge(at.base, tid), 1);
+    if (n[l] > want && above[l] <= want && tid + 1 < FINE) w.to[l] = fine_edge(at.base, tid + 1);
+    if (n[l] <= want && tid == 0 && at.bin < FINE) w.to[l] = at.floor();
   }
+  __syncthreads();
+#pragma unroll
+  for (uint32_t l = 0; l < 4; ++l) y.from[l] = w.from[l], y.to[l] = w.to[l];
+  return y;
 }
 
 /* Slopes of a token of the unit's head, where not all tokens are looked at at once. */
@@ -8339,15 +8349,23 @@ __device__ __noinline__ void raise_first(uint8_t *bits, uint32_t n, uint8_t from
    where those that are sure have their width. For level after level the last key that rises is
    found, slope above inverted index: a token's level is the one up to which its keys are no less.
    False: the list does not suffice. */
-__device__ __noinline__ bool raise(const solver &s, const windows &w, uint32_t floor, bool listed) {
+__device__ __noinline__ bool raise(const solve_args &a, uint32_t floor, bool listed) {
   __shared__ uint32_t raise_count[BUCKETS], raise_warp[SOLVE / 32], raise_found[3], raise_fill[4];
   __shared__ u64 raise_limit[4];
   const unit &x = solve_unit();
-  const uint32_t tid = threadIdx.x, lane = tid & 31, m = listed ? x.h->n_list : s.a.n;
+  const windows &w = solve_windows();
+  const uint32_t tid = threadIdx.x, lane = tid & 31, m = listed ? x.h->n_list : a.n;
   static_assert(BUCKETS == SOLVE, "a bucket a thread");
-  const auto entry = [&](uint32_t j, uint32_t slope[4]) {
+  const auto ask = [&](uint32_t j, uint4 *y) {
     const uint32_t t = listed ? x.list[j] : j;
-    const uint4 y = listed && j < NEAR ? x.slopes[j] : slopes_at(s.a, t);
+    *y = listed && j < NEAR ? x.slopes[j] : slopes_at(a, t);
+    return t;
+  };
+  uint4 mine = make_uint4(0, 0, 0, 0); /* a thread's first one, mostly the only one */
+  const uint32_t mine_t = tid < m ? ask(tid, &mine) : 0;
+  const auto entry = [&](uint32_t j, uint32_t slope[4]) {
+    uint4 y = mine;
+    const uint32_t t = j == tid ? mine_t : ask(j, &y);
     slope[0] = y.x, slope[1] = y.y, slope[2] = y.z, slope[3] = y.w;
     return t;
   };
@@ -8366,10 +8384,8 @@ __device__ __noinline__ bool raise(const solver &s, const windows &w, uint32_t f
   raise_count[tid] = 0;
 #pragma unroll 1
   for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t from = l == 0 ? w.from[0] : l == 1 ? w.from[1] : l == 2 ? w.from[2] : w.from[3];
-    const uint32_t to = l == 0 ? w.to[0] : l == 1 ? w.to[1] : l == 2 ? w.to[2] : w.to[3];
-    uint32_t need = l == 0 ? w.want[0] : l == 1 ? w.want[1] : l == 2 ? w.want[2] : w.want[3];
-    if (listed) need -= x.h->n_sure[l];
+    const uint32_t from = listed ? w.from[l] : floor, to = listed ? w.to[l] : ~0u;
+    uint32_t need = w.want[l] - (listed ? x.h->n_sure[l] : 0);
     u64 limit = static_cast<u64>(from) << 32, top = ~0ull, end = static_cast<u64>(to) << 32;
     uint32_t missing = 0;
     for (bool first = true; need > 0; first = false) {
@@ -8427,7 +8443,7 @@ __device__ __noinline__ bool raise(const solver &s, const windows &w, uint32_t f
   for (int l = 0; l < 4; ++l) {
     if (raise_fill[l] == 0) continue;
     __syncthreads();
-    raise_first(x.v_bits, s.a.n, static_cast<uint8_t>(width_of(l)),
+    raise_first(x.v_bits, a.n, static_cast<uint8_t>(width_of(l)),
                 static_cast<uint8_t>(width_of(l + 1)), raise_fill[l]);
   }
   return true;
@@ -8452,7 +8468,7 @@ __device__ __forceinline__ void assign(solver &s, const cut &at, const uint32_t 
       s, 0,
       [&](const unit &x) {
         h = x.h, v_bits = x.v_bits;
-        find_windows(s, x, at, tiles + 4 * x.i, &w);
+        w = find_windows(s, x, at, tiles + 4 * x.i);
         if (threadIdx.x < 4) listed[0] = surely[threadIdx.x] = 0;
         taken = 0;
         __syncthreads();
@@ -8496,12 +8512,7 @@ __device__ __forceinline__ void assign(solver &s, const cut &at, const uint32_t 
         const uint32_t before = units_before(&h->done);
         if (before == 0 && s.slices > 1) place_k(s.a);
         if (before + 1 < s.slices) return;
-        if (!raise(s, w, at.floor(), true)) {
-          const uint32_t from = at.floor();
-#pragma unroll
-          for (uint32_t l = 0; l < 4; ++l) w.from[l] = from, w.to[l] = ~0u;
-          raise(s, w, from, false);
-        }
+        if (!raise(s.a, at.floor(), true)) raise(s.a, at.floor(), false);
         if (s.slices == 1) place_k(s.a);
         __syncthreads();
         if (threadIdx.x > 0) return;
@@ -8514,9 +8525,8 @@ __device__ __forceinline__ void assign(solver &s, const cut &at, const uint32_t 
 
 /* The widths, once the threshold is known: the tiles above it, those below it as long as the budget
    lasts, and their tokens. */
-__device__ __noinline__ void finish(solver &state, const cut &at, u64 budget) {
+__device__ __forceinline__ void finish(solver &s, const cut &at, u64 budget) {
   __shared__ uint32_t finish_tiles[2 * SOLVE];
-  solver s = state; /* in registers */
   const uint32_t n = 4 * s.n_heads, tid = threadIdx.x;
   const bool alike = n <= SOLVE; /* all blocks spend, the same way */
   const spending p = {alike ? finish_tiles : s.a.tiles,
@@ -8538,7 +8548,6 @@ __device__ __noinline__ void finish(solver &state, const cut &at, u64 budget) {
   }
   if (!alike) s.sync();
   assign(s, at, p.tiles);
-  s.leave(&state);
 }
 
 __device__ __noinline__ uint64_t bytes_now(const solver &s) {
@@ -8634,26 +8643,32 @@ __device__ __noinline__ bool within_error(solver &s) {
 
 /* ---- widths for a budget */
 
-/* rdkv__solve. */
-__device__ __noinline__ void solve(solver &state, uint64_t budget, double *used) {
+/* rdkv__solve; or rdkv__solve_at a threshold that is given. */
+__device__ __noinline__ void solve(solver &state, uint64_t budget, double *used, bool given,
+                                   float threshold) {
   solver s = state; /* in registers */
   const float max = __uint_as_float(PINNED);
+  /* fine bins from somewhat below what is given, which lies at the edge of one all the same */
+  const uint32_t bits = __float_as_uint(threshold), below = least(bits >> 15, FINE / 2);
   float lowest = 0;
-  cut at = {0, 0, FINE};
-  float &threshold = at.threshold;
+  cut at = {0, FINE};
   bool raised = false;
   s.choose = FRESH, s.each = 0;
-  while (s.a.n / FEW / 2 >> s.each) ++s.each;
+  while (!given && s.a.n / FEW / 2 >> s.each) ++s.each;
   for (int round = 0; round < 2; ++round) {
-    spectrum(s, round ? threshold / 16 : 0);
+    spectrum(s, given ? threshold / 2 : round ? threshold / 16 : 0);
     if (round == 0 && refuse(s)) return s.leave(&state);
-    threshold = spectrum_edge(s, budget >> s.each, round ? nullptr : &lowest);
+    if (!given) threshold = spectrum_edge(s, budget >> s.each, round ? nullptr : &lowest);
     s.choose = BY_BINS, s.chosen = threshold, s.above = __float_as_uint(threshold) >> 20;
   }
+  if (given) s.round_up = TILE / 4;
   for (int tries = 0;; ++tries) { /* move the window until the budget lies in it */
-    at.base = threshold / 2;
+    at.base = given ? __uint_as_float(bits - (below << 15)) : threshold / 2;
     fine_bins(s, at.base);
-    s.choose = KEEP;
+    s.call_bins(4 * FINE); /* see find_windows() */
+    s.choose = KEEP, at.bin = below;
+    if (given) break;
+    at.bin = FINE;
     /* the lowest bin that fits */
     const uint32_t lo = static_cast<uint32_t>(
         __syncthreads_count(threadIdx.x < FINE - HIGH && s.hist()[threadIdx.x] > budget));
@@ -8673,10 +8688,10 @@ __device__ __noinline__ void solve(solver &state, uint64_t budget, double *used)
       break;
     }
   }
-  threshold = at.bin < FINE ? __uint_as_float(fine_edge(at.base, at.bin)) : max;
-  *used = static_cast<double>(threshold);
-  s.leave(&state), state.choose = s.choose, state.chosen = s.chosen, state.above = s.above;
-  finish(state, at, budget);
+  if (!given)
+    *used = static_cast<double>(at.bin < FINE ? __uint_as_float(fine_edge(at.base, at.bin)) : max);
+  finish(s, at, budget);
+  s.leave(&state);
 }
 
 /* The least that heads can take: what is pinned, K dropped. */
@@ -8722,7 +8737,7 @@ __device__ inline void solve_best(solver &s, uint64_t budget, double *used) {
                : i == 4 ? 64.0f
                : i == 5 ? 2.0f
                         : 0.5f;
-      solve(s, b, used);
+      solve(s, b, used, false, 0);
       if (one || s.refused) return;
       const double sum = predict_all(s, false);
       if (first || sum < best) best = sum, best_bias = s.bias, best_budget = b, first = false;
@@ -8731,31 +8746,14 @@ __device__ inline void solve_best(solver &s, uint64_t budget, double *used) {
   }
   if (n_bias > 1 || best_budget != budget) { /* the last one tried is not the one to keep */
     s.bias = best_bias;
-    solve(s, best_budget, used);
+    solve(s, best_budget, used, false, 0);
   }
-}
-
-/* rdkv__solve_at. */
-__device__ inline void solve_at(solver &s, float threshold) {
-  /* fine bins from somewhat below the threshold, which lies at the edge of one all the same */
-  const uint32_t bits = __float_as_uint(threshold), below = least(bits >> 15, FINE / 2);
-  const cut at = {__uint_as_float(bits - (below << 15)), threshold, below};
-  s.choose = FRESH, s.chosen = threshold, s.above = bits >> 20;
-  for (int round = 0; round < 2; ++round) {
-    spectrum(s, threshold / 2);
-    if (round == 0 && refuse(s)) return;
-    s.choose = BY_BINS;
-  }
-  s.round_up = TILE / 4;
-  fine_bins(s, at.base);
-  s.choose = KEEP;
-  finish(s, at, 0);
 }
 
 /* The smallest budget that meets config.max_error, within 0.1 %. */
 __device__ inline void solve_error(solver &s, double *used) {
   uint64_t lo = least_bytes(s, 0, s.n_heads) / 128, hi = s.a.most / 128, mid = hi;
-  solve(s, hi * 128, used);
+  solve(s, hi * 128, used, false, 0);
   if (s.refused) return;
   if (!within_error(s)) { /* beyond 16-bit V and 8-bit K */
     clear_widths(s);
@@ -8764,13 +8762,13 @@ __device__ inline void solve_error(solver &s, double *used) {
   }
   while (hi - lo > hi / 1024) {
     mid = lo + (hi - lo) / 2;
-    solve(s, mid * 128, used);
+    solve(s, mid * 128, used, false, 0);
     if (within_error(s))
       hi = mid;
     else
       lo = mid + 1;
   }
-  if (mid != hi) solve(s, hi * 128, used);
+  if (mid != hi) solve(s, hi * 128, used, false, 0);
 }
 
 /* ---- the authors' solver: a cluster of blocks a head, one block where there are no clusters.
@@ -9424,7 +9422,8 @@ static __device__ __forceinline__ void solve_all(const solve_args &a, solver &s,
   double used = 0;
   if (a.scope == RDKV_SCOPE_LAMBDA) {
     used = a.device_lambda ? *a.device_lambda : a.given_lambda;
-    solve_at(s, used > 3.4028234663852886e38 ? __uint_as_float(PINNED) : __double2float_rn(used));
+    solve(s, 0, nullptr, true,
+          used > 3.4028234663852886e38 ? __uint_as_float(PINNED) : __double2float_rn(used));
   } else if (a.max_error > 0) {
     solve_error(s, &used);
   } else {
