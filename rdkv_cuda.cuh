@@ -9593,6 +9593,7 @@ static __global__ void __launch_bounds__(SOLVE) histogram_kernel(histogram_args 
   uint32_t k_tile = 0;
   for (int l = 1; l < 4; ++l) k_tile += (channels[l] + 15) / 16 * (64u << l);
   set_costs(a.v_dim, a.positions, k_tile ? k_tile : first_k_tile(a.k_dim), costs);
+  __syncthreads();
   const v_costs c = costs;
   for (uint32_t t = t0 + tid; t < t1; t += SOLVE) {
     float x[5];
