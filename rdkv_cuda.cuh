@@ -7278,7 +7278,7 @@ enum {
   HIGH = 5,               /* as RDKV__HIGH */
   FEW = 2048,             /* as RDKV__FEW */
   BATCH = 2,              /* tokens that a thread asks for at once */
-  LISTED = 1024,          /* tokens that a block lists in shared memory */
+  UNITS = SOLVE,          /* of a head at most */
   NEAR = 8192,            /* tokens of a list whose slopes are kept */
   BUCKETS = 512,          /* by which a list is searched */
   SOLVE_WORDS = 4 * BINS, /* of shared memory beside the distortions */
@@ -7292,13 +7292,17 @@ struct layer_view {
   uint8_t *v_bits, *k_bits;
 };
 
+/* Tokens of a unit that are listed, and others that reach level 1.. */
+struct unit_count {
+  uint32_t listed, sure[4];
+};
+
 struct solve_head {
   uint32_t count[5], channels[4], k_tile, k_tokens;
-  float k_lambda;             /* K is chosen by these */
-  uint32_t pinned[5];         /* tokens that must reach a level */
-  uint32_t n_list, n_sure[4]; /* tokens that are listed, and others that reach level 1.. */
-  uint32_t done;              /* units that have been counted */
-  double v, k;                /* predicted */
+  float k_lambda;     /* K is chosen by these */
+  uint32_t pinned[5]; /* tokens that must reach a level */
+  uint32_t done;      /* units that have been counted */
+  double v, k;        /* predicted */
 };
 
 struct solve_state {
@@ -7324,8 +7328,9 @@ struct solve_args {
   solve_head *heads;  /* [n_layers][n_kv_heads] */
   uint32_t *bins[3];  /* [heads][BINS], used in turn: counted in, read, cleared */
   u64 *hist[3];       /* [BINS] */
-  uint32_t *list;     /* [heads][n] tokens near the threshold */
-  uint4 *slopes;      /* [heads][least(n, NEAR)] theirs */
+  uint32_t *list;     /* [heads][n] tokens near the threshold, of each unit those it has */
+  uint4 *slopes;      /* [heads][least(n, NEAR)] theirs, as far as there is room */
+  unit_count *counts; /* [heads][UNITS] */
   uint32_t *tiles;    /* [heads * 4] where there are more than SOLVE, and the costs of one */
   uint8_t *pin;       /* [heads][n] lowest levels, or NULL */
   solve_state *state;
@@ -7435,7 +7440,7 @@ enum { FRESH, KEEP, BY_BINS, BY_FINE, BY_ALL, BY_NONE };
    than blocks. */
 __host__ __device__ inline uint32_t slice_of(uint32_t n, uint32_t n_heads, uint32_t blocks) {
   const uint32_t units = most(blocks / n_heads, 1), rows = n / 32 + (n % 32 > 0);
-  return 32 * least(most((rows + units - 1) / units, 1), 1u << 15);
+  return 32 * least(most((rows + units - 1) / units, 1), 1u << 17);
 }
 
 /* What a token takes to reach a level from the one below, and 1 over what it takes from level to
@@ -7458,6 +7463,7 @@ struct unit {
   uint8_t *v_bits, *k_bits;
   uint32_t *list;
   uint4 *slopes;
+  unit_count *counts;
   v_costs costs;
   alignas(16) float dk[4 * MAX_DIM]; /* as kd */
 };
@@ -7482,22 +7488,23 @@ __device__ __noinline__ void enter_unit(const solve_args &a, uint32_t first, uin
     x.v_bits = view.v_bits + row * a.n, x.k_bits = view.k_bits + row * kd;
     x.list = a.list + static_cast<size_t>(head) * a.n;
     x.slopes = a.slopes + static_cast<size_t>(head) * least(a.n, NEAR);
+    x.counts = a.counts + static_cast<size_t>(head) * UNITS;
   }
   __syncthreads();
   stage_floats(x.dk, x.kd, 4 * static_cast<uint32_t>(a.k_dim));
 }
 
-/* By the bytes that K takes in a tile; by at least 20 threads, between barriers. */
-__device__ __noinline__ void set_costs(int v_dim, int positions, uint32_t k_tile, v_costs &c) {
-  const uint32_t tid = threadIdx.x, block = static_cast<uint32_t>(pad16(v_dim)) / 16 * 128;
-  const uint32_t whole = k_tile + 128 + block + (positions ? 128u : 0u);
+/* By the bytes that K takes in a tile; by at least 16 threads, between barriers. */
+__device__ __forceinline__ void set_costs(int v_dim, int positions, uint32_t k_tile, v_costs &c) {
+  const uint32_t tid = threadIdx.x, block = static_cast<uint32_t>(pad16(v_dim)) / 16 * 64;
+  const uint32_t rest = k_tile + 128 + block + (positions ? 128u : 0u);
+  const uint32_t from = tid / 4, to = tid % 4 + 1;
+  if (from >= 4 || from >= to) return;
   /* bytes of a tile at a level, which are exact in floats as parts of a token, too */
-  const auto bytes = [&](uint32_t l) { return l ? whole + block * ((1u << (l - 1)) - 1) : 0; };
-  const auto step = [&](uint32_t from, uint32_t to) {
-    return static_cast<float>(bytes(to) - bytes(from)) / TILE;
-  };
-  if (tid < 4) c.cost[tid] = step(tid, tid + 1);
-  if (tid < 20 && tid / 5 < tid % 5) c.inv[tid / 5][tid % 5] = __fdiv_rn(1, step(tid / 5, tid % 5));
+  const float step =
+      static_cast<float>((block << to) + rest - (from ? (block << from) + rest : 0)) / TILE;
+  c.inv[from][to] = __fdiv_rn(1, step);
+  if (to == from + 1) c.cost[from] = step;
 }
 
 /* All blocks of a launch meet, and see what the others wrote. */
@@ -7541,9 +7548,21 @@ __device__ __noinline__ u64 solve_scan(u64 x, u64 *total) {
   return block_scan(x, scratch, total);
 }
 
-/* The part of the heads that share a budget, and where this block stands. */
-struct solver {
-  const solve_args &a;
+/* The launch's arguments, in shared memory: a barrier makes a block forget what it has read from
+   memory. */
+__device__ __forceinline__ solve_args &solve_arguments() {
+  __shared__ solve_args x[1];
+  return x[0];
+}
+__device__ __forceinline__ void take_arguments(const solve_args &given) {
+  for (uint32_t i = threadIdx.x; i < sizeof given / 4; i += SOLVE)
+    reinterpret_cast<uint32_t *>(&solve_arguments())[i] =
+        reinterpret_cast<const uint32_t *>(&given)[i];
+  __syncthreads();
+}
+
+/* Where a block stands. */
+struct solver_state {
   uint32_t phase; /* barriers passed */
   uint32_t first, n_heads;
   uint32_t slice;  /* tokens of a unit of work */
@@ -7558,22 +7577,17 @@ struct solver {
   bool refused;   /* a distortion is no number >= 0 */
   float bias;
   uint32_t round_up;
+};
 
-  __device__ explicit solver(const solve_args &args)
-      : a(args),
-        phase(0),
-        set(2),
-        choose(FRESH),
-        chosen(0),
-        above(0),
-        each(0),
-        sums(0),
-        staged(false),
-        refused(false),
-        bias(1),
-        round_up(0) {
-    part(0, args.n_heads);
+/* The part of the heads that share a budget. */
+struct solver : solver_state {
+  const solve_args &a;
+
+  __device__ solver() : solver_state(), a(solve_arguments()) {
+    set = 2, choose = FRESH, bias = 1;
+    part(0, a.n_heads);
   }
+  __device__ solver(const solver &other) : solver_state(other), a(solve_arguments()) {}
 
   __device__ void part(uint32_t at, uint32_t n) {
     if (staged) wait();
@@ -7917,15 +7931,6 @@ __device__ __forceinline__ void each_token(solver &s, uint32_t looked, Begin beg
     const uint32_t floor = begin(x); /* the threads meet there */
     const v_costs c = x.costs;
     const bool fresh = s.choose == FRESH;
-    for (uint32_t l = 0; l < 5 && fresh; ++l) { /* all are looked through */
-      const float *row = d + l * stride + t0;
-      const uint4 *four = reinterpret_cast<const uint4 *>(row);
-      const uint32_t m = t1 - t0;
-      for (uint32_t i = threadIdx.x; s.staged && i < (m + 3) / 4; i += SOLVE)
-        top = most(most(most(four[i].x, four[i].y), most(four[i].z, four[i].w)), top);
-      for (uint32_t i = threadIdx.x; !s.staged && i < m; i += SOLVE)
-        top = most(top, __float_as_uint(row[i]));
-    }
     const uint32_t each = 3 + looked;
     const uint32_t g0 = t0 >> each, n_looked = t1 > t0 ? (((t1 - 1) >> each) - g0 + 1) * 8 : 0;
     const auto token = [&](uint32_t i) {
@@ -7969,13 +7974,20 @@ __device__ __forceinline__ void each_token(solver &s, uint32_t looked, Begin beg
         __syncwarp();
       }
     }
-    if (s.choose == FRESH && x.k == 0) { /* K is looked through, too */
-      staged_floats();
-      __syncthreads();
-      for (uint32_t j = threadIdx.x; j < 4 * static_cast<uint32_t>(s.a.k_dim); j += SOLVE)
-        top = most(top, __float_as_uint(x.dk[j]));
-    }
     end(x);
+    if (!fresh) continue;
+    const uint32_t m = t1 - t0; /* all are looked through, K, too */
+    for (uint32_t i = threadIdx.x; s.staged && i < (m + 3) / 4; i += SOLVE)
+#pragma unroll
+      for (int l = 0; l < 5; ++l) {
+        const uint4 y = reinterpret_cast<const uint4 *>(row[l] + t0)[i];
+        top = most(most(most(y.x, y.y), most(y.z, y.w)), top);
+      }
+    for (uint32_t i = threadIdx.x; !s.staged && i < m; i += SOLVE)
+#pragma unroll
+      for (int l = 0; l < 5; ++l) top = most(top, __float_as_uint(row[l][t0 + i]));
+    for (uint32_t j = threadIdx.x; j < 4 * static_cast<uint32_t>(s.a.k_dim); j += SOLVE)
+      top = most(top, __float_as_uint(x.dk[j]));
   }
   if (top >= 0x7f800000u) atomicOr(&s.a.state->odd, 1u);
 }
@@ -8008,7 +8020,7 @@ __device__ __forceinline__ void spectrum(solver &s, float floor) {
       [](uint32_t) {},
       [&](const unit &x) {
         __syncthreads();
-#pragma unroll 1
+#pragma unroll
         for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE) {
           uint32_t bytes = 0, tokens = 0;
 #pragma unroll
@@ -8170,7 +8182,7 @@ __device__ __forceinline__ void fine_bins(solver &s, float base) {
       [](uint32_t) {},
       [&](const unit &x) {
         __syncthreads();
-#pragma unroll 1
+#pragma unroll
         for (uint32_t b = threadIdx.x; b < 4 * FINE; b += SOLVE) {
           const uint32_t n = count[b];
           if (n) atomicAdd(&s.bins(x.i)[b], n);
@@ -8348,17 +8360,49 @@ __device__ __noinline__ void raise_first(uint8_t *bits, uint32_t n, uint8_t from
 /* rdkv__assign for one head, by one block: of the tokens that are listed, m, or of all the head's,
    where those that are sure have their width. For level after level the last key that rises is
    found, slope above inverted index: a token's level is the one up to which its keys are no less.
-   False: the list does not suffice. */
-__device__ __noinline__ bool raise(const solve_args &a, uint32_t floor, bool listed) {
+   slices: of the lists, or 0: all tokens. False: the lists do not suffice. */
+__device__ __noinline__ bool raise(const solve_args &a, uint32_t floor, uint32_t slices,
+                                   uint32_t slice) {
   __shared__ uint32_t raise_count[BUCKETS], raise_warp[SOLVE / 32], raise_found[3], raise_fill[4];
+  __shared__ uint32_t raise_first_of[UNITS + 2], raise_sure[4];
   __shared__ u64 raise_limit[4];
   const unit &x = solve_unit();
   const windows &w = solve_windows();
-  const uint32_t tid = threadIdx.x, lane = tid & 31, m = listed ? x.h->n_list : a.n;
+  const bool listed = slices > 0;
+  const uint32_t tid = threadIdx.x, lane = tid & 31, room = least(a.n, NEAR) / most(slices, 1);
   static_assert(BUCKETS == SOLVE, "a bucket a thread");
+  __syncthreads();
+  raise_count[tid] = 0;
+  if (tid < 4) raise_sure[tid] = 0;
+  __syncthreads();
+  for (uint32_t k = tid, before = 0; k < slices + (-slices & 31) && tid < 32; k += 32) {
+    const unit_count mine = k < slices ? x.counts[k] : unit_count();
+    uint32_t sum = mine.listed;
+#pragma unroll
+    for (uint32_t d = 1; d < 32; d <<= 1) {
+      const uint32_t y = __shfl_up_sync(FULL, sum, d);
+      if (lane >= d) sum += y;
+    }
+    if (k <= slices) raise_first_of[k + 1] = before + sum;
+    before += __shfl_sync(FULL, sum, 31);
+#pragma unroll
+    for (uint32_t l = 0; l < 4; ++l)
+      if (mine.sure[l]) atomicAdd(&raise_sure[l], mine.sure[l]);
+  }
+  if (tid == 0) raise_first_of[0] = 0;
+  __syncthreads();
+  const uint32_t m = listed ? raise_first_of[slices] : a.n;
   const auto ask = [&](uint32_t j, uint4 *y) {
-    const uint32_t t = listed ? x.list[j] : j;
-    *y = listed && j < NEAR ? x.slopes[j] : slopes_at(a, t);
+    if (!listed) {
+      *y = slopes_at(a, j);
+      return j;
+    }
+    uint32_t k = 0; /* the unit that has it */
+    for (uint32_t step = slices > 1 ? 1u << (31 - __clz(static_cast<int>(slices - 1))) : 0; step;
+         step >>= 1)
+      if (k + step < slices && raise_first_of[k + step] <= j) k += step;
+    const uint32_t in = j - raise_first_of[k], t = x.list[static_cast<size_t>(k) * slice + in];
+    *y = in < room ? x.slopes[k * room + in] : slopes_at(a, t);
     return t;
   };
   uint4 mine = make_uint4(0, 0, 0, 0); /* a thread's first one, mostly the only one */
@@ -8380,12 +8424,10 @@ __device__ __noinline__ bool raise(const solve_args &a, uint32_t floor, bool lis
     }
     return level;
   };
-  __syncthreads();
-  raise_count[tid] = 0;
 #pragma unroll 1
   for (uint32_t l = 0; l < 4; ++l) {
     const uint32_t from = listed ? w.from[l] : floor, to = listed ? w.to[l] : ~0u;
-    uint32_t need = w.want[l] - (listed ? x.h->n_sure[l] : 0);
+    uint32_t need = w.want[l] - raise_sure[l];
     u64 limit = static_cast<u64>(from) << 32, top = ~0ull, end = static_cast<u64>(to) << 32;
     uint32_t missing = 0;
     for (bool first = true; need > 0; first = false) {
@@ -8452,24 +8494,20 @@ __device__ __noinline__ bool raise(const solve_args &a, uint32_t floor, bool lis
 /* Gives every token the level that is sure and lists those of the windows, from which the last
    block of a head takes the others. */
 __device__ __forceinline__ void assign(solver &s, const cut &at, const uint32_t *tiles) {
-  __shared__ uint32_t listed[2], surely[4];
-  uint4 *const slopes = solve_shared;
-  uint32_t *const tokens = reinterpret_cast<uint32_t *>(solve_shared + LISTED);
+  __shared__ unit_count counted[1];
   windows w;
   solve_head *h = nullptr;
   uint8_t *v_bits = nullptr;
-  u64 taken = 0; /* 16 bits a level: a thread has at most 2^20 / SOLVE tokens of a unit */
-  static_assert(LISTED * 5 <= SOLVE_WORDS, "they fit");
-  const auto put = [](const unit &x, uint32_t j, uint32_t t, const uint4 &y) {
-    x.list[j] = t;
-    if (j < NEAR) x.slopes[j] = y;
-  };
+  uint32_t *list = nullptr;
+  uint4 *slopes = nullptr;
+  u64 taken = 0; /* 16 bits a level: a thread has at most 2^22 / SOLVE tokens of a unit */
+  const uint32_t room = least(s.a.n, NEAR) / s.slices; /* for a unit's slopes */
   each_token(
       s, 0,
       [&](const unit &x) {
-        h = x.h, v_bits = x.v_bits;
+        h = x.h, v_bits = x.v_bits, list = x.list + x.t0, slopes = x.slopes + x.k * room;
         w = find_windows(s, x, at, tiles + 4 * x.i);
-        if (threadIdx.x < 4) listed[0] = surely[threadIdx.x] = 0;
+        if (threadIdx.x == 0) counted[0] = unit_count();
         taken = 0;
         __syncthreads();
         return least(least(w.from[0], w.from[1]), least(w.from[2], w.from[3]));
@@ -8482,12 +8520,9 @@ __device__ __forceinline__ void assign(solver &s, const cut &at, const uint32_t 
 #pragma unroll
         for (uint32_t l = 0; l < 4; ++l) open |= l >= level && slope[l] >= w.from[l];
         if (open) {
-          const uint4 y = make_uint4(slope[0], slope[1], slope[2], slope[3]);
-          const uint32_t to = atomicAdd(&listed[0], 1u);
-          if (to < LISTED)
-            slopes[to] = y, tokens[to] = t;
-          else
-            put(solve_unit(), atomicAdd(&h->n_list, 1u), t, y);
+          const uint32_t to = atomicAdd(&counted->listed, 1u);
+          list[to] = t;
+          if (to < room) slopes[to] = make_uint4(slope[0], slope[1], slope[2], slope[3]);
         } else if (level) {
           taken += 0x0001000100010001ull >> (64 - 16 * level);
         }
@@ -8499,27 +8534,20 @@ __device__ __forceinline__ void assign(solver &s, const cut &at, const uint32_t 
         for (uint32_t l = 0; l < 4; ++l) {
           const uint32_t n =
               __reduce_add_sync(FULL, static_cast<uint32_t>(taken >> (16 * l) & 0xffff));
-          if (threadIdx.x % 32 == 0 && n) atomicAdd(&surely[l], n);
+          if (threadIdx.x % 32 == 0 && n) atomicAdd(&counted->sure[l], n);
         }
         __syncthreads();
-        const uint32_t n = least(listed[0], LISTED);
-        if (threadIdx.x == 0 && n) listed[1] = atomicAdd(&h->n_list, n);
-        if (threadIdx.x < 4 && surely[threadIdx.x])
-          atomicAdd(&h->n_sure[threadIdx.x], surely[threadIdx.x]);
-        __syncthreads();
-        for (uint32_t j = threadIdx.x; j < n; j += SOLVE)
-          put(x, listed[1] + j, tokens[j], slopes[j]);
+        if (threadIdx.x == 0) x.counts[x.k] = counted[0];
         const uint32_t before = units_before(&h->done);
         if (before == 0 && s.slices > 1) place_k(s.a);
         if (before + 1 < s.slices) return;
-        if (!raise(s.a, at.floor(), true)) raise(s.a, at.floor(), false);
+        if (!raise(s.a, at.floor(), s.slices, s.slice)) raise(s.a, at.floor(), 0, 0);
         if (s.slices == 1) place_k(s.a);
         __syncthreads();
         if (threadIdx.x > 0) return;
         uint32_t below = s.a.n;
-        for (uint32_t l = 0; l < 4; ++l)
-          h->count[l] = below - w.want[l], below = w.want[l], h->n_sure[l] = 0;
-        h->count[4] = below, h->n_list = h->done = 0;
+        for (uint32_t l = 0; l < 4; ++l) h->count[l] = below - w.want[l], below = w.want[l];
+        h->count[4] = below, h->done = 0;
       });
 }
 
@@ -9331,7 +9359,8 @@ static __global__ void __launch_bounds__(SOLVE, 1)
 /* For a budget of bytes: most tokens whose block fits. A cooperative launch without clusters. */
 static __global__ void __launch_bounds__(SOLVE, 1)
     paper_search_kernel(const __grid_constant__ solve_args a) {
-  solver s(a);
+  take_arguments(a);
+  solver s;
   const uint64_t budget = a.given_budget ? *a.given_budget : a.budget;
   const bool failed = *a.status != RDKV_OK;
   double lo = 0, hi = 2 * static_cast<double>(a.n) + 1;
@@ -9386,8 +9415,7 @@ static __device__ __forceinline__ void solve_all(const solve_args &a, solver &s,
     if (first == 0) *a.state = solve_state();
   }
   for (uint32_t i = first; i < a.n_heads; i += step) {
-    for (int l = 0; l < 4; ++l) s.head(i)->n_sure[l] = 0;
-    s.head(i)->n_list = s.head(i)->done = 0;
+    s.head(i)->done = 0;
     for (int l = 0; l < 5 && !a.pin; ++l) s.head(i)->pinned[l] = 0;
   }
   if (failed != RDKV_OK) return;
@@ -9447,12 +9475,9 @@ static __device__ __forceinline__ void solve_all(const solve_args &a, solver &s,
 static __global__ void __launch_bounds__(SOLVE, 1)
     solve_kernel(const __grid_constant__ solve_args given) {
   const uint32_t failed = *given.status; /* nobody writes it before the first barrier */
-  __shared__ solve_args a; /* each barrier makes a block forget what it has read from memory */
-  for (uint32_t i = threadIdx.x; i < sizeof a / 4; i += SOLVE)
-    reinterpret_cast<uint32_t *>(&a)[i] = reinterpret_cast<const uint32_t *>(&given)[i];
-  __syncthreads();
-  solver s(a);
-  solve_all(a, s, failed);
+  take_arguments(given);
+  solver s;
+  solve_all(s.a, s, failed);
   s.wait(); /* nothing is under way when the block ends */
 }
 
@@ -10056,6 +10081,7 @@ static void layout_solve(const rdkv_config *cfg, int n_layers, uint32_t n, void 
   s->m.take(&s->a.heads, heads);
   s->m.take(&s->a.list, paper ? 0 : heads * n);
   s->m.take(&s->a.slopes, paper ? 0 : heads * least(n, NEAR));
+  s->m.take(&s->a.counts, paper ? 0 : heads * UNITS);
   s->m.take(&s->a.tiles, paper || 4 * heads <= SOLVE ? 0 : 8 * heads);
 }
 
