@@ -7345,7 +7345,8 @@ struct solve_args {
   paper_edges edges; /* of eps_v */
   float v_mean;
   uint32_t n, n_heads, n_kv_heads;
-  uint32_t stage; /* there is shared memory for so many tokens */
+  uint32_t stage;         /* there is shared memory for so many tokens */
+  uint32_t slice, slices; /* of all heads: see solver */
   int n_layers, k_dim, v_dim, positions, scope;
 };
 
@@ -7441,6 +7442,10 @@ enum { FRESH, KEEP, BY_BINS, BY_FINE, BY_ALL, BY_NONE };
 __host__ __device__ inline uint32_t slice_of(uint32_t n, uint32_t n_heads, uint32_t blocks) {
   const uint32_t units = most(blocks / n_heads, 1), rows = n / 32 + (n % 32 > 0);
   return 32 * least(most((rows + units - 1) / units, 1), 1u << 17);
+}
+
+__host__ __device__ inline uint32_t slices_of(uint32_t n, uint32_t slice) {
+  return n > 0 ? (n + slice - 1) / slice : 1;
 }
 
 /* What a token takes to reach a level from the one below, and 1 over what it takes from level to
@@ -7575,6 +7580,7 @@ struct solver_state {
   uint32_t above; /* and the tokens from this bin up */
   uint32_t each;  /* log2 of the tokens that one of a spectrum stands for */
   bool refused;   /* a distortion is no number >= 0 */
+  bool waiting;   /* until the first bins are clear */
   float bias;
   uint32_t round_up;
 };
@@ -7592,8 +7598,8 @@ struct solver : solver_state {
   __device__ void part(uint32_t at, uint32_t n) {
     if (staged) wait();
     first = at, n_heads = n;
-    slice = slice_of(a.n, n, gridDim.x);
-    slices = a.n > 0 ? (a.n + slice - 1) / slice : 1;
+    slice = n == a.n_heads ? a.slice : slice_of(a.n, n, gridDim.x);
+    slices = n == a.n_heads ? a.slices : slices_of(a.n, slice);
     staged = slice <= a.stage && n * slices <= gridDim.x;
     __syncthreads();
     if (threadIdx.x == 0) solve_unit().number = ~0u;
@@ -7643,7 +7649,23 @@ struct solver : solver_state {
   __device__ static float *distortions() {
     return reinterpret_cast<float *>(solve_shared + SOLVE_WORDS / 4);
   }
-  __device__ void sync() { solve_sync(&a.state->barrier, ++phase); }
+  __device__ void sync() {
+    all_clear();
+    solve_sync(&a.state->barrier, ++phase);
+  }
+  /* Where the blocks are one cluster the first bins are cleared; before they are counted in. */
+  __device__ void clear() {
+#if __CUDA_ARCH__ >= 900
+    if (alone()) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+    waiting = alone();
+  }
+  __device__ void all_clear() {
+#if __CUDA_ARCH__ >= 900
+    if (waiting) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+    waiting = false;
+  }
 
   /* The blocks are one cluster. */
   __device__ static bool alone() {
@@ -7689,7 +7711,7 @@ struct solver : solver_state {
 
   /* Where a copy of another has come to. */
   __device__ void leave(solver *other) const {
-    other->phase = phase, other->set = set, other->refused = refused;
+    other->phase = phase, other->set = set, other->refused = refused, other->waiting = waiting;
   }
 
   /* To the next set of bins, which is clear; the one after it is cleared. */
@@ -8019,6 +8041,7 @@ __device__ __forceinline__ void spectrum(solver &s, float floor) {
       },
       [](uint32_t) {},
       [&](const unit &x) {
+        s.all_clear();
         __syncthreads();
 #pragma unroll
         for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE) {
@@ -9419,7 +9442,7 @@ static __device__ __forceinline__ void solve_all(const solve_args &a, solver &s,
     for (int l = 0; l < 5 && !a.pin; ++l) s.head(i)->pinned[l] = 0;
   }
   if (failed != RDKV_OK) return;
-  if (s.alone()) s.sync();
+  s.clear();
   bool too_little = by_budget && budget < a.fixed;
   for (uint32_t i = 0; i < n_parts && by_budget && !too_little && (i == 0 || a.pin); ++i)
     too_little = part_of(budget - a.fixed, n_parts) < least_bytes(s, i * each, each);
@@ -9438,6 +9461,7 @@ static __device__ __forceinline__ void solve_all(const solve_args &a, solver &s,
     const uint32_t i = j / (4 * kd), c = j - i * (4 * kd);
     odd |= __float_as_uint(s.k_distortion(i)[c]) >= 0x7f800000u;
   }
+  if (look) s.all_clear();
   if (odd) atomicOr(&a.state->odd, 1u);
   if (look) {
     s.sync();
@@ -10141,6 +10165,7 @@ static cudaError_t plan_solve(bool search, solve_args *a, solve_launch *how) {
     const uint32_t n = how->team ? size : blocks;
     a->stage = slice_of(a->n, heads, n);
     if (!fits(a->stage)) a->stage = 0;
+    a->slice = slice_of(a->n, a->n_heads, n), a->slices = slices_of(a->n, a->slice);
     c.gridDim = dim3(n), c.blockDim = dim3(SOLVE);
     c.dynamicSmemBytes = search ? 4 * PAPER_WORDS : 4 * SOLVE_WORDS + 20 * a->stage;
     e = cudaFuncSetAttribute(how->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
