@@ -7701,13 +7701,6 @@ struct solver : solver_state {
     return a.bins[set == 0 ? 2 : set - 1] + static_cast<size_t>(i) * BINS;
   }
   __device__ u64 *hist() const { return a.hist[set]; }
-  /* Has the first n bins of this block's head come near, beside what is waited for. */
-  __device__ void call_bins(uint32_t n) const {
-    if (blockIdx.x >= n_heads * slices) return;
-    const uint32_t *own = bins(blockIdx.x / slices);
-    for (uint32_t b = 32 * threadIdx.x; b < n; b += 32 * SOLVE) /* a line each */
-      asm volatile("prefetch.global.L1 [%0];" ::"l"(own + b));
-  }
 
   /* Where a copy of another has come to. */
   __device__ void leave(solver *other) const {
@@ -8066,7 +8059,6 @@ __device__ __forceinline__ float spectrum_edge(const solver &s, uint64_t bytes, 
   const uint32_t top = BINS - 1 - threadIdx.x * EACH;
   const u64 *hist = s.hist();
   u64 here[EACH], mine = 0, all;
-  s.call_bins(BINS); /* see count_from() */
 #pragma unroll
   for (uint32_t i = 0; i < EACH; ++i) here[i] = hist[top - i], mine += here[i];
   if (threadIdx.x == 0) edge_found[0] = 0, edge_found[1] = BINS;
@@ -8716,7 +8708,6 @@ __device__ __noinline__ void solve(solver &state, uint64_t budget, double *used,
   for (int tries = 0;; ++tries) { /* move the window until the budget lies in it */
     at.base = given ? __uint_as_float(bits - (below << 15)) : threshold / 2;
     fine_bins(s, at.base);
-    s.call_bins(4 * FINE); /* see find_windows() */
     s.choose = KEEP, at.bin = below;
     if (given) break;
     at.bin = FINE;
