@@ -7718,8 +7718,11 @@ struct solver : solver_state {
 };
 
 /* Whether weights or distortions are no numbers >= 0, once all have been seen. */
-__device__ inline bool refuse(solver &s) {
-  s.refused = *static_cast<volatile uint32_t *>(&s.a.state->odd) != 0;
+__device__ inline uint32_t seen_odd(const solver &s) {
+  return *static_cast<volatile uint32_t *>(&s.a.state->odd);
+}
+__device__ inline bool refuse(solver &s, uint32_t odd) {
+  s.refused = odd != 0;
   if (s.refused && blockIdx.x == 0 && threadIdx.x == 0) fail(s.a.status, RDKV_ERR_NONFINITE);
   return s.refused;
 }
@@ -8141,6 +8144,7 @@ __device__ __forceinline__ void add_up(const solver &s, const unit &x) {
   uint4 *at = reinterpret_cast<uint4 *>(s.bins(x.i) + l * FINE + bin);
   uint4 n = *at;
   const uint32_t cost = tile_cost(s, h, l) / 64, pinned = h->pinned[l + 1];
+  u64 bytes = table_bytes(h);
   n.z += n.w, n.y += n.z, n.x += n.y;
   uint32_t sum = n.x;
 #pragma unroll
@@ -8163,7 +8167,6 @@ __device__ __forceinline__ void add_up(const solver &s, const unit &x) {
   for (uint32_t i = 0; i < 4; ++i)
     fine_bytes[l][bin + i] = tiles_at(s, each[i], fine_high[l], pinned) * cost;
   __syncthreads();
-  u64 bytes = table_bytes(h);
 #pragma unroll
   for (uint32_t i = 0; i < 4; ++i) bytes += 64ull * fine_bytes[i][tid];
   atomicAdd(&s.hist()[tid], bytes);
@@ -8303,18 +8306,28 @@ __device__ __forceinline__ windows &solve_windows() {
   return x[0];
 }
 
-__device__ __forceinline__ windows find_windows(const solver &s, const unit &x, const cut &at,
-                                                const uint32_t *tiles) {
-  windows &w = solve_windows(), y;
-  const uint32_t tid = threadIdx.x;
-  uint32_t n[4] = {0, 0, 0, 0}, above[4] = {0, 0, 0, 0}, below = s.a.n;
+/* Tokens in a thread's fine bin of each level and in the one above. */
+struct fine_counts {
+  uint32_t n[4], above[4];
+};
+__device__ __forceinline__ fine_counts fine_counts_of(const solver &s, uint32_t head) {
+  fine_counts y;
 #pragma unroll
   for (uint32_t l = 0; l < 4; ++l) { /* all are asked for before any is waited for */
-    const uint32_t *bins = s.bins(x.i) + l * FINE;
-    if (at.bin < FINE) n[l] = bins[tid], above[l] = tid + 1 < FINE ? bins[tid + 1] : 0;
-    below = y.want[l] = reach_of(tiles[l], x.h->pinned[l + 1], below);
+    const uint32_t *bins = s.bins(head) + l * FINE + threadIdx.x;
+    y.n[l] = bins[0], y.above[l] = threadIdx.x + 1 < FINE ? bins[1] : 0;
   }
-  __syncthreads();
+  return y;
+}
+
+__device__ __forceinline__ windows find_windows(const solver &s, const unit &x, const cut &at,
+                                                const fine_counts &c, const uint32_t *tiles) {
+  windows &w = solve_windows(), y;
+  const uint32_t tid = threadIdx.x;
+  uint32_t below = s.a.n;
+#pragma unroll
+  for (uint32_t l = 0; l < 4; ++l)
+    below = y.want[l] = reach_of(tiles[l], x.h->pinned[l + 1], below);
 #pragma unroll
   for (uint32_t l = 0; l < 4 && tid == 0; ++l)
     w.want[l] = y.want[l], w.from[l] = y.want[l] > 0 ? at.floor() : ~0u, w.to[l] = ~0u;
@@ -8322,10 +8335,11 @@ __device__ __forceinline__ windows find_windows(const solver &s, const unit &x, 
 #pragma unroll
   for (uint32_t l = 0; l < 4; ++l) {
     const uint32_t want = y.want[l], enough = want + 3 * TILE;
-    if (want == 0) continue;
-    if (n[l] >= enough && above[l] < enough) w.from[l] = most(fine_edge(at.base, tid), 1);
-    if (n[l] > want && above[l] <= want && tid + 1 < FINE) w.to[l] = fine_edge(at.base, tid + 1);
-    if (n[l] <= want && tid == 0 && at.bin < FINE) w.to[l] = at.floor();
+    const uint32_t n = c.n[l], above = c.above[l];
+    if (want == 0 || at.bin == FINE) continue;
+    if (n >= enough && above < enough) w.from[l] = most(fine_edge(at.base, tid), 1);
+    if (n > want && above <= want && tid + 1 < FINE) w.to[l] = fine_edge(at.base, tid + 1);
+    if (n <= want && tid == 0) w.to[l] = at.floor();
   }
   __syncthreads();
 #pragma unroll
@@ -8508,7 +8522,8 @@ __device__ __noinline__ bool raise(const solve_args &a, uint32_t floor, uint32_t
 
 /* Gives every token the level that is sure and lists those of the windows, from which the last
    block of a head takes the others. */
-__device__ __forceinline__ void assign(solver &s, const cut &at, const uint32_t *tiles) {
+__device__ __forceinline__ void assign(solver &s, const cut &at, const fine_counts &first,
+                                       const uint32_t *tiles) {
   __shared__ unit_count counted[1];
   windows w;
   solve_head *h = nullptr;
@@ -8521,10 +8536,10 @@ __device__ __forceinline__ void assign(solver &s, const cut &at, const uint32_t 
       s, 0,
       [&](const unit &x) {
         h = x.h, v_bits = x.v_bits, list = x.list + x.t0, slopes = x.slopes + x.k * room;
-        w = find_windows(s, x, at, tiles + 4 * x.i);
-        if (threadIdx.x == 0) counted[0] = unit_count();
+        if (threadIdx.x == 0) counted[0] = unit_count(); /* the threads meet below */
+        w = find_windows(s, x, at, x.number == blockIdx.x ? first : fine_counts_of(s, x.i),
+                         tiles + 4 * x.i);
         taken = 0;
-        __syncthreads();
         return least(least(w.from[0], w.from[1]), least(w.from[2], w.from[3]));
       },
       [&](uint32_t t, const uint32_t *slope) {
@@ -8568,7 +8583,8 @@ __device__ __forceinline__ void assign(solver &s, const cut &at, const uint32_t 
 
 /* The widths, once the threshold is known: the tiles above it, those below it as long as the budget
    lasts, and their tokens. */
-__device__ __forceinline__ void finish(solver &s, const cut &at, u64 budget) {
+__device__ __forceinline__ void finish(solver &s, const cut &at, const fine_counts &first,
+                                       u64 budget) {
   __shared__ uint32_t finish_tiles[2 * SOLVE];
   const uint32_t n = 4 * s.n_heads, tid = threadIdx.x;
   const bool alike = n <= SOLVE; /* all blocks spend, the same way */
@@ -8590,7 +8606,7 @@ __device__ __forceinline__ void finish(solver &s, const cut &at, u64 budget) {
     __syncthreads();
   }
   if (!alike) s.sync();
-  assign(s, at, p.tiles);
+  assign(s, at, first, p.tiles);
 }
 
 __device__ __noinline__ uint64_t bytes_now(const solver &s) {
@@ -8695,19 +8711,22 @@ __device__ __noinline__ void solve(solver &state, uint64_t budget, double *used,
   const uint32_t bits = __float_as_uint(threshold), below = least(bits >> 15, FINE / 2);
   float lowest = 0;
   cut at = {0, FINE};
+  fine_counts first = {}; /* of this block's first unit */
   bool raised = false;
   s.choose = FRESH, s.each = 0;
   while (!given && s.a.n / FEW / 2 >> s.each) ++s.each;
   for (int round = 0; round < 2; ++round) {
     spectrum(s, given ? threshold / 2 : round ? threshold / 16 : 0);
-    if (round == 0 && refuse(s)) return s.leave(&state);
+    const uint32_t odd = round == 0 ? seen_odd(s) : 0;
     if (!given) threshold = spectrum_edge(s, budget >> s.each, round ? nullptr : &lowest);
+    if (refuse(s, odd)) return s.leave(&state);
     s.choose = BY_BINS, s.chosen = threshold, s.above = __float_as_uint(threshold) >> 20;
   }
   if (given) s.round_up = TILE / 4;
   for (int tries = 0;; ++tries) { /* move the window until the budget lies in it */
     at.base = given ? __uint_as_float(bits - (below << 15)) : threshold / 2;
     fine_bins(s, at.base);
+    if (blockIdx.x < s.n_heads * s.slices) first = fine_counts_of(s, blockIdx.x / s.slices);
     s.choose = KEEP, at.bin = below;
     if (given) break;
     at.bin = FINE;
@@ -8732,7 +8751,7 @@ __device__ __noinline__ void solve(solver &state, uint64_t budget, double *used,
   }
   if (!given)
     *used = static_cast<double>(at.bin < FINE ? __uint_as_float(fine_edge(at.base, at.bin)) : max);
-  finish(s, at, budget);
+  finish(s, at, first, budget);
   s.leave(&state);
 }
 
@@ -9456,7 +9475,7 @@ static __device__ __forceinline__ void solve_all(const solve_args &a, solver &s,
   if (odd) atomicOr(&a.state->odd, 1u);
   if (look) {
     s.sync();
-    if (refuse(s)) return;
+    if (refuse(s, seen_odd(s))) return;
   }
   if (too_little) {
     if (blockIdx.x == 0 && threadIdx.x == 0) fail(a.status, RDKV_ERR_BUDGET);
