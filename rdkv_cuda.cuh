@@ -7502,7 +7502,7 @@ __device__ __noinline__ void enter_unit(const solve_args &a, uint32_t first, uin
 /* By the bytes that K takes in a tile; by at least 16 threads, between barriers. */
 __device__ __forceinline__ void set_costs(int v_dim, int positions, uint32_t k_tile, v_costs &c) {
   const uint32_t tid = threadIdx.x, block = static_cast<uint32_t>(pad16(v_dim)) / 16 * 64;
-  const uint32_t rest = k_tile + 128 + block + (positions ? 128u : 0u);
+  const uint32_t rest = k_tile + 128 + (positions ? 128u : 0u);
   const uint32_t from = tid / 4, to = tid % 4 + 1;
   if (from >= 4 || from >= to) return;
   /* bytes of a tile at a level, which are exact in floats as parts of a token, too */
