@@ -7596,7 +7596,8 @@ struct solver : solver_state {
   __device__ solver(const solver &other) : solver_state(other), a(solve_arguments()) {}
 
   __device__ void part(uint32_t at, uint32_t n) {
-    if (staged) wait();
+    const bool again = staged;
+    if (again) wait();
     first = at, n_heads = n;
     slice = n == a.n_heads ? a.slice : slice_of(a.n, n, gridDim.x);
     slices = n == a.n_heads ? a.slices : slices_of(a.n, slice);
@@ -7613,6 +7614,7 @@ struct solver : solver_state {
     bulk = m > 0 && ((reinterpret_cast<uintptr_t>(x.v) | 4 * a.n) & 15) == 0;
     if (threadIdx.x == 0) {
       const uint32_t barrier = rdkv_cuda__shared_address(&stage_barrier());
+      if (again) asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
