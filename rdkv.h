@@ -1875,7 +1875,7 @@ static uint64_t rdkv__max_block(const rdkv_config *cfg, uint32_t n_tokens, int n
   return rdkv__add(rdkv__fixed_bytes(heads), rdkv__mul(heads, head));
 }
 
-#define RDKV__MORE 4   /* tiles beyond the bin of the threshold that a level may be given */
+#define RDKV__FEW 2048 /* tokens of a head by which K is chosen at least, if it has them */
 #define RDKV__FINE 512 /* bins of a head's histogram: nearly 2 octaves of 256 */
 #define RDKV__HIGH 5   /* the last ones have an octave each */
 #define RDKV__PINNED 0x7f7fffffu /* slope of what must be kept: FLT_MAX */
@@ -1891,8 +1891,6 @@ typedef struct rdkv__head {
   uint32_t pinned[5];             /* tokens that must reach a level */
   uint32_t k_tile;
   uint32_t bins[4 * RDKV__FINE]; /* tokens by slope, for level 1.. apart or for level 1 alone */
-  uint64_t *offers, *offer[4];   /* keys of the tiles that may come next, best first */
-  uint32_t n_offers[4];
 } rdkv__head;
 
 typedef struct rdkv__solver {
@@ -1901,7 +1899,6 @@ typedef struct rdkv__solver {
   rdkv__head *heads;
   uint64_t n_heads;
   uint32_t *key, *index, *key2, *index2; /* [n_tokens] sorting */
-  uint64_t *offers;                      /* [n_heads][4][rdkv__max_offers] */
   uint8_t *pins;                         /* [n_heads][n_tokens] lowest level; no pins: unused */
   float k_bias;                          /* on the threshold that K widths are chosen at; 1 */
   uint32_t round_up;                     /* tokens that a tile may lack; 0 with a budget */
@@ -2084,10 +2081,9 @@ static void rdkv__sort(const rdkv__solver *s, uint32_t n) {
   }
 }
 
-/* Tokens whose slope of level l + 1 is in [floor, ceiling), into key and index; with at_level only
-   those that are at level l. Returns how many. */
-static uint32_t rdkv__gather(const rdkv__solver *s, const rdkv__head *h, int l, float floor,
-                             float ceiling, int at_level) {
+/* Tokens at level l whose slope of level l + 1 is at least floor, into key and index. Returns how
+   many. */
+static uint32_t rdkv__gather(const rdkv__solver *s, const rdkv__head *h, int l, float floor) {
   float cost[4], slope[4][RDKV__CHUNK];
   uint32_t t, n = 0, i, chunk;
   rdkv__v_costs(s, h, cost);
@@ -2095,8 +2091,7 @@ static uint32_t rdkv__gather(const rdkv__solver *s, const rdkv__head *h, int l, 
     chunk = rdkv__min_u32(h->n_tokens - t, RDKV__CHUNK);
     rdkv__v_slopes(s, h, t, chunk, cost, slope);
     for (i = 0; i < chunk; i++)
-      if (slope[l][i] >= floor && slope[l][i] < ceiling &&
-          (!at_level || h->v_bits[t + i] == rdkv__v_width[l]))
+      if (slope[l][i] >= floor && h->v_bits[t + i] == rdkv__v_width[l])
         s->key[n] = rdkv__bits(slope[l][i]), s->index[n++] = t + i;
   }
   return n;
@@ -2112,7 +2107,7 @@ static void rdkv__assign(const rdkv__solver *s, rdkv__head *h, float floor) {
   for (l = 0; l < 4; l++) {
     uint8_t from = (uint8_t)rdkv__v_width[l], to = (uint8_t)rdkv__v_width[l + 1];
     want = rdkv__reach(h, l, below);
-    n = rdkv__gather(s, h, l, floor, INFINITY, 1);
+    n = rdkv__gather(s, h, l, floor);
     if (n > want) rdkv__sort(s, n);
     for (i = 0; i < want && i < n; i++) h->v_bits[s->index[i]] = to;
     for (t = 0; i < want; t++)
@@ -2121,61 +2116,36 @@ static void rdkv__assign(const rdkv__solver *s, rdkv__head *h, float floor) {
   }
 }
 
-static uint32_t rdkv__max_offers(uint32_t n_tokens) { return n_tokens / RDKV__TILE + 1; }
-
-/* The tiles that may come next, once the threshold lies at the lower edge of a fine bin: those down
-   to the next edge, where it would be too much, and MORE. A tile's key is the slope of its last
-   token above that token's inverted index. */
-static void rdkv__offer(const rdkv__solver *s, rdkv__head *h, float base, int bin) {
-  uint32_t have, last, i, n, all = h->n_tokens;
-  int l, low;
-  for (l = 0; l < 4; l++) {
-    const uint32_t *bins = &h->bins[l * RDKV__FINE];
-    h->n_offers[l] = 0, h->offer[l] = h->offers + (uint32_t)l * rdkv__max_offers(all);
-    if (bin == RDKV__FINE) continue;
-    low = bin > 0 ? bin - 1 : 0;
-    last = rdkv__max_u32(bins[low] / RDKV__TILE, h->tiles[l]) + RDKV__MORE;
-    while (low > 0 && bins[low] < last * RDKV__TILE) low--;
-    have = bins[bin];
-    n = rdkv__gather(s, h, l, low > 0 || base > 0 ? rdkv__fine_edge(base, low) : rdkv__float(1),
-                     rdkv__fine_edge(base, bin), 0);
-    rdkv__sort(s, n);
-    for (i = h->tiles[l] + 1; i <= last; i++) {
-      uint32_t rank = rdkv__min_u32(i * RDKV__TILE, all);
-      if (rank > have + n || (i - 1) * RDKV__TILE >= all) break;
-      rank -= have + 1;
-      h->offer[l][h->n_offers[l]++] = (uint64_t)s->key[rank] << 32 | (uint32_t)~s->index[rank];
-    }
-  }
-}
-
-/* Spends what is left on the tiles on offer, the best first; what does not fit is passed over. */
-static void rdkv__spend(const rdkv__solver *s, uint64_t left) {
-  uint64_t i, best;
-  rdkv__head *to;
+/* Spends what is left, the threshold lying at the lower edge of a fine bin: edge after edge further
+   down the whole tiles that it adds, of head after head and level after level. What does not fit is
+   passed over; a 4096th of the budget may be left. */
+static void rdkv__spend(const rdkv__solver *s, uint64_t budget, uint64_t left, int bin) {
+  uint64_t i;
   float cost[4];
-  int l, level = 0;
-  for (;;) {
-    best = 0, to = NULL;
+  int l;
+  while (bin-- > 0 && left > budget / 4096) {
     for (i = 0; i < s->n_heads; i++) {
       rdkv__head *h = &s->heads[i];
       rdkv__v_costs(s, h, cost);
-      for (l = 0; l < 4; l++)
-        if (h->n_offers[l] > 0 && h->offer[l][0] > best && (uint64_t)cost[l] * RDKV__TILE <= left &&
-            (l == 0 || h->tiles[l] < h->tiles[l - 1]))
-          best = h->offer[l][0], to = h, level = l;
+      for (l = 0; l < 4; l++) {
+        uint64_t tile = (uint64_t)cost[l] * RDKV__TILE, fit = left / tile;
+        uint32_t n = h->bins[l * RDKV__FINE + bin];
+        uint32_t tiles = n < h->n_tokens ? n / RDKV__TILE : (n + RDKV__TILE - 1) / RDKV__TILE;
+        if (l > 0) tiles = rdkv__min_u32(tiles, h->tiles[l - 1]);
+        if (tiles <= h->tiles[l]) continue;
+        tiles -= h->tiles[l];
+        if (tiles > fit) tiles = (uint32_t)fit;
+        h->tiles[l] += tiles, left -= tiles * tile;
+      }
     }
-    if (to == NULL) return;
-    rdkv__v_costs(s, to, cost);
-    left -= (uint64_t)cost[level] * RDKV__TILE;
-    to->tiles[level]++, to->offer[level]++, to->n_offers[level]--;
-    rdkv__tiles_bytes(s, to);
   }
+  for (i = 0; i < s->n_heads; i++) rdkv__tiles_bytes(s, &s->heads[i]);
 }
 
 /* Adds what a head would spend at each slope to hist; counts its tokens by level-1 slope in
-   h->bins. */
-static void rdkv__spectrum(const rdkv__solver *s, rdkv__head *h, float floor, uint64_t *hist) {
+   h->bins. Looks at 8 of 8 * each tokens; each a power of two. */
+static void rdkv__spectrum(const rdkv__solver *s, rdkv__head *h, float floor, uint32_t each,
+                           uint64_t *hist) {
   float cost[4], slope[4][RDKV__CHUNK];
   uint32_t t, i, l, chunk;
   RDKV_ASSERT(sizeof h->bins == RDKV_HISTOGRAM_BINS * sizeof(uint32_t));
@@ -2185,7 +2155,7 @@ static void rdkv__spectrum(const rdkv__solver *s, rdkv__head *h, float floor, ui
     chunk = rdkv__min_u32(h->n_tokens - t, RDKV__CHUNK);
     rdkv__v_slopes(s, h, t, chunk, cost, slope);
     for (i = 0; i < chunk; i++) {
-      if (slope[0][i] <= floor) continue;
+      if (slope[0][i] <= floor || ((t + i) / 8 ^ (t + i) / 8 / each) % each) continue;
       h->bins[rdkv__bin(slope[0][i])]++;
       for (l = 0; l < 4; l++)
         hist[rdkv__bin(slope[l][i])] += (uint64_t)cost[l]; /* whole: 128 / 32 divides */
@@ -2250,34 +2220,37 @@ static void rdkv__choose_all_k(const rdkv__solver *s, float threshold, int from_
 }
 
 /* Chooses the widths of s->heads for at most `budget` bytes, no less than rdkv__least_bytes.
-   1. threshold from a histogram of V slopes, K for it, once more with the bytes that K takes;
+   1. threshold from a histogram of V slopes, K for it, once more with the bytes that K takes (the
+   lowest slope is taken 10 octaves lower where not all tokens are seen);
    2. exact bytes, whole tiles, over fine bins around it; 3. tile by tile below; 4. widths. */
 static void rdkv__solve(const rdkv__solver *s, uint64_t budget, double *threshold_used) {
   uint64_t hist[RDKV_HISTOGRAM_BINS], i, sum;
+  uint32_t each = 1; /* tokens that one stands for */
   float threshold = 0, base = 0, lowest = 0;
   int round, bin = 0, tries, raised = 0, lo = 0, hi = RDKV__FINE - RDKV__HIGH - 1;
   for (i = 0; i < s->n_heads; i++) /* start: K at 4 bits */
     s->heads[i].k_tile = (uint32_t)rdkv__pad16(s->cfg->k_dim) / 16 * 256;
+  while (s->heads[0].n_tokens / RDKV__FEW / 2 >= each) each *= 2;
   for (round = 0; round < 2; round++) {
     memset(hist, 0, sizeof hist);
     for (i = 0; i < s->n_heads; i++)
-      rdkv__spectrum(s, &s->heads[i], round ? threshold / 16 : 0, hist);
+      rdkv__spectrum(s, &s->heads[i], round ? threshold / 16 : 0, each, hist);
     for (bin = RDKV_HISTOGRAM_BINS - 1; round == 0 && bin > 0; bin--)
-      if (hist[bin]) lowest = rdkv__bin_edge(bin);
-    threshold = rdkv__spectrum_edge(hist, budget);
+      if (hist[bin]) lowest = rdkv__bin_edge(each == 1 ? bin : bin > 81 ? bin - 80 : 1);
+    threshold = rdkv__spectrum_edge(hist, budget / each);
     for (i = 0; i < s->n_heads; i++) {
       rdkv__head *h = &s->heads[i];
       uint32_t n = 0;
       for (bin = (int)(rdkv__bits(threshold) >> 20); bin < RDKV_HISTOGRAM_BINS; bin++)
         n += h->bins[bin];
-      rdkv__choose_k(s, h, threshold, n);
+      rdkv__choose_k(s, h, threshold, n * each);
     }
   }
   for (tries = 0;; tries++) { /* move the window until the budget lies in it */
     base = threshold / 2;
     rdkv__fine_bins(s, base);
     if (rdkv__bytes_at(s, hi) > budget) {
-      if (threshold > 1e37f || tries > 64) { /* what cannot be left out: pins, K dropped */
+      if (threshold > 1e37f || tries > 80) { /* what cannot be left out: pins, K dropped */
         for (i = 0; i < s->n_heads; i++) rdkv__choose_k(s, &s->heads[i], FLT_MAX, 0);
         lo = RDKV__FINE;
         break;
@@ -2302,8 +2275,7 @@ static void rdkv__solve(const rdkv__solver *s, uint64_t budget, double *threshol
   threshold = lo < RDKV__FINE ? rdkv__fine_edge(base, lo) : FLT_MAX;
   *threshold_used = (double)threshold;
   sum = rdkv__bytes_at(s, lo);
-  for (i = 0; i < s->n_heads; i++) rdkv__offer(s, &s->heads[i], base, lo);
-  rdkv__spend(s, budget - sum);
+  if (lo < RDKV__FINE) rdkv__spend(s, budget, budget - sum, lo);
   for (i = 0; i < s->n_heads; i++)
     rdkv__assign(s, &s->heads[i], lo < RDKV__FINE ? rdkv__fine_edge(base, 0) : FLT_MAX);
 }
@@ -2360,7 +2332,7 @@ static void rdkv__solve_at(rdkv__solver *s, float threshold) {
   for (round = 0; round < 2; round++) {
     for (i = 0; i < s->n_heads; i++) {
       uint32_t n = 0;
-      rdkv__spectrum(s, &s->heads[i], threshold / 2, hist);
+      rdkv__spectrum(s, &s->heads[i], threshold / 2, 1, hist);
       for (bin = (int)(rdkv__bits(threshold) >> 20); bin < RDKV_HISTOGRAM_BINS; bin++)
         n += s->heads[i].bins[bin];
       rdkv__choose_k(s, &s->heads[i], threshold, n);
@@ -2492,8 +2464,6 @@ static uint64_t rdkv__allocate_layout(const rdkv_config *cfg, int n_layers, uint
   uint64_t bytes = 0, n = rdkv__max_u32(n_tokens, 1);
   s->n_heads = (uint64_t)n_layers * (uint64_t)cfg->n_kv_heads;
   s->heads = (rdkv__head *)rdkv__take(arena, &bytes, s->n_heads, sizeof(rdkv__head));
-  s->offers = (uint64_t *)rdkv__take(arena, &bytes,
-                                     rdkv__mul(s->n_heads, 4 * rdkv__max_offers((uint32_t)n)), 8);
   s->key = (uint32_t *)rdkv__take(arena, &bytes, n, 4);
   s->index = (uint32_t *)rdkv__take(arena, &bytes, n, 4);
   s->key2 = (uint32_t *)rdkv__take(arena, &bytes, n, 4);
@@ -2598,7 +2568,6 @@ RDKV_DEF rdkv_status rdkv_allocate(const rdkv_config *cfg, rdkv_layer *layers, i
   for (a = 0, i = 0; a < n_layers; a++) {
     for (head = 0; head < cfg->n_kv_heads; head++, i++) {
       rdkv__head_begin(cfg, &layers[a], head, &s.heads[i]);
-      s.heads[i].offers = s.offers + i * 4 * rdkv__max_offers(n);
       rdkv__pin(&s, &s.heads[i], s.pins + i * n);
     }
   }
@@ -2672,7 +2641,7 @@ RDKV_DEF rdkv_status rdkv_histogram_add(const rdkv_config *cfg, const rdkv_layer
       rdkv__head_bytes(cfg->v_dim, 0, h.count, h.channels, &p);
       h.k_tile = p.k_tile;
     }
-    rdkv__spectrum(&s, &h, 0, histogram->bytes);
+    rdkv__spectrum(&s, &h, 0, 1, histogram->bytes);
   }
   return RDKV_OK;
 }

@@ -7273,19 +7273,17 @@ __global__ void __launch_bounds__(THREADS, 4)
    rdkv__solve */
 
 enum {
-  SOLVE = 512,    /* threads of a block, as many as there are fine bins */
-  FINE = 512,     /* as RDKV__FINE */
-  HIGH = 5,       /* as RDKV__HIGH */
-  MORE = 4,       /* as RDKV__MORE */
-  MARGIN = 128,   /* tokens above the threshold: more than all levels' last tiles may lack */
-  BATCH = 2,      /* tokens that a thread asks for at once */
-  SORT = 1024,    /* keys of a level that a block lists in shared memory */
-  PAIR_WORDS = 4, /* of a head's level while the budget is spent */
-  BUCKETS = 512,  /* of a short list */
-  NEAR = 4096,    /* tokens of a list whose slopes are kept */
-  SOLVE_WORDS = 4 * SORT * 2, /* of shared memory beside them */
-  TEAM = 16,                  /* blocks of a cluster that solves by itself, at most */
-  TEAM_PART = 2048            /* tokens from which a block has company */
+  SOLVE = 512,            /* threads of a block, as many as there are fine bins */
+  FINE = 512,             /* as RDKV__FINE */
+  HIGH = 5,               /* as RDKV__HIGH */
+  FEW = 2048,             /* as RDKV__FEW */
+  BATCH = 2,              /* tokens that a thread asks for at once */
+  UNITS = SOLVE,          /* of a head at most */
+  NEAR = 8192,            /* tokens of a list whose slopes are kept */
+  BUCKETS = 512,          /* by which a list is searched */
+  SOLVE_WORDS = 4 * BINS, /* of shared memory beside the distortions */
+  TEAM = 16,              /* blocks of a cluster that solves by itself, at most */
+  TEAM_PART = 2048        /* tokens from which a block has company */
 };
 static const uint32_t PINNED = 0x7f7fffffu; /* FLT_MAX: what must be kept */
 
@@ -7294,16 +7292,17 @@ struct layer_view {
   uint8_t *v_bits, *k_bits;
 };
 
+/* Tokens of a unit that are listed, and others that reach level 1.. */
+struct unit_count {
+  uint32_t listed, sure[4];
+};
+
 struct solve_head {
-  uint32_t count[5], channels[4], k_tile;
-  uint32_t pinned[5];                  /* tokens that must reach a level */
-  uint32_t tiles[4];                   /* that reach level 1.. */
-  uint32_t n_list[4], n_sure[4];       /* tokens of each level */
-  uint32_t list_from[4], sure_from[4]; /* slopes from which up they are */
-  uint32_t n_offers[4];
-  uint32_t no_lists; /* 1: they were too long */
-  uint32_t done;     /* units that have been counted */
-  double v, k;       /* predicted */
+  uint32_t count[5], channels[4], k_tile, k_tokens;
+  float k_lambda;     /* K is chosen by these */
+  uint32_t pinned[5]; /* tokens that must reach a level */
+  uint32_t done;      /* units that have been counted */
+  double v, k;        /* predicted */
 };
 
 struct solve_state {
@@ -7329,10 +7328,10 @@ struct solve_args {
   solve_head *heads;  /* [n_layers][n_kv_heads] */
   uint32_t *bins[3];  /* [heads][BINS], used in turn: counted in, read, cleared */
   u64 *hist[3];       /* [BINS] */
-  u64 *list;          /* [heads][4][capacity] slope above inverted index: greater is better */
-  uint4 *slopes;      /* [heads][4][least(capacity, NEAR)] of the tokens of the lists */
-  u64 *offers;        /* [heads][4][max_offers] such keys of tiles that may come next */
-  uint32_t *pairs;    /* [PAIR_WORDS][heads * 4] where there are more than SOLVE */
+  uint32_t *list;     /* [heads][n] tokens near the threshold, of each unit those it has */
+  uint4 *slopes;      /* [heads][least(n, NEAR)] theirs, as far as there is room */
+  unit_count *counts; /* [heads][UNITS] */
+  uint32_t *tiles;    /* [heads * 4] where there are more than SOLVE, and the costs of one */
   uint8_t *pin;       /* [heads][n] lowest levels, or NULL */
   solve_state *state;
   double *lambda; /* [n_layers] */
@@ -7345,8 +7344,9 @@ struct solve_args {
   float eps_k[5], eps_v[5];
   paper_edges edges; /* of eps_v */
   float v_mean;
-  uint32_t n, n_heads, n_kv_heads, capacity, max_offers;
-  uint32_t stage; /* there is shared memory for so many tokens */
+  uint32_t n, n_heads, n_kv_heads;
+  uint32_t stage;         /* there is shared memory for so many tokens */
+  uint32_t slice, slices; /* of all heads: see solver */
   int n_layers, k_dim, v_dim, positions, scope;
 };
 
@@ -7441,7 +7441,11 @@ enum { FRESH, KEEP, BY_BINS, BY_FINE, BY_ALL, BY_NONE };
    than blocks. */
 __host__ __device__ inline uint32_t slice_of(uint32_t n, uint32_t n_heads, uint32_t blocks) {
   const uint32_t units = most(blocks / n_heads, 1), rows = n / 32 + (n % 32 > 0);
-  return 32 * least(most((rows + units - 1) / units, 1), 1u << 15);
+  return 32 * least(most((rows + units - 1) / units, 1), 1u << 17);
+}
+
+__host__ __device__ inline uint32_t slices_of(uint32_t n, uint32_t slice) {
+  return n > 0 ? (n + slice - 1) / slice : 1;
 }
 
 /* What a token takes to reach a level from the one below, and 1 over what it takes from level to
@@ -7456,12 +7460,15 @@ struct v_costs {
 struct unit {
   uint32_t number, i, k, t0, t1; /* k: which of its head's */
   uint32_t k_tile;               /* that costs are of, or FULL */
+  uint32_t k_tokens;             /* K is chosen for so many */
+  float k_lambda;                /* and this threshold */
   solve_head *h;
   const float *v, *kd; /* the head's distortions */
   const uint8_t *pin;
   uint8_t *v_bits, *k_bits;
-  u64 *list;
+  uint32_t *list;
   uint4 *slopes;
+  unit_count *counts;
   v_costs costs;
   alignas(16) float dk[4 * MAX_DIM]; /* as kd */
 };
@@ -7484,26 +7491,25 @@ __device__ __noinline__ void enter_unit(const solve_args &a, uint32_t first, uin
     x.v = view.v_distortion + row * 5 * a.n, x.kd = view.k_distortion + row * 4 * kd;
     x.pin = a.pin ? a.pin + static_cast<size_t>(head) * a.n : nullptr;
     x.v_bits = view.v_bits + row * a.n, x.k_bits = view.k_bits + row * kd;
-    x.list = a.list + static_cast<size_t>(head) * 4 * a.capacity;
-    x.slopes = a.slopes + static_cast<size_t>(head) * 4 * least(a.capacity, NEAR);
+    x.list = a.list + static_cast<size_t>(head) * a.n;
+    x.slopes = a.slopes + static_cast<size_t>(head) * least(a.n, NEAR);
+    x.counts = a.counts + static_cast<size_t>(head) * UNITS;
   }
   __syncthreads();
   stage_floats(x.dk, x.kd, 4 * static_cast<uint32_t>(a.k_dim));
 }
 
-/* By the bytes that K takes in a tile; by at least 20 threads. */
-__device__ __noinline__ void set_costs(int v_dim, int positions, uint32_t k_tile, v_costs &c) {
-  const uint32_t tid = threadIdx.x, block = static_cast<uint32_t>(pad16(v_dim)) / 16 * 128;
-  const uint32_t whole = k_tile + 128 + block + (positions ? 128u : 0u);
-  __syncthreads();
+/* By the bytes that K takes in a tile; by at least 16 threads, between barriers. */
+__device__ __forceinline__ void set_costs(int v_dim, int positions, uint32_t k_tile, v_costs &c) {
+  const uint32_t tid = threadIdx.x, block = static_cast<uint32_t>(pad16(v_dim)) / 16 * 64;
+  const uint32_t rest = k_tile + 128 + (positions ? 128u : 0u);
+  const uint32_t from = tid / 4, to = tid % 4 + 1;
+  if (from >= 4 || from >= to) return;
   /* bytes of a tile at a level, which are exact in floats as parts of a token, too */
-  const auto bytes = [&](uint32_t l) { return l ? whole + block * ((1u << (l - 1)) - 1) : 0; };
-  const auto step = [&](uint32_t from, uint32_t to) {
-    return static_cast<float>(bytes(to) - bytes(from)) / TILE;
-  };
-  if (tid < 4) c.cost[tid] = step(tid, tid + 1);
-  if (tid < 20 && tid / 5 < tid % 5) c.inv[tid / 5][tid % 5] = __fdiv_rn(1, step(tid / 5, tid % 5));
-  __syncthreads();
+  const float step =
+      static_cast<float>((block << to) + rest - (from ? (block << from) + rest : 0)) / TILE;
+  c.inv[from][to] = __fdiv_rn(1, step);
+  if (to == from + 1) c.cost[from] = step;
 }
 
 /* All blocks of a launch meet, and see what the others wrote. */
@@ -7528,8 +7534,8 @@ __device__ __noinline__ void solve_sync(uint32_t *counter, uint32_t phase) {
   __syncthreads();
 }
 
-/* True in all threads of the head's block that is the last one to get here. */
-__device__ __forceinline__ bool last_unit(uint32_t *done, uint32_t units) {
+/* How many of a head's blocks have got here before, and let see what they wrote. */
+__device__ __forceinline__ uint32_t units_before(uint32_t *done) {
   __shared__ uint32_t before[1];
   __syncthreads();
   if (threadIdx.x == 0)
@@ -7538,7 +7544,7 @@ __device__ __forceinline__ bool last_unit(uint32_t *done, uint32_t units) {
                  : "l"(done)
                  : "memory");
   __syncthreads();
-  return before[0] == units - 1;
+  return before[0];
 }
 
 /* block_scan() with memory of its own. */
@@ -7547,9 +7553,21 @@ __device__ __noinline__ u64 solve_scan(u64 x, u64 *total) {
   return block_scan(x, scratch, total);
 }
 
-/* The part of the heads that share a budget, and where this block stands. */
-struct solver {
-  const solve_args &a;
+/* The launch's arguments, in shared memory: a barrier makes a block forget what it has read from
+   memory. */
+__device__ __forceinline__ solve_args &solve_arguments() {
+  __shared__ solve_args x[1];
+  return x[0];
+}
+__device__ __forceinline__ void take_arguments(const solve_args &given) {
+  for (uint32_t i = threadIdx.x; i < sizeof given / 4; i += SOLVE)
+    reinterpret_cast<uint32_t *>(&solve_arguments())[i] =
+        reinterpret_cast<const uint32_t *>(&given)[i];
+  __syncthreads();
+}
+
+/* Where a block stands. */
+struct solver_state {
   uint32_t phase; /* barriers passed */
   uint32_t first, n_heads;
   uint32_t slice;  /* tokens of a unit of work */
@@ -7560,45 +7578,71 @@ struct solver {
   int choose;     /* K at the next pass */
   float chosen;   /* by this threshold */
   uint32_t above; /* and the tokens from this bin up */
+  uint32_t each;  /* log2 of the tokens that one of a spectrum stands for */
   bool refused;   /* a distortion is no number >= 0 */
+  bool waiting;   /* until the first bins are clear */
   float bias;
   uint32_t round_up;
+};
 
-  __device__ explicit solver(const solve_args &args)
-      : a(args),
-        phase(0),
-        set(2),
-        choose(FRESH),
-        chosen(0),
-        above(0),
-        sums(0),
-        refused(false),
-        bias(1),
-        round_up(0) {
-    part(0, args.n_heads);
+/* The part of the heads that share a budget. */
+struct solver : solver_state {
+  const solve_args &a;
+
+  __device__ solver() : solver_state(), a(solve_arguments()) {
+    set = 2, choose = FRESH, bias = 1;
+    part(0, a.n_heads);
   }
+  __device__ solver(const solver &other) : solver_state(other), a(solve_arguments()) {}
 
   __device__ void part(uint32_t at, uint32_t n) {
+    const bool again = staged;
+    if (again) wait();
     first = at, n_heads = n;
-    slice = slice_of(a.n, n, gridDim.x);
-    slices = a.n > 0 ? (a.n + slice - 1) / slice : 1;
+    slice = n == a.n_heads ? a.slice : slice_of(a.n, n, gridDim.x);
+    slices = n == a.n_heads ? a.slices : slices_of(a.n, slice);
     staged = slice <= a.stage && n * slices <= gridDim.x;
     __syncthreads();
     if (threadIdx.x == 0) solve_unit().number = ~0u;
     __syncthreads();
-    if (!staged || blockIdx.x >= n * slices) return;
-    const unit &x = enter(blockIdx.x);
-    const uint32_t m = x.t1 - x.t0;
-    const bool whole = ((reinterpret_cast<uintptr_t>(x.v) | 4 * a.n) & 15) == 0;
-#pragma unroll 1
-    for (uint32_t l = 0; l < 5; ++l) { /* each_token() waits for them */
-      float *to = distortions() + l * slice;
-      const float *from = x.v + l * static_cast<size_t>(a.n) + x.t0;
-      if (!whole) stage_floats(to, from, m);
-#pragma unroll 1
-      for (uint32_t t = 4 * threadIdx.x; t < m && whole; t += 4 * SOLVE)
-        copy_16(rdkv_cuda__shared_address(to + t), reinterpret_cast<const char *>(from + t));
+    if (!staged) return;
+    if (blockIdx.x < n * slices) enter(blockIdx.x);
+    const unit &x = solve_unit();
+    const uint32_t m = blockIdx.x < n * slices ? x.t1 - x.t0 : 0;
+    bool bulk = false; /* rows in 16-byte pieces, by one thread */
+#if __CUDA_ARCH__ >= 900
+    bulk = m > 0 && ((reinterpret_cast<uintptr_t>(x.v) | 4 * a.n) & 15) == 0;
+    if (threadIdx.x == 0) {
+      const uint32_t barrier = rdkv_cuda__shared_address(&stage_barrier());
+      if (again) asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                   "r"(bulk ? 20 * m : 0)
+                   : "memory");
+      for (uint32_t l = 0; l < 5 && bulk; ++l)
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+            "[%3];" ::"r"(rdkv_cuda__shared_address(distortions() + l * slice)),
+            "l"(x.v + l * static_cast<size_t>(a.n) + x.t0), "r"(4 * m), "r"(barrier)
+            : "memory");
     }
+    __syncthreads();
+#endif
+#pragma unroll 1
+    for (uint32_t l = 0; l < 5 && !bulk; ++l)
+      stage_floats(distortions() + l * slice, x.v + l * static_cast<size_t>(a.n) + x.t0, m);
+  }
+  /* What has been asked for is there, once the threads have met. */
+  __device__ void wait() const {
+    staged_floats();
+#if __CUDA_ARCH__ >= 900
+    if (staged) rdkv_cuda__wait(rdkv_cuda__shared_address(&stage_barrier()), 0);
+#endif
+  }
+  __device__ static u64 &stage_barrier() {
+    __shared__ u64 x[1];
+    return x[0];
   }
   __device__ unit &enter(uint32_t u) const {
     if (solve_unit().number != u) enter_unit(a, first, slice, slices, u);
@@ -7607,15 +7651,23 @@ struct solver {
   __device__ static float *distortions() {
     return reinterpret_cast<float *>(solve_shared + SOLVE_WORDS / 4);
   }
-  /* All of the shared memory, for n things of so many bytes if there is room; distortions that lie
-     there have to be read anew. */
-  __device__ bool take_memory(uint32_t n, uint32_t bytes) {
-    const u64 want = static_cast<u64>(n) * bytes;
-    if (want > 4 * SOLVE_WORDS) staged = false;
-    return want <= 4 * SOLVE_WORDS + 20ull * a.stage;
+  __device__ void sync() {
+    all_clear();
+    solve_sync(&a.state->barrier, ++phase);
   }
-
-  __device__ void sync() { solve_sync(&a.state->barrier, ++phase); }
+  /* Where the blocks are one cluster the first bins are cleared; before they are counted in. */
+  __device__ void clear() {
+#if __CUDA_ARCH__ >= 900
+    if (alone()) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+    waiting = alone();
+  }
+  __device__ void all_clear() {
+#if __CUDA_ARCH__ >= 900
+    if (waiting) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+    waiting = false;
+  }
 
   /* The blocks are one cluster. */
   __device__ static bool alone() {
@@ -7651,13 +7703,10 @@ struct solver {
     return a.bins[set == 0 ? 2 : set - 1] + static_cast<size_t>(i) * BINS;
   }
   __device__ u64 *hist() const { return a.hist[set]; }
-  __device__ u64 *offers(uint32_t i, uint32_t l) const {
-    return a.offers + ((first + i) * 4 + l) * static_cast<size_t>(a.max_offers);
-  }
 
   /* Where a copy of another has come to. */
   __device__ void leave(solver *other) const {
-    other->phase = phase, other->set = set, other->refused = refused, other->staged = staged;
+    other->phase = phase, other->set = set, other->refused = refused, other->waiting = waiting;
   }
 
   /* To the next set of bins, which is clear; the one after it is cleared. */
@@ -7671,8 +7720,11 @@ struct solver {
 };
 
 /* Whether weights or distortions are no numbers >= 0, once all have been seen. */
-__device__ inline bool refuse(solver &s) {
-  s.refused = *static_cast<volatile uint32_t *>(&s.a.state->odd) != 0;
+__device__ inline uint32_t seen_odd(const solver &s) {
+  return *static_cast<volatile uint32_t *>(&s.a.state->odd);
+}
+__device__ inline bool refuse(solver &s, uint32_t odd) {
+  s.refused = odd != 0;
   if (s.refused && blockIdx.x == 0 && threadIdx.x == 0) fail(s.a.status, RDKV_ERR_NONFINITE);
   return s.refused;
 }
@@ -7778,36 +7830,52 @@ __device__ __forceinline__ void k_slopes(const float d[4], float cost, uint32_t 
   slope[2] = y2 > 0 ? __float_as_uint(y2) : 0;
 }
 
-/* rdkv__choose_k for this block's unit: what it takes one by one is here a rank, for which each
-   warp has some of the channels, and a lane all that it compares them with. Returns the bytes of K
-   in a tile; a head's first block writes down what it has chosen. */
-__device__ __noinline__ uint32_t choose_k(const solve_args &a, uint32_t n_tokens, float lambda) {
-  enum { EACH = MAX_DIM / (SOLVE / 32) };
-  __shared__ u64 k_key[MAX_DIM];
-  __shared__ uint32_t k_rank[MAX_DIM];
+/* What rdkv__choose_k finds of K of this block's unit: a thread the slopes of its channel; how many
+   channels reach each level, in whole blocks. */
+struct k_choice {
+  uint32_t slope[3], reach[4];
+};
+
+__device__ __forceinline__ k_choice count_k(const solve_args &a, uint32_t n_tokens, float lambda) {
+  k_choice y;
   const unit &x = solve_unit();
-  const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(a.k_dim), lane = tid & 31;
+  const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(a.k_dim);
   const uint32_t tiles = (most(n_tokens, 1) + TILE - 1) / TILE;
-  const uint32_t each = kd <= MAX_DIM / 2 ? EACH / 2 : EACH, first = tid / 32 * each;
   float d[4] = {0, 0, 0, 0};
   staged_floats();
   __syncthreads();
 #pragma unroll
   for (uint32_t l = 0; l < 4; ++l)
     if (tid < kd) d[l] = x.dk[l * kd + tid];
-  uint32_t slope[3] = {0, 0, 0}, reach[4] = {kd, 0, 0, 0}, level = 0;
-  if (tid < kd) k_slopes(d, static_cast<float>(tiles * 8), slope);
-#pragma unroll
-  for (uint32_t l = 0; l < 3; ++l)
-    reach[l + 1] =
-        static_cast<uint32_t>(__syncthreads_count(tid < kd && __uint_as_float(slope[l]) > lambda));
+  y.slope[0] = y.slope[1] = y.slope[2] = 0, y.reach[0] = kd;
+  if (tid < kd) k_slopes(d, static_cast<float>(tiles * 8), y.slope);
 #pragma unroll
   for (uint32_t l = 0; l < 3; ++l) {
-    const uint32_t want = reach[l + 1] = least((reach[l + 1] + 8) / 16 * 16, reach[l]);
+    const uint32_t n = static_cast<uint32_t>(
+        __syncthreads_count(tid < kd && __uint_as_float(y.slope[l]) > lambda));
+    y.reach[l + 1] = least((n + 8) / 16 * 16, y.reach[l]);
+  }
+  return y;
+}
+
+/* Gives K of this block's unit's head its widths: what rdkv__choose_k takes one by one is here a
+   rank, for which each warp has some of the channels, and a lane all that it compares them with. */
+__device__ __noinline__ void place_k(const solve_args &a) {
+  enum { EACH = MAX_DIM / (SOLVE / 32) };
+  __shared__ u64 k_key[MAX_DIM];
+  __shared__ uint32_t k_rank[MAX_DIM];
+  const unit &x = solve_unit();
+  const uint32_t tid = threadIdx.x, kd = static_cast<uint32_t>(a.k_dim), lane = tid & 31;
+  const uint32_t each = kd <= MAX_DIM / 2 ? EACH / 2 : EACH, first = tid / 32 * each;
+  const k_choice y = count_k(a, x.k_tokens, x.k_lambda);
+  uint32_t level = 0;
+#pragma unroll
+  for (uint32_t l = 0; l < 3; ++l) {
+    const uint32_t want = y.reach[l + 1];
     uint32_t rank = 0;
-    if (want > 0 && want < reach[l]) {
+    if (want > 0 && want < y.reach[l]) {
       if (tid < MAX_DIM) {
-        k_key[tid] = tid < kd && level == l ? static_cast<u64>(slope[l]) << 32 | ~tid : 0;
+        k_key[tid] = tid < kd && level == l ? static_cast<u64>(y.slope[l]) << 32 | ~tid : 0;
         k_rank[tid] = 0;
       }
       __syncthreads();
@@ -7828,92 +7896,118 @@ __device__ __noinline__ uint32_t choose_k(const solve_args &a, uint32_t n_tokens
     }
     if (level == l && rank < want) level = l + 1;
   }
-  uint32_t k_tile = 0;
-#pragma unroll
-  for (int l = 1; l < 4; ++l)
-    k_tile += (reach[l] - (l < 3 ? reach[l + 1] : 0) + 15) / 16 * (64u << l);
-  if (x.t0 == 0) {
-    if (tid < kd) x.k_bits[tid] = static_cast<uint8_t>(width_of(static_cast<int>(level)));
-    if (tid < 4)
-      x.h->channels[tid] = tid == 0   ? reach[0] - reach[1]
-                           : tid == 1 ? reach[1] - reach[2]
-                           : tid == 2 ? reach[2] - reach[3]
-                                      : reach[3];
-    if (tid == 0) x.h->k_tile = k_tile;
-  }
-  return k_tile;
+  if (tid < kd) x.k_bits[tid] = static_cast<uint8_t>(width_of(static_cast<int>(level)));
 }
 
-/* The costs of a unit whose head's K is as it is, or as it is chosen now. */
+/* The costs of a unit whose head's K is as it is, or as it is chosen now, which a head's first
+   block writes down. Between barriers. */
 __device__ __forceinline__ void find_costs(const solver &s, unit &x) {
+  const uint32_t tid = threadIdx.x;
   uint32_t k_tile = first_k_tile(s.a.k_dim);
   if (s.choose == KEEP) {
     if (x.k_tile != FULL) return;
     k_tile = x.h->k_tile;
+    if (tid == 0) x.k_tokens = x.h->k_tokens, x.k_lambda = x.h->k_lambda;
   } else if (s.choose != FRESH) {
-    const uint32_t n_tokens = s.choose == BY_BINS   ? count_from(s.bins_before(x.i), s.above)
+    const uint32_t n_tokens = s.choose == BY_BINS
+                                  ? count_from(s.bins_before(x.i), s.above) << s.each
                               : s.choose == BY_FINE ? s.bins_before(x.i)[s.above]
                               : s.choose == BY_ALL  ? s.a.n
                                                     : 0;
-    k_tile = choose_k(s.a, n_tokens, s.chosen < 1e37f ? __fmul_rn(s.chosen, s.bias) : s.chosen);
+    const float lambda = s.chosen < 1e37f ? __fmul_rn(s.chosen, s.bias) : s.chosen;
+    const k_choice y = count_k(s.a, n_tokens, lambda);
+    k_tile = 0;
+#pragma unroll
+    for (int l = 1; l < 4; ++l)
+      k_tile += (y.reach[l] - (l < 3 ? y.reach[l + 1] : 0) + 15) / 16 * (64u << l);
+    if (tid == 0) x.k_tokens = n_tokens, x.k_lambda = lambda;
+    if (x.t0 == 0 && tid == 0) {
+      solve_head *h = x.h;
+      h->k_tile = k_tile, h->k_tokens = n_tokens, h->k_lambda = lambda;
+#pragma unroll
+      for (int l = 0; l < 4; ++l) h->channels[l] = y.reach[l] - (l < 3 ? y.reach[l + 1] : 0);
+    }
   }
   set_costs(s.a.v_dim, s.a.positions, k_tile, x.costs);
-  if (threadIdx.x == 0) x.k_tile = k_tile; /* seen at the next meeting */
+  if (tid == 0) x.k_tile = k_tile; /* seen at the next meeting */
 }
 
-/* f(token, slopes) over all tokens of the part; but skip(token) where a warp has none with a slope
-   of at least what begin(unit) says. begin before and end(unit) after the tokens of a unit are for
-   the whole block. */
+/* f(token, slopes) over all tokens of the part, or 8 of 8 << looked of them; but skip(token) where
+   a warp has none with a slope of at least what begin(unit) says. begin before and end(unit) after
+   the tokens of a unit are for the whole block. */
 template <typename Begin, typename F, typename Skip, typename End>
-__device__ __forceinline__ void each_token(solver &s, Begin begin, F f, Skip skip, End end) {
+__device__ __forceinline__ void each_token(solver &s, uint32_t looked, Begin begin, F f, Skip skip,
+                                           End end) {
   const uint32_t n = s.a.n, units = s.n_heads * s.slices;
   uint32_t top = 0;
   for (uint32_t u = blockIdx.x; u < units; u += gridDim.x) {
     unit &x = s.enter(u);
     find_costs(s, x);
-    const v_costs c = x.costs;
     const uint32_t t0 = x.t0, t1 = x.t1;
     const float *d = s.staged ? s.distortions() - t0 : x.v;
     const size_t stride = s.staged ? s.slice : n;
     const uint8_t *pin = x.pin;
-    staged_floats();
+    s.wait();
     const uint32_t floor = begin(x); /* the threads meet there */
+    const v_costs c = x.costs;
+    const bool fresh = s.choose == FRESH;
+    const uint32_t each = 3 + looked;
+    const uint32_t g0 = t0 >> each, n_looked = t1 > t0 ? (((t1 - 1) >> each) - g0 + 1) * 8 : 0;
+    const auto token = [&](uint32_t i) {
+      const uint32_t g = g0 + i / 8;
+      return (g << each) + (g & ((1u << looked) - 1)) * 8 + i % 8;
+    };
+    const uint32_t least_all = pin || fresh ? 0 : floor; /* of what is looked at */
+    const float *row[5];
+#pragma unroll
+    for (int l = 0; l < 5; ++l) row[l] = d + static_cast<size_t>(l) * stride;
 #pragma unroll 1
-    for (uint32_t t = t0 + threadIdx.x; t < t1 + (-t1 & 31); t += BATCH * SOLVE) { /* by warps */
-      float y[BATCH][5];
-#pragma unroll
-      for (uint32_t b = 0; b < BATCH; ++b)
-#pragma unroll
-        for (int l = 0; l < 5; ++l)
-          y[b][l] = t + b * SOLVE < t1 ? d[static_cast<size_t>(l) * stride + t + b * SOLVE] : 0;
+    for (uint32_t i = threadIdx.x; i < (n_looked + 31) / 32 * 32;
+         i += BATCH * SOLVE) { /* by warps */
+      float first[BATCH];
+      uint32_t t[BATCH];
+      bool in[BATCH], some[BATCH];
 #pragma unroll
       for (uint32_t b = 0; b < BATCH; ++b) {
-        float first = 0; /* slope: the largest */
-        uint32_t slope[4];
+        t[b] = token(i + b * SOLVE), in[b] = i + b * SOLVE < n_looked && t[b] >= t0 && t[b] < t1;
+        first[b] = in[b] ? row[0][t[b]] : 0;
+      }
 #pragma unroll
-        for (int l = 0; l < 5; ++l) {
-          top = most(top, __float_as_uint(y[b][l]));
-          if (l) first = fmaxf(first, __fmul_rn(__fsub_rn(y[b][0], y[b][l]), c.inv[0][l]));
-        }
-        if (!__any_sync(FULL, pin || __float_as_uint(first) >= floor)) {
-          if (t + b * SOLVE < t1) skip(t + b * SOLVE);
+      for (uint32_t b = 0; b < BATCH; ++b) /* no slope is above all of D(0) for the least step */
+        some[b] = __any_sync(FULL, __float_as_uint(__fmul_rn(first[b], c.inv[0][1])) >= least_all);
+#pragma unroll
+      for (uint32_t b = 0; b < BATCH; ++b) {
+        if (!some[b]) {
+          if (in[b]) skip(t[b]);
           continue;
         }
-        slopes_of(y[b], c, slope); /* of zeroes beyond the end */
-        if (t + b * SOLVE < t1) {
-          if (pin) pinned_slopes(y[b], c, pin[t + b * SOLVE], slope);
-          f(t + b * SOLVE, slope);
+        float y[5] = {first[b], 0, 0, 0, 0};
+        uint32_t slope[4];
+#pragma unroll
+        for (int l = 1; l < 5; ++l)
+          if (in[b]) y[l] = row[l][t[b]];
+        slopes_of(y, c, slope); /* of zeroes beyond the end */
+        if (in[b]) {
+          if (pin) pinned_slopes(y, c, pin[t[b]], slope);
+          f(t[b], slope);
         }
         __syncwarp();
       }
     }
-    if (s.choose == FRESH && x.k == 0) { /* K is looked through, too */
-      staged_floats();
-      __syncthreads();
-      for (uint32_t j = threadIdx.x; j < 4 * static_cast<uint32_t>(s.a.k_dim); j += SOLVE)
-        top = most(top, __float_as_uint(x.dk[j]));
-    }
     end(x);
+    if (!fresh) continue;
+    const uint32_t m = t1 - t0; /* all are looked through, K, too */
+    for (uint32_t i = threadIdx.x; s.staged && i < (m + 3) / 4; i += SOLVE)
+#pragma unroll
+      for (int l = 0; l < 5; ++l) {
+        const uint4 y = reinterpret_cast<const uint4 *>(row[l] + t0)[i];
+        top = most(most(most(y.x, y.y), most(y.z, y.w)), top);
+      }
+    for (uint32_t i = threadIdx.x; !s.staged && i < m; i += SOLVE)
+#pragma unroll
+      for (int l = 0; l < 5; ++l) top = most(top, __float_as_uint(row[l][t0 + i]));
+    for (uint32_t j = threadIdx.x; j < 4 * static_cast<uint32_t>(s.a.k_dim); j += SOLVE)
+      top = most(top, __float_as_uint(x.dk[j]));
   }
   if (top >= 0x7f800000u) atomicOr(&s.a.state->odd, 1u);
 }
@@ -7932,7 +8026,7 @@ __device__ __forceinline__ void spectrum(solver &s, float floor) {
   uint32_t *count = nullptr;
   s.turn();
   each_token(
-      s,
+      s, s.each,
       [&](const unit &) {
         count = clear_memory(4 * BINS);
         return __float_as_uint(floor) + 1;
@@ -7945,8 +8039,9 @@ __device__ __forceinline__ void spectrum(solver &s, float floor) {
       },
       [](uint32_t) {},
       [&](const unit &x) {
+        s.all_clear();
         __syncthreads();
-#pragma unroll 1
+#pragma unroll
         for (uint32_t b = threadIdx.x; b < BINS; b += SOLVE) {
           uint32_t bytes = 0, tokens = 0;
 #pragma unroll
@@ -7965,25 +8060,38 @@ __device__ __forceinline__ void spectrum(solver &s, float floor) {
 /* Lowest edge of a bin down to which everything fits; *lowest the edge of the lowest bin in use. */
 __device__ __forceinline__ float spectrum_edge(const solver &s, uint64_t bytes, float *lowest) {
   __shared__ uint32_t edge_found[2];
-  const uint32_t top = BINS - 1 - threadIdx.x * (BINS / SOLVE);
+  enum { EACH = BINS / SOLVE };
+  const uint32_t top = BINS - 1 - threadIdx.x * EACH;
   const u64 *hist = s.hist();
-  u64 here[BINS / SOLVE], mine = 0, all;
+  u64 here[EACH], mine = 0, all;
 #pragma unroll
-  for (uint32_t i = 0; i < BINS / SOLVE; ++i) here[i] = hist[top - i], mine += here[i];
-  u64 sum = solve_scan(mine, &all);
+  for (uint32_t i = 0; i < EACH; ++i) here[i] = hist[top - i], mine += here[i];
   if (threadIdx.x == 0) edge_found[0] = 0, edge_found[1] = BINS;
-  __syncthreads();
+  u64 sum = solve_scan(mine, &all);
+  if (sum <= bytes && sum + mine > bytes) {
 #pragma unroll
-  for (uint32_t i = 0; i < BINS / SOLVE; ++i) {
-    const uint32_t bin = top - i;
-    if (bin > 0 && sum <= bytes && sum + here[i] > bytes) edge_found[0] = bin;
-    if (bin > 0 && here[i]) atomicMin(&edge_found[1], bin);
-    sum += here[i];
+    for (uint32_t i = 0; i < EACH; ++i) {
+      const uint32_t bin = top - i;
+      if (bin > 0 && sum <= bytes && sum + here[i] > bytes) edge_found[0] = bin;
+      sum += here[i];
+    }
+  }
+  if (lowest) {
+    uint32_t low = BINS;
+#pragma unroll
+    for (uint32_t i = 0; i < EACH; ++i)
+      if (top - i > 0 && here[i]) low = top - i;
+    low = __reduce_min_sync(FULL, low);
+    if (threadIdx.x % 32 == 0 && low < BINS) atomicMin(&edge_found[1], low);
   }
   __syncthreads();
   const uint32_t found = edge_found[0], low = edge_found[1];
-  __syncthreads();
-  if (lowest) *lowest = low < BINS ? __uint_as_float(low << 20) : 0;
+  if (lowest) /* where not all tokens were seen ten octaves lower */
+    *lowest = low == BINS ? 0
+                          : __uint_as_float((s.each == 0 ? low
+                                             : low > 81  ? low - 80
+                                                         : 1)
+                                            << 20);
   return __uint_as_float(found < 0x7f7 ? (found + 1) << 20 : PINNED);
 }
 
@@ -8026,28 +8134,44 @@ __device__ __forceinline__ uint32_t table_bytes(const solve_head *h) {
 }
 
 /* Cumulates a head's fine bins from the top, and adds what it takes, in whole tiles, if the
-   threshold lies at the lower edge of each to hist. By the head's last block. */
+   threshold lies at the lower edge of each to hist. By the head's last block, a quarter of which
+   has a level, a thread four bins. */
 __device__ __forceinline__ void add_up(const solver &s, const unit &x) {
-  __shared__ uint32_t fine_high[4][HIGH];
+  __shared__ uint32_t fine_warp[SOLVE / 32], fine_high[4][HIGH], fine_bytes[4][FINE]; /* of 64 */
+  enum { QUARTER = SOLVE / 4 };
+  static_assert(FINE == SOLVE, "four bins a thread");
   const solve_head *h = x.h;
-  const uint32_t tid = threadIdx.x;
-  uint32_t n[4];
+  const uint32_t tid = threadIdx.x, lane = tid & 31, l = tid / QUARTER;
+  const uint32_t bin = FINE - 4 - tid % QUARTER * 4; /* and the three above it */
+  uint4 *at = reinterpret_cast<uint4 *>(s.bins(x.i) + l * FINE + bin);
+  uint4 n = *at;
+  const uint32_t cost = tile_cost(s, h, l) / 64, pinned = h->pinned[l + 1];
   u64 bytes = table_bytes(h);
-  for (uint32_t l = 0; l < 4; l += 2) { /* two levels in one sum */
-    uint32_t *at = s.bins(x.i) + l * FINE + (FINE - 1 - tid);
-    const u64 mine = at[0] | static_cast<u64>(at[FINE]) << 32;
-    u64 all;
-    const u64 sum = mine + solve_scan(mine, &all);
-    at[0] = n[l] = static_cast<uint32_t>(sum);
-    at[FINE] = n[l + 1] = static_cast<uint32_t>(sum >> 32);
+  n.z += n.w, n.y += n.z, n.x += n.y;
+  uint32_t sum = n.x;
+#pragma unroll
+  for (uint32_t d = 1; d < 32; d <<= 1) {
+    const uint32_t y = __shfl_up_sync(FULL, sum, d);
+    if (lane >= d) sum += y;
   }
-  for (uint32_t l = 0; l < 4; ++l)
-    if (tid < HIGH) fine_high[l][HIGH - 1 - tid] = n[l];
+  if (lane == 31) fine_warp[tid / 32] = sum;
   __syncthreads();
-  for (uint32_t l = 0; l < 4; ++l)
-    bytes +=
-        static_cast<u64>(tiles_at(s, n[l], fine_high[l], h->pinned[l + 1])) * tile_cost(s, h, l);
-  atomicAdd(&s.hist()[FINE - 1 - tid], bytes);
+  sum -= n.x;
+  for (uint32_t w = l * QUARTER / 32; w < tid / 32; ++w) sum += fine_warp[w];
+  n.x += sum, n.y += sum, n.z += sum, n.w += sum;
+  *at = n;
+  const uint32_t each[4] = {n.x, n.y, n.z, n.w};
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i)
+    if (bin + i >= FINE - HIGH) fine_high[l][bin + i - (FINE - HIGH)] = each[i];
+  __syncthreads();
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i)
+    fine_bytes[l][bin + i] = tiles_at(s, each[i], fine_high[l], pinned) * cost;
+  __syncthreads();
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i) bytes += 64ull * fine_bytes[i][tid];
+  atomicAdd(&s.hist()[tid], bytes);
 }
 
 /* rdkv__fine_bin. */
@@ -8062,7 +8186,7 @@ __device__ __forceinline__ void fine_bins(solver &s, float base) {
   uint32_t *count = nullptr;
   s.turn();
   each_token(
-      s,
+      s, 0,
       [&](const unit &) {
         count = clear_memory(4 * FINE);
         return most(bottom << 15, 1);
@@ -8078,12 +8202,12 @@ __device__ __forceinline__ void fine_bins(solver &s, float base) {
       [](uint32_t) {},
       [&](const unit &x) {
         __syncthreads();
-#pragma unroll 1
+#pragma unroll
         for (uint32_t b = threadIdx.x; b < 4 * FINE; b += SOLVE) {
           const uint32_t n = count[b];
           if (n) atomicAdd(&s.bins(x.i)[b], n);
         }
-        if (!last_unit(&x.h->done, s.slices)) return;
+        if (units_before(&x.h->done) + 1 < s.slices) return;
         add_up(s, x);
         if (threadIdx.x == 0) x.h->done = 0;
       });
@@ -8097,83 +8221,132 @@ __device__ __forceinline__ uint32_t fine_edge(float base, uint32_t bin) {
 
 /* A threshold for whole tiles: the lower edge of a fine bin; or FINE, pins alone. */
 struct cut {
-  float base, threshold;
+  float base;
   uint32_t bin;
 
   __device__ uint32_t floor() const { return bin < FINE ? most(fine_edge(base, 0), 1) : PINNED; }
 };
 
-/* Slopes of each level between which it must be looked at which tokens are taken. Above `to` all
-   are, as MARGIN lie between it and the threshold; down to `from` there are enough for all tiles
-   that may be offered, and for those that lower levels' last tiles keep from this one. */
-struct windows {
-  uint32_t from[4], to[4];
+/* Where the budget is spent: what each level of each head has, and what a tile costs there. */
+struct spending {
+  uint32_t *tiles, *cost;
 };
 
-/* The last tile of a level that may be offered, with `below` tokens down to the bin below the
-   threshold's. */
-__device__ __forceinline__ uint32_t last_offer(uint32_t below, uint32_t tiles) {
-  return most(below / TILE, tiles) + MORE;
+/* rdkv__spend's whole tiles of n tokens. */
+__device__ __forceinline__ uint32_t full_tiles(uint32_t n, uint32_t all) {
+  return n < all ? n / TILE : (n + TILE - 1) / TILE;
 }
 
-__device__ __forceinline__ void find_windows(const solver &s, const unit &x, const cut &at,
-                                             windows *out) {
-  __shared__ uint32_t window_low[4], window_high[4], window_here[4], window_enough[4];
-  const uint32_t tid = threadIdx.x, bin = at.bin;
-  __syncthreads();
-  if (tid < 4) window_low[tid] = at.floor(), window_high[tid] = ~0u;
-  if (bin < FINE) {
-    uint32_t n[4], above[4];
+/* rdkv__spend, by one block. */
+__device__ __forceinline__ void spend(const solver &s, const cut &at, u64 budget, u64 left,
+                                      const spending &p) {
+  __shared__ uint32_t spend_bin[1], spend_from[1];
+  __shared__ u64 spend_left[1];
+  const uint32_t tid = threadIdx.x, lane = tid & 31, n = 4 * s.n_heads, all = s.a.n;
+  for (uint32_t bin = at.bin; left > budget / 4096;) {
+    /* the next bin down with a tile more that fits */
+    __syncthreads();
+    if (tid == 0) spend_bin[0] = 0;
+    __syncthreads();
+    for (uint32_t q = tid / 32; q < n; q += SOLVE / 32) {
+      const uint32_t tiles = p.tiles[q];
+      if (p.cost[q] > left || (q % 4 > 0 && p.tiles[q - 1] <= tiles)) continue;
+      const uint4 *bins = reinterpret_cast<const uint4 *>(s.bins(q / 4) + q % 4 * FINE) + lane;
+      uint32_t more = 0; /* bins down to which there are */
 #pragma unroll
-    for (uint32_t l = 0; l < 4; ++l) { /* all are asked for before any is waited for */
-      const uint32_t *bins = s.bins(x.i) + l * FINE;
-      n[l] = bins[tid], above[l] = tid + 1 < FINE ? bins[tid + 1] : 0;
-    }
-    if (tid < 4) { /* a level each */
-      const uint32_t *bins = s.bins(x.i) + tid * FINE;
-      const uint32_t here = bins[bin], below = bins[bin > 0 ? bin - 1 : 0];
-      const uint32_t pinned = x.h->pinned[tid + 1];
-      uint32_t high[HIGH];
-#pragma unroll
-      for (uint32_t j = 0; j < HIGH; ++j) high[j] = bins[FINE - HIGH + j];
-      const uint32_t tiles = tiles_at(s, here, high, pinned);
-      window_here[tid] = here, window_enough[tid] = last_offer(below, tiles) * TILE + 3 * TILE;
+      for (uint32_t i = 0; i < FINE / 128; ++i) {
+        const uint4 x = bins[32 * i];
+        more += (full_tiles(x.x, all) > tiles) + (full_tiles(x.y, all) > tiles) +
+                (full_tiles(x.z, all) > tiles) + (full_tiles(x.w, all) > tiles);
+      }
+      more = least(__reduce_add_sync(FULL, more), bin);
+      if (lane == 0 && more) atomicMax(&spend_bin[0], more);
     }
     __syncthreads();
-#pragma unroll
-    for (uint32_t l = 0; l < 4; ++l) {
-      /* the bin of this thread is the one in which so many tokens have come together */
-      const uint32_t here = window_here[l], enough = window_enough[l];
-      if (tid >= bin && tid + 1 < FINE && here - above[l] >= MARGIN && here - n[l] < MARGIN)
-        window_high[l] = fine_edge(at.base, tid + 1);
-      if (tid < bin && n[l] >= enough && above[l] < enough)
-        window_low[l] = most(fine_edge(at.base, tid), 1);
-    }
-  }
-  __syncthreads();
-#pragma unroll
-  for (uint32_t l = 0; l < 4; ++l) out->to[l] = window_high[l], out->from[l] = window_low[l];
-}
-
-/* Sorts n keys, the greatest first, by one block: a bitonic network whose comparators all point the
-   same way, so that nothing need be padded. */
-__device__ __noinline__ void sort_long(u64 *keys, uint32_t n) {
-  __syncthreads();
-  for (uint32_t level = 0; (1u << level) < n; ++level) {
-    const uint32_t pairs = (n + (2u << level) - 1) >> (level + 1) << level;
-    for (uint32_t step = level + 1; step-- > 0;) {
-      const uint32_t stride = 1u << step;
-      for (uint32_t i = threadIdx.x; i < pairs; i += SOLVE) {
-        const uint32_t in = i & (stride - 1), lo = (i >> step << (step + 1)) + in;
-        const uint32_t hi = step == level ? lo - 2 * in + 2 * stride - 1 : lo + stride;
-        if (hi >= n) continue;
-        const u64 x = keys[lo], y = keys[hi];
-        if (x < y) keys[lo] = y, keys[hi] = x;
+    if (spend_bin[0] == 0) return;
+    bin = spend_bin[0] - 1;
+    /* as many as fit, in order: up to a level of which not all do, then from there on */
+    for (uint32_t from = 0; from < n;) {
+      const uint32_t q = from / 4 * 4 + tid;
+      uint32_t has = 0, cost = 0, want = 0;
+      if (q < n) {
+        has = want = p.tiles[q], cost = p.cost[q];
+        if (q >= from && cost <= left)
+          want = most(has, full_tiles((s.bins(q / 4) + q % 4 * FINE)[bin], all));
       }
+#pragma unroll
+      for (uint32_t l = 1; l < 4; ++l) {
+        const uint32_t below = __shfl_up_sync(FULL, want, 1);
+        if (q % 4 == l) want = most(has, least(want, below));
+      }
+      const u64 bytes = static_cast<u64>(want - has) * cost;
+      u64 sum;
+      const u64 before = solve_scan(bytes, &sum);
+      if (before + bytes <= left && want > has) p.tiles[q] = want;
+      if (before <= left && before + bytes > left) {
+        const uint32_t fit = static_cast<uint32_t>((left - before) / cost);
+        p.tiles[q] = has + fit;
+        spend_left[0] = left - before - static_cast<u64>(fit) * cost, spend_from[0] = q + 1;
+      }
+      __syncthreads();
+      from = sum > left ? spend_from[0] : from / 4 * 4 + SOLVE;
+      left = sum > left ? spend_left[0] : left - sum;
       __syncthreads();
     }
   }
+}
+
+/* Tokens of a head that reach each level, and slopes between which it must be looked at which: all
+   above `to` do that reach the level below; from `from` up there are enough, also where lower
+   levels' last tiles keep some from this one. */
+struct windows {
+  uint32_t want[4], from[4], to[4];
+};
+
+__device__ __forceinline__ windows &solve_windows() {
+  __shared__ windows x[1];
+  return x[0];
+}
+
+/* Tokens in a thread's fine bin of each level and in the one above. */
+struct fine_counts {
+  uint32_t n[4], above[4];
+};
+__device__ __forceinline__ fine_counts fine_counts_of(const solver &s, uint32_t head) {
+  fine_counts y;
+#pragma unroll
+  for (uint32_t l = 0; l < 4; ++l) { /* all are asked for before any is waited for */
+    const uint32_t *bins = s.bins(head) + l * FINE + threadIdx.x;
+    y.n[l] = bins[0], y.above[l] = threadIdx.x + 1 < FINE ? bins[1] : 0;
+  }
+  return y;
+}
+
+__device__ __forceinline__ windows find_windows(const solver &s, const unit &x, const cut &at,
+                                                const fine_counts &c, const uint32_t *tiles) {
+  windows &w = solve_windows(), y;
+  const uint32_t tid = threadIdx.x;
+  uint32_t below = s.a.n;
+#pragma unroll
+  for (uint32_t l = 0; l < 4; ++l)
+    below = y.want[l] = reach_of(tiles[l], x.h->pinned[l + 1], below);
+#pragma unroll
+  for (uint32_t l = 0; l < 4 && tid == 0; ++l)
+    w.want[l] = y.want[l], w.from[l] = y.want[l] > 0 ? at.floor() : ~0u, w.to[l] = ~0u;
   __syncthreads();
+#pragma unroll
+  for (uint32_t l = 0; l < 4; ++l) {
+    const uint32_t want = y.want[l], enough = want + 3 * TILE;
+    const uint32_t n = c.n[l], above = c.above[l];
+    if (want == 0 || at.bin == FINE) continue;
+    if (n >= enough && above < enough) w.from[l] = most(fine_edge(at.base, tid), 1);
+    if (n > want && above <= want && tid + 1 < FINE) w.to[l] = fine_edge(at.base, tid + 1);
+    if (n <= want && tid == 0) w.to[l] = at.floor();
+  }
+  __syncthreads();
+#pragma unroll
+  for (uint32_t l = 0; l < 4; ++l) y.from[l] = w.from[l], y.to[l] = w.to[l];
+  return y;
 }
 
 /* Slopes of a token of the unit's head, where not all tokens are looked at at once. */
@@ -8187,347 +8360,6 @@ __device__ __forceinline__ uint4 slopes_at(const solve_args &a, uint32_t t) {
   slopes_of(y, x.costs, slope);
   if (x.pin) pinned_slopes(y, x.costs, x.pin[t], slope);
   return make_uint4(slope[0], slope[1], slope[2], slope[3]);
-}
-
-/* A level's list of a head, what is offered of it, and the buckets that it is sorted by. */
-struct listing {
-  uint32_t m, from, shift, tiles, n_offers, above;
-};
-
-__device__ __forceinline__ listing &solve_listing(uint32_t l) {
-  __shared__ listing x[4];
-  return x[l];
-}
-
-__device__ __forceinline__ uint32_t bucket_of(u64 key, const listing &x) {
-  return least((static_cast<uint32_t>(key >> 32) - x.from) >> x.shift, BUCKETS - 1);
-}
-
-/* Puts the lists of some levels in order, the greatest key first, for which there is shared memory:
-   into buckets by slope, then by rank within the bucket. */
-__device__ __noinline__ void sort_short(const solve_args &a, uint32_t levels) {
-  __shared__ uint32_t bucket_end[4][BUCKETS]; /* keys of this bucket and those above */
-  u64 *const memory = reinterpret_cast<u64 *>(solve_shared), *keys = memory;
-  u64 *const lists = solve_unit().list;
-  const size_t capacity = a.capacity;
-  const uint32_t tid = threadIdx.x, bucket = BUCKETS - 1 - tid;
-  __syncthreads();
-#pragma unroll
-  for (uint32_t l = 0; l < 4; ++l) bucket_end[l][tid] = 0;
-  __syncthreads();
-#pragma unroll 1
-  for (uint32_t l = 0; l < 4; ++l)
-    for (uint32_t j = tid; (levels >> l & 1) && j < solve_listing(l).m; j += SOLVE)
-      atomicAdd(&bucket_end[l][bucket_of(lists[l * capacity + j], solve_listing(l))], 1u);
-  __syncthreads();
-#pragma unroll 1
-  for (uint32_t l = 0; l < 2; ++l) { /* two lists in one sum, from the top bucket down */
-    if (!(levels >> l & 5)) continue;
-    const u64 here = bucket_end[l][bucket] | static_cast<u64>(bucket_end[l + 2][bucket]) << 32;
-    u64 all;
-    const u64 sum = solve_scan(here, &all) + here;
-    bucket_end[l][bucket] = static_cast<uint32_t>(sum);
-    bucket_end[l + 2][bucket] = static_cast<uint32_t>(sum >> 32);
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (uint32_t l = 0; l < 4; ++l) { /* filled from their ends, which become their starts */
-    if (!(levels >> l & 1)) continue;
-    const listing x = solve_listing(l);
-    for (uint32_t j = tid; j < x.m; j += SOLVE) {
-      const u64 key = lists[l * capacity + j];
-      keys[atomicSub(&bucket_end[l][bucket_of(key, x)], 1u) - 1] = key;
-    }
-    keys += x.m;
-  }
-  __syncthreads();
-  keys = memory;
-#pragma unroll 1
-  for (uint32_t l = 0; l < 4; ++l) {
-    if (!(levels >> l & 1)) continue;
-    const listing x = solve_listing(l);
-    for (uint32_t j = tid; j < x.m; j += SOLVE) {
-      const u64 key = keys[j];
-      const uint4 slopes = slopes_at(a, ~static_cast<uint32_t>(key));
-      const uint32_t b = bucket_of(key, x), end = b > 0 ? bucket_end[l][b - 1] : x.m;
-      uint32_t rank = bucket_end[l][b];
-      for (uint32_t o = rank; o < end; ++o) rank += keys[o] > key;
-      lists[l * capacity + rank] = key;
-      if (rank < NEAR) solve_unit().slopes[l * least(a.capacity, NEAR) + rank] = slopes;
-    }
-    keys += x.m;
-  }
-  __syncthreads();
-}
-
-/* Its key for a level; slopes below the floor as 0. */
-__device__ __noinline__ u64 key_of(const solver &s, uint32_t t, uint32_t l, uint32_t floor) {
-  const uint4 slope = slopes_at(s.a, t);
-  const uint32_t y = l == 0 ? slope.x : l == 1 ? slope.y : l == 2 ? slope.z : slope.w;
-  return static_cast<u64>(y >= floor ? y : 0) << 32 | static_cast<uint32_t>(~t);
-}
-
-/* rdkv__offer for a head, whose levels are shared out to its blocks; leaves its lists in order. */
-__device__ __forceinline__ void offer(solver &s, const unit &x, const cut &at) {
-  __shared__ uint32_t offer_listed[1];
-  const uint32_t tid = threadIdx.x;
-  const size_t capacity = s.a.capacity;
-  const bool some = at.bin < FINE;
-  solve_head *h = x.h;
-  __syncthreads();
-  if (tid < 4) { /* a level each */
-    const uint32_t *bins = s.bins(x.i) + tid * FINE;
-    const uint32_t from = h->list_from[tid], to = h->sure_from[tid], pinned = h->pinned[tid + 1];
-    const uint32_t have = some ? bins[at.bin] : 0, all = bins[0];
-    const uint32_t below = bins[some && at.bin > 0 ? at.bin - 1 : 0];
-    uint32_t high[HIGH];
-#pragma unroll
-    for (uint32_t j = 0; j < HIGH; ++j) high[j] = bins[FINE - HIGH + j];
-    listing y = {h->n_list[tid], from, 0, 0, 0, h->n_sure[tid]};
-    const uint32_t span = (to == ~0u ? 2u << 23 : to - from) / BUCKETS; /* two octaves */
-    y.shift = span > 0 ? 32 - static_cast<uint32_t>(__clz(static_cast<int>(span))) : 0;
-    y.tiles = tiles_at(s, have, some ? high : nullptr, pinned);
-    if (at.bin > 0 && some && s.round_up == 0) {
-      const uint32_t end = least(last_offer(below, y.tiles), whole_tiles(all, s.a.n, nullptr, 0));
-      y.n_offers = end > y.tiles ? end - y.tiles : 0;
-    }
-    solve_listing(tid) = y;
-  }
-  __syncthreads();
-  uint32_t longest = 0, all = 0, levels = 0;
-#pragma unroll
-  for (uint32_t l = 0; l < 4; ++l) longest = most(longest, solve_listing(l).m);
-  const bool lists = longest <= s.a.capacity; /* they have all tokens in question */
-#pragma unroll
-  for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t k = !lists || s.slices == 1 ? 0
-                       : s.slices == 2         ? l & 1
-                       : s.slices == 3         ? l % 3
-                                               : l;
-    if (x.k == k) levels |= 1u << l, all += solve_listing(l).m;
-  }
-  if (lists && s.take_memory(all, 8)) {
-    sort_short(s.a, levels);
-  } else if (lists) {
-#pragma unroll 1
-    for (uint32_t l = 0; l < 4; ++l) {
-      if (!(levels >> l & 1)) continue;
-      if (s.take_memory(solve_listing(l).m, 8))
-        sort_short(s.a, 1u << l);
-      else
-        sort_long(x.list + l * capacity, solve_listing(l).m); /* more than NEAR */
-    }
-  }
-#pragma unroll 1
-  for (uint32_t l = 0; l < 4; ++l) {
-    if (!(levels >> l & 1)) continue;
-    const listing y = solve_listing(l);
-    const u64 *list = x.list + l * capacity;
-    uint32_t above = y.above;
-    if (!lists && y.n_offers > 0) { /* all the tokens in question, in the room of four lists */
-      const u64 top = static_cast<u64>(fine_edge(at.base, at.bin)) << 32;
-      above = (s.bins(x.i) + l * FINE)[at.bin], list = x.list;
-      __syncthreads();
-      if (tid == 0) offer_listed[0] = 0;
-      __syncthreads();
-      for (uint32_t t = tid; t < s.a.n; t += SOLVE) {
-        const u64 key = key_of(s, t, l, 0);
-        if (key < top && key >> 32 >= y.from) x.list[atomicAdd(&offer_listed[0], 1u)] = key;
-      }
-      __syncthreads();
-      sort_long(x.list, offer_listed[0]);
-    }
-    for (uint32_t j = tid; j < y.n_offers; j += SOLVE)
-      s.offers(x.i, l)[j] = list[least((y.tiles + 1 + j) * TILE, s.a.n) - 1 - above];
-    if (tid == 0) h->tiles[l] = y.tiles, h->n_offers[l] = y.n_offers, h->no_lists = !lists;
-  }
-}
-
-/* The greatest key of a warp, of equal ones that with the least number. */
-__device__ __forceinline__ void best_of_warp(u64 *key, uint32_t *who) {
-  const uint32_t high = static_cast<uint32_t>(*key >> 32), low = static_cast<uint32_t>(*key);
-  const uint32_t top = __reduce_max_sync(FULL, high);
-  const uint32_t rest = __reduce_max_sync(FULL, high == top ? low : 0);
-  *who = __reduce_min_sync(FULL, high == top && low == rest ? *who : ~0u);
-  *key = static_cast<u64>(top) << 32 | rest;
-}
-
-/* Where a level of each head stands while the budget is spent, of head after head. */
-struct spending {
-  uint32_t *tiles, *taken, *n_offers, *cost;
-
-  __device__ spending(uint32_t *memory, uint32_t n)
-      : tiles(memory), taken(memory + n), n_offers(memory + 2 * n), cost(memory + 3 * n) {}
-};
-
-/* rdkv__spend, by one block: of the tiles above the lower edge of the bin below the threshold's
-   those are taken that come before the first that does not fit, down to a 512th of the bin; the
-   rest one by one. */
-__device__ __forceinline__ void spend(const solver &s, const cut &at, u64 left, const spending &p) {
-  enum { LANES = 8 }; /* that look at the offers of a level */
-  __shared__ u64 spend_key[SOLVE / 32], spend_before[1];
-  __shared__ uint32_t spend_who[SOLVE / 32], spend_bytes[FINE]; /* of 64 */
-  __shared__ int spend_found[1];
-  const uint32_t tid = threadIdx.x, lane = tid & 31, n = 4 * s.n_heads;
-  const uint32_t bottom = fine_edge(at.base, at.bin - 1);
-  u64 all;
-  spend_bytes[tid] = 0;
-  if (tid == 0) spend_found[0] = -1;
-  __syncthreads();
-  for (uint32_t q = tid / LANES; q < n; q += SOLVE / LANES) {
-    const u64 *offers = s.offers(q / 4, q % 4);
-    for (uint32_t j = tid % LANES; j < p.n_offers[q]; j += LANES) {
-      const uint32_t slope = static_cast<uint32_t>(offers[j] >> 32);
-      if (slope >= bottom) atomicAdd(&spend_bytes[(slope - bottom) >> 6], p.cost[q] / 64);
-    }
-  }
-  __syncthreads();
-  const uint32_t bin = FINE - 1 - tid;
-  const u64 here = 64ull * spend_bytes[bin], before = solve_scan(here, &all);
-  if (before + here > left) atomicMax(&spend_found[0], static_cast<int>(bin));
-  __syncthreads();
-  const int found = spend_found[0]; /* the highest bin that is too much */
-  if (static_cast<int>(bin) == found) spend_before[0] = before;
-  const uint32_t edge = bottom + (static_cast<uint32_t>(found + 1) << 6);
-  __syncthreads();
-  left -= found < 0 ? all : spend_before[0];
-  for (uint32_t q0 = 0; q0 < n; q0 += SOLVE / LANES) {
-    const uint32_t q = q0 + tid / LANES;
-    const u64 *offers = s.offers(least(q, n - 1) / 4, q % 4);
-    uint32_t taken = 0;
-    for (uint32_t j = tid % LANES; q < n && j < p.n_offers[q]; j += LANES)
-      taken += offers[j] >> 32 >= edge;
-    for (int d = LANES / 2; d; d >>= 1) taken += __shfl_xor_sync(FULL, taken, d);
-    if (q < n && tid % LANES == 0) p.taken[q] = taken, p.tiles[q] += taken;
-  }
-  __syncthreads();
-  for (;;) {
-    u64 best = 0;
-    uint32_t who = ~0u;
-    for (uint32_t q = tid; q < n; q += SOLVE) {
-      const uint32_t next = p.taken[q];
-      if (next >= p.n_offers[q] || p.cost[q] > left || (q % 4 > 0 && p.tiles[q] >= p.tiles[q - 1]))
-        continue;
-      const u64 key = s.offers(q / 4, q % 4)[next];
-      if (key > best) best = key, who = q;
-    }
-    best_of_warp(&best, &who);
-    if (lane == 0) spend_key[tid / 32] = best, spend_who[tid / 32] = who;
-    __syncthreads();
-    best = spend_key[lane % (SOLVE / 32)], who = spend_who[lane % (SOLVE / 32)];
-    best_of_warp(&best, &who);
-    if (best == 0) break;
-    left -= p.cost[who];
-    __syncthreads();
-    if (tid == 0) ++p.taken[who], ++p.tiles[who];
-    __syncthreads();
-  }
-}
-
-/* Gives every token the level that is sure, and lists the tokens of the windows. */
-__device__ __forceinline__ void collect(solver &s, const cut &at) {
-  __shared__ uint32_t listed[4], listed_to[4], surely[4];
-  u64 *const here = reinterpret_cast<u64 *>(solve_shared); /* [4][SORT] */
-  windows w;
-  solve_head *h = nullptr;
-  uint8_t *v_bits = nullptr;
-  u64 *list = nullptr;
-  const uint32_t capacity = s.a.capacity;
-  u64 taken = 0; /* 16 bits a level: a thread has at most 2^20 / SOLVE tokens of a unit */
-  each_token(
-      s,
-      [&](const unit &x) {
-        h = x.h, v_bits = x.v_bits, list = x.list;
-        find_windows(s, x, at, &w);
-        if (threadIdx.x < 4) listed[threadIdx.x] = surely[threadIdx.x] = 0;
-        taken = 0;
-        __syncthreads();
-        return least(least(w.from[0], w.from[1]), least(w.from[2], w.from[3]));
-      },
-      [&](uint32_t t, const uint32_t *slope) {
-        uint32_t level = 0; /* that is sure */
-#pragma unroll
-        for (uint32_t l = 0; l < 4; ++l) level += level == l && slope[l] >= w.to[l];
-        if (level) taken += 0x0001000100010001ull >> (64 - 16 * level);
-#pragma unroll
-        for (uint32_t l = 0; l < 4; ++l) {
-          if (l < level || slope[l] < w.from[l]) continue;
-          const u64 key = static_cast<u64>(slope[l]) << 32 | static_cast<uint32_t>(~t);
-          uint32_t to = atomicAdd(&listed[l], 1u);
-          if (to < SORT) {
-            here[l * SORT + to] = key;
-          } else {
-            to = atomicAdd(&h->n_list[l], 1u);
-            if (to < capacity) list[l * static_cast<size_t>(capacity) + to] = key;
-          }
-        }
-        v_bits[t] = static_cast<uint8_t>(width_of(static_cast<int>(level)));
-      },
-      [&](uint32_t t) { v_bits[t] = 0; },
-      [&](const unit &) {
-#pragma unroll
-        for (uint32_t l = 0; l < 4; ++l) {
-          const uint32_t n =
-              __reduce_add_sync(FULL, static_cast<uint32_t>(taken >> (16 * l) & 0xffff));
-          if (threadIdx.x % 32 == 0 && n) atomicAdd(&surely[l], n);
-          if (threadIdx.x == 0) h->list_from[l] = w.from[l], h->sure_from[l] = w.to[l];
-        }
-        __syncthreads();
-        if (threadIdx.x < 4) {
-          listed_to[threadIdx.x] =
-              atomicAdd(&h->n_list[threadIdx.x], least(listed[threadIdx.x], SORT));
-          if (surely[threadIdx.x]) atomicAdd(&h->n_sure[threadIdx.x], surely[threadIdx.x]);
-        }
-        __syncthreads();
-#pragma unroll
-        for (uint32_t l = 0; l < 4; ++l)
-          for (uint32_t j = threadIdx.x; j < least(listed[l], SORT); j += SOLVE)
-            if (listed_to[l] + j < capacity)
-              list[l * static_cast<size_t>(capacity) + listed_to[l] + j] = here[l * SORT + j];
-      });
-  s.sync();
-}
-
-/* Level after level the best tokens of those at the level below rise, as many as the tiles hold:
-   by looking at all of them. By one block. */
-__device__ __noinline__ void raise_all(const solver &s, const unit &x, const uint32_t *tiles,
-                                       uint32_t floor) {
-  __shared__ uint32_t raise_digits[256], raise_found[2];
-  const solve_head *h = x.h;
-  uint8_t *v_bits = x.v_bits;
-  uint32_t at_level = s.a.n;
-  __syncthreads();
-  for (uint32_t t = threadIdx.x; t < s.a.n; t += SOLVE) v_bits[t] = 0;
-  for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t want = reach_of(tiles[l], h->pinned[l + 1], at_level);
-    const uint8_t here = static_cast<uint8_t>(width_of(static_cast<int>(l)));
-    uint32_t k = want;
-    u64 limit = 0; /* the least key that rises, digit by digit */
-    for (int shift = 56; want < at_level && shift >= 0; shift -= 8) {
-      __syncthreads();
-      if (threadIdx.x < 256) raise_digits[threadIdx.x] = 0;
-      __syncthreads();
-      for (uint32_t t = threadIdx.x; t < s.a.n && want > 0; t += SOLVE) {
-        if (v_bits[t] != here) continue;
-        const u64 key = key_of(s, t, l, floor);
-        if (shift == 56 || key >> (shift + 8) == limit >> (shift + 8))
-          atomicAdd(&raise_digits[key >> shift & 255], 1u);
-      }
-      __syncthreads();
-      const uint32_t digit = 255 - threadIdx.x,
-                     n = threadIdx.x < 256 ? raise_digits[digit & 255] : 0;
-      u64 all;
-      const u64 above = solve_scan(n, &all);
-      if (above < k && above + n >= k)
-        raise_found[0] = digit, raise_found[1] = static_cast<uint32_t>(above);
-      __syncthreads();
-      if (want > 0) limit |= static_cast<u64>(raise_found[0]) << shift, k -= raise_found[1];
-    }
-    for (uint32_t t = threadIdx.x; t < s.a.n && want > 0; t += SOLVE)
-      if (v_bits[t] == here && key_of(s, t, l, floor) >= limit)
-        v_bits[t] = static_cast<uint8_t>(width_of(static_cast<int>(l) + 1));
-    at_level = want;
-  }
 }
 
 /* The first `want` of n tokens with a width get the next one. By one block. */
@@ -8556,142 +8388,227 @@ __device__ __noinline__ void raise_first(uint8_t *bits, uint32_t n, uint8_t from
   __syncthreads();
 }
 
-/* The same by the lists in order; false where they do not suffice. Of each level's list the last
-   key that rises is found: a token's level is the one up to which its keys are no less. */
-__device__ __forceinline__ bool raise_listed(solver &s, const unit &x, const uint32_t *tiles,
-                                             uint32_t floor) {
-  __shared__ u64 listed_limit[4];
-  const solve_head *h = x.h;
-  uint8_t *v_bits = x.v_bits;
-  const u64 *lists = x.list;
-  const size_t capacity = s.a.capacity;
-  uint32_t n[4], sure[4], from[4], to[4], pinned[4], first[5] = {0, 0, 0, 0, 0}, fill[4];
-#pragma unroll
-  for (uint32_t l = 0; l < 4; ++l) {
-    n[l] = h->n_list[l], sure[l] = h->n_sure[l], from[l] = h->list_from[l];
-    to[l] = h->sure_from[l], pinned[l] = h->pinned[l + 1];
-  }
-#pragma unroll
-  for (uint32_t l = 0; l < 4; ++l) first[l + 1] = first[l] + n[l];
-  /* of all that are listed, if there is room */
-  const bool room = most(most(n[0], n[1]), most(n[2], n[3])) <= NEAR && s.take_memory(first[4], 24);
-  uint4 *const slopes = solve_shared;
-  u64 *const keys = reinterpret_cast<u64 *>(solve_shared + first[4]);
+/* rdkv__assign for one head, by one block: of the tokens that are listed, m, or of all the head's,
+   where those that are sure have their width. For level after level the last key that rises is
+   found, slope above inverted index: a token's level is the one up to which its keys are no less.
+   slices: of the lists, or 0: all tokens. False: the lists do not suffice. */
+__device__ __noinline__ bool raise(const solve_args &a, uint32_t floor, uint32_t slices,
+                                   uint32_t slice) {
+  __shared__ uint32_t raise_count[BUCKETS], raise_warp[SOLVE / 32], raise_found[3], raise_fill[4];
+  __shared__ uint32_t raise_first_of[UNITS + 2], raise_sure[4];
+  __shared__ u64 raise_limit[4];
+  const unit &x = solve_unit();
+  const windows &w = solve_windows();
+  const bool listed = slices > 0;
+  const uint32_t tid = threadIdx.x, lane = tid & 31, room = least(a.n, NEAR) / most(slices, 1);
+  static_assert(BUCKETS == SOLVE, "a bucket a thread");
   __syncthreads();
+  raise_count[tid] = 0;
+  if (tid < 4) raise_sure[tid] = 0;
+  __syncthreads();
+  for (uint32_t k = tid, before = 0; k < slices + (-slices & 31) && tid < 32; k += 32) {
+    const unit_count mine = k < slices ? x.counts[k] : unit_count();
+    uint32_t sum = mine.listed;
 #pragma unroll
-  for (uint32_t l = 0; l < 4; ++l)
-    for (uint32_t j = threadIdx.x; j < n[l] && room; j += SOLVE) {
-      slopes[first[l] + j] = x.slopes[l * least(s.a.capacity, NEAR) + j];
-      keys[first[l] + j] = lists[l * capacity + j];
+    for (uint32_t d = 1; d < 32; d <<= 1) {
+      const uint32_t y = __shfl_up_sync(FULL, sum, d);
+      if (lane >= d) sum += y;
     }
-  __syncthreads();
-  const auto key_at = [&](uint32_t l, uint32_t j) {
-    return room ? keys[first[l] + j] : lists[l * capacity + j];
-  };
-  u64 limit[4] = {0, 0, 0, 0};
-  /* the level, the highest at most, of a token that is listed */
-  const auto level_at = [&](uint32_t e, u64 key, uint32_t highest) {
-    const uint4 y = room ? slopes[e] : slopes_at(s.a, ~static_cast<uint32_t>(key));
-    const uint32_t slope[4] = {y.x, y.y, y.z, y.w}, token = static_cast<uint32_t>(key);
-    uint32_t level = 0;
+    if (k <= slices) raise_first_of[k + 1] = before + sum;
+    before += __shfl_sync(FULL, sum, 31);
 #pragma unroll
     for (uint32_t l = 0; l < 4; ++l)
-      level += l < highest && level == l && (static_cast<u64>(slope[l]) << 32 | token) >= limit[l];
+      if (mine.sure[l]) atomicAdd(&raise_sure[l], mine.sure[l]);
+  }
+  if (tid == 0) raise_first_of[0] = 0;
+  __syncthreads();
+  const uint32_t m = listed ? raise_first_of[slices] : a.n;
+  const auto ask = [&](uint32_t j, uint4 *y) {
+    if (!listed) {
+      *y = slopes_at(a, j);
+      return j;
+    }
+    uint32_t k = 0; /* the unit that has it */
+    for (uint32_t step = slices > 1 ? 1u << (31 - __clz(static_cast<int>(slices - 1))) : 0; step;
+         step >>= 1)
+      if (k + step < slices && raise_first_of[k + step] <= j) k += step;
+    const uint32_t in = j - raise_first_of[k], t = x.list[static_cast<size_t>(k) * slice + in];
+    *y = in < room ? x.slopes[k * room + in] : slopes_at(a, t);
+    return t;
+  };
+  uint4 mine = make_uint4(0, 0, 0, 0); /* a thread's first one, mostly the only one */
+  const uint32_t mine_t = tid < m ? ask(tid, &mine) : 0;
+  const auto entry = [&](uint32_t j, uint32_t slope[4]) {
+    uint4 y = mine;
+    const uint32_t t = j == tid ? mine_t : ask(j, &y);
+    slope[0] = y.x, slope[1] = y.y, slope[2] = y.z, slope[3] = y.w;
+    return t;
+  };
+  /* its level, the highest at most, and the key of that level */
+  const auto level_at = [&](uint32_t t, const uint32_t slope[4], uint32_t highest, u64 *key) {
+    uint32_t level = 0;
+#pragma unroll
+    for (uint32_t l = 0; l < 4; ++l) {
+      const u64 k = static_cast<u64>(slope[l]) << 32 | static_cast<uint32_t>(~t);
+      if (l == highest) *key = k;
+      level += l < highest && level == l && k >= raise_limit[l];
+    }
     return level;
   };
-  uint32_t at_level = s.a.n;
-#pragma unroll
-  for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t each = (n[l] + SOLVE - 1) / SOLVE;
-    const uint32_t j0 = least(threadIdx.x * each, n[l]), j1 = least(j0 + each, n[l]);
-    const uint32_t want = reach_of(tiles[l], pinned[l], at_level);
-    at_level = want;
-    u64 mine = 0, all;
-    for (uint32_t j = j0; j < j1; ++j)
-      mine += l == 0 || level_at(first[l] + j, key_at(l, j), l) == l;
-    uint32_t before = static_cast<uint32_t>(solve_scan(mine, &all));
-    if (want < sure[l] || (all + sure[l] < want && from[l] > floor)) return false;
-    const uint32_t need = want - sure[l];
-    if (threadIdx.x == 0) listed_limit[l] = need >= all ? static_cast<u64>(from[l]) << 32 : ~0ull;
-    __syncthreads();
-    for (uint32_t j = j0; j < j1 && before < need && need < all; ++j)
-      if ((l == 0 || level_at(first[l] + j, key_at(l, j), l) == l) && ++before == need)
-        listed_limit[l] = key_at(l, j);
-    __syncthreads();
-    limit[l] = listed_limit[l];
-    fill[l] = need > all ? need - static_cast<uint32_t>(all) : 0;
-    /* all that are listed must lie below those that are sure */
-    if (sure[l] > 0 && limit[l] >> 32 >= to[l]) return false;
-  }
 #pragma unroll 1
   for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t m = l == 0 ? n[0] : l == 1 ? n[1] : l == 2 ? n[2] : n[3];
-    const uint32_t e = l == 0 ? 0 : l == 1 ? first[1] : l == 2 ? first[2] : first[3];
-    for (uint32_t j = threadIdx.x; j < m; j += SOLVE) {
-      const u64 key = room ? keys[e + j] : lists[l * capacity + j];
-      v_bits[~static_cast<uint32_t>(key)] =
-          static_cast<uint8_t>(width_of(static_cast<int>(level_at(e + j, key, 4))));
-    }
-  }
+    const uint32_t from = listed ? w.from[l] : floor, to = listed ? w.to[l] : ~0u;
+    uint32_t need = w.want[l] - raise_sure[l];
+    u64 limit = static_cast<u64>(from) << 32, top = ~0ull, end = static_cast<u64>(to) << 32;
+    uint32_t missing = 0;
+    for (bool first = true; need > 0; first = false) {
+      /* keys in [limit, top) by buckets, of which the last one goes on beyond end */
+      const u64 span = end - limit - 1;
+      const uint32_t shift =
+          span < BUCKETS ? 0 : 55 - static_cast<uint32_t>(__clzll(static_cast<long long>(span)));
+      __syncthreads();
+      for (uint32_t j = tid; j < m; j += SOLVE) {
+        uint32_t slope[4];
+        u64 key = 0;
+        const uint32_t t = entry(j, slope);
+        if (level_at(t, slope, l, &key) == l && key >= limit && key < top)
+          atomicAdd(&raise_count[min((key - limit) >> shift, static_cast<u64>(BUCKETS - 1))], 1u);
+      }
+      __syncthreads();
+      const uint32_t here = raise_count[BUCKETS - 1 - tid];
+      raise_count[BUCKETS - 1 - tid] = 0;
+      uint32_t sum = here;
 #pragma unroll
-  for (uint32_t l = 0; l < 4; ++l) {
-    if (fill[l] == 0) continue;
+      for (uint32_t d = 1; d < 32; d <<= 1) {
+        const uint32_t y = __shfl_up_sync(FULL, sum, d);
+        if (lane >= d) sum += y;
+      }
+      if (lane == 31) raise_warp[tid / 32] = sum;
+      __syncthreads();
+      const uint32_t warp = lane < SOLVE / 32 ? raise_warp[lane] : 0;
+      const uint32_t all = __reduce_add_sync(FULL, warp);
+      sum += __reduce_add_sync(FULL, lane < tid / 32 ? warp : 0);
+      if (first && all <= need) {
+        missing = need - all;
+        break;
+      }
+      if (sum - here < need && sum >= need)
+        raise_found[0] = BUCKETS - 1 - tid, raise_found[1] = here, raise_found[2] = sum - here;
+      __syncthreads();
+      const uint32_t bucket = raise_found[0];
+      need -= raise_found[2], limit += static_cast<u64>(bucket) << shift;
+      if (need == raise_found[1]) break;
+      if (bucket < BUCKETS - 1) top = limit + (1ull << shift);
+      end = top;
+    }
+    if (missing > 0 && from > floor) return false;
     __syncthreads();
-    raise_first(v_bits, s.a.n, static_cast<uint8_t>(width_of(static_cast<int>(l))),
-                static_cast<uint8_t>(width_of(static_cast<int>(l) + 1)), fill[l]);
+    if (tid == 0) raise_limit[l] = need > 0 ? limit : ~0ull, raise_fill[l] = missing;
+    __syncthreads();
+  }
+  for (uint32_t j = tid; j < m; j += SOLVE) {
+    uint32_t slope[4];
+    u64 key;
+    const uint32_t t = entry(j, slope), level = level_at(t, slope, 4, &key);
+    x.v_bits[t] = static_cast<uint8_t>(width_of(static_cast<int>(level)));
+  }
+#pragma unroll 1
+  for (int l = 0; l < 4; ++l) {
+    if (raise_fill[l] == 0) continue;
+    __syncthreads();
+    raise_first(x.v_bits, a.n, static_cast<uint8_t>(width_of(l)),
+                static_cast<uint8_t>(width_of(l + 1)), raise_fill[l]);
   }
   return true;
 }
 
-/* rdkv__assign for one head, by one block. */
-__device__ __forceinline__ void assign(solver &s, unit &x, const uint32_t *tiles, const cut &at) {
-  solve_head *h = x.h;
-  find_costs(s, x);
-  if (h->no_lists || !raise_listed(s, x, tiles, at.floor())) raise_all(s, x, tiles, at.floor());
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-  uint32_t last = s.a.n;
-  for (uint32_t l = 0; l < 4; ++l) {
-    const uint32_t reach = reach_of(tiles[l], h->pinned[l + 1], last);
-    h->count[l] = last - reach, last = reach;
-    h->n_list[l] = h->n_sure[l] = 0;
-  }
-  h->count[4] = last;
+/* Gives every token the level that is sure and lists those of the windows, from which the last
+   block of a head takes the others. */
+__device__ __forceinline__ void assign(solver &s, const cut &at, const fine_counts &first,
+                                       const uint32_t *tiles) {
+  __shared__ unit_count counted[1];
+  windows w;
+  solve_head *h = nullptr;
+  uint8_t *v_bits = nullptr;
+  uint32_t *list = nullptr;
+  uint4 *slopes = nullptr;
+  u64 taken = 0; /* 16 bits a level: a thread has at most 2^22 / SOLVE tokens of a unit */
+  const uint32_t room = least(s.a.n, NEAR) / s.slices; /* for a unit's slopes */
+  each_token(
+      s, 0,
+      [&](const unit &x) {
+        h = x.h, v_bits = x.v_bits, list = x.list + x.t0, slopes = x.slopes + x.k * room;
+        if (threadIdx.x == 0) counted[0] = unit_count(); /* the threads meet below */
+        w = find_windows(s, x, at, x.number == blockIdx.x ? first : fine_counts_of(s, x.i),
+                         tiles + 4 * x.i);
+        taken = 0;
+        return least(least(w.from[0], w.from[1]), least(w.from[2], w.from[3]));
+      },
+      [&](uint32_t t, const uint32_t *slope) {
+        uint32_t level = 0; /* that is sure */
+        bool open = false;
+#pragma unroll
+        for (uint32_t l = 0; l < 4; ++l) level += level == l && slope[l] >= w.to[l];
+#pragma unroll
+        for (uint32_t l = 0; l < 4; ++l) open |= l >= level && slope[l] >= w.from[l];
+        if (open) {
+          const uint32_t to = atomicAdd(&counted->listed, 1u);
+          list[to] = t;
+          if (to < room) slopes[to] = make_uint4(slope[0], slope[1], slope[2], slope[3]);
+        } else if (level) {
+          taken += 0x0001000100010001ull >> (64 - 16 * level);
+        }
+        v_bits[t] = static_cast<uint8_t>(width_of(static_cast<int>(level)));
+      },
+      [&](uint32_t t) { v_bits[t] = 0; },
+      [&](const unit &x) {
+#pragma unroll
+        for (uint32_t l = 0; l < 4; ++l) {
+          const uint32_t n =
+              __reduce_add_sync(FULL, static_cast<uint32_t>(taken >> (16 * l) & 0xffff));
+          if (threadIdx.x % 32 == 0 && n) atomicAdd(&counted->sure[l], n);
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) x.counts[x.k] = counted[0];
+        const uint32_t before = units_before(&h->done);
+        if (before == 0 && s.slices > 1) place_k(s.a);
+        if (before + 1 < s.slices) return;
+        if (!raise(s.a, at.floor(), s.slices, s.slice)) raise(s.a, at.floor(), 0, 0);
+        if (s.slices == 1) place_k(s.a);
+        __syncthreads();
+        if (threadIdx.x > 0) return;
+        uint32_t below = s.a.n;
+        for (uint32_t l = 0; l < 4; ++l) h->count[l] = below - w.want[l], below = w.want[l];
+        h->count[4] = below, h->done = 0;
+      });
 }
 
 /* The widths, once the threshold is known: the tiles above it, those below it as long as the budget
    lasts, and their tokens. */
-__device__ __noinline__ void finish(solver &state, const cut &at, u64 budget) {
-  __shared__ uint32_t finish_pairs[PAIR_WORDS * SOLVE];
-  solver s = state; /* in registers */
-  const uint32_t n = 4 * s.n_heads, units = s.n_heads * s.slices, tid = threadIdx.x;
-  const bool alike = n <= SOLVE; /* blocks that want to know spend, all the same way */
-  const spending p(alike ? finish_pairs : s.a.pairs, alike ? SOLVE : n);
-  collect(s, at);
-  s.choose = KEEP;
-  for (uint32_t u = blockIdx.x; u < units; u += gridDim.x) {
-    unit &x = s.enter(u);
-    find_costs(s, x);
-    offer(s, x, at);
-  }
-  s.sync();
-  if (alike ? blockIdx.x < units : blockIdx.x == 0) {
-    const u64 took = at.bin < FINE ? s.hist()[at.bin] : 0; /* as add_up() left it */
+__device__ __forceinline__ void finish(solver &s, const cut &at, const fine_counts &first,
+                                       u64 budget) {
+  __shared__ uint32_t finish_tiles[2 * SOLVE];
+  const uint32_t n = 4 * s.n_heads, tid = threadIdx.x;
+  const bool alike = n <= SOLVE; /* all blocks spend, the same way */
+  const spending p = {alike ? finish_tiles : s.a.tiles,
+                      alike ? finish_tiles + SOLVE : s.a.tiles + n};
+  if (alike || blockIdx.x == 0) {
+    const bool some = at.bin < FINE;
+    const u64 took = some ? s.hist()[at.bin] : 0; /* as add_up() left it */
     for (uint32_t q = tid; q < n; q += SOLVE) {
       const solve_head *h = s.head(q / 4);
-      p.tiles[q] = h->tiles[q % 4], p.taken[q] = 0, p.n_offers[q] = h->n_offers[q % 4];
+      const uint32_t *bins = s.bins(q / 4) + q % 4 * FINE;
+      uint32_t high[HIGH];
+#pragma unroll
+      for (uint32_t j = 0; j < HIGH; ++j) high[j] = some ? bins[FINE - HIGH + j] : 0;
+      p.tiles[q] = tiles_at(s, some ? bins[at.bin] : 0, high, h->pinned[q % 4 + 1]);
       p.cost[q] = tile_cost(s, h, q % 4);
     }
-    __syncthreads();
-    if (at.bin > 0 && at.bin < FINE && s.round_up == 0) spend(s, at, budget - took, p);
+    if (some && s.round_up == 0) spend(s, at, budget, budget - took, p);
     __syncthreads();
   }
   if (!alike) s.sync();
-  for (uint32_t u = blockIdx.x; u < units; u += gridDim.x) {
-    unit &x = s.enter(u);
-    if (x.k == 0) assign(s, x, p.tiles + 4 * x.i, at);
-  }
-  s.leave(&state);
+  assign(s, at, first, p.tiles);
 }
 
 __device__ __noinline__ uint64_t bytes_now(const solver &s) {
@@ -8787,31 +8704,39 @@ __device__ __noinline__ bool within_error(solver &s) {
 
 /* ---- widths for a budget */
 
-/* rdkv__solve. */
-__device__ __noinline__ void solve(solver &state, uint64_t budget, double *used) {
-  if (!state.staged) state.part(state.first, state.n_heads);
+/* rdkv__solve; or rdkv__solve_at a threshold that is given. */
+__device__ __noinline__ void solve(solver &state, uint64_t budget, double *used, bool given,
+                                   float threshold) {
   solver s = state; /* in registers */
   const float max = __uint_as_float(PINNED);
+  /* fine bins from somewhat below what is given, which lies at the edge of one all the same */
+  const uint32_t bits = __float_as_uint(threshold), below = least(bits >> 15, FINE / 2);
   float lowest = 0;
-  cut at = {0, 0, FINE};
-  float &threshold = at.threshold;
+  cut at = {0, FINE};
+  fine_counts first = {}; /* of this block's first unit */
   bool raised = false;
-  s.choose = FRESH;
+  s.choose = FRESH, s.each = 0;
+  while (!given && s.a.n / FEW / 2 >> s.each) ++s.each;
   for (int round = 0; round < 2; ++round) {
-    spectrum(s, round ? threshold / 16 : 0);
-    if (round == 0 && refuse(s)) return s.leave(&state);
-    threshold = spectrum_edge(s, budget, round ? nullptr : &lowest);
+    spectrum(s, given ? threshold / 2 : round ? threshold / 16 : 0);
+    const uint32_t odd = round == 0 ? seen_odd(s) : 0;
+    if (!given) threshold = spectrum_edge(s, budget >> s.each, round ? nullptr : &lowest);
+    if (refuse(s, odd)) return s.leave(&state);
     s.choose = BY_BINS, s.chosen = threshold, s.above = __float_as_uint(threshold) >> 20;
   }
+  if (given) s.round_up = TILE / 4;
   for (int tries = 0;; ++tries) { /* move the window until the budget lies in it */
-    at.base = threshold / 2;
+    at.base = given ? __uint_as_float(bits - (below << 15)) : threshold / 2;
     fine_bins(s, at.base);
-    s.choose = KEEP;
+    if (blockIdx.x < s.n_heads * s.slices) first = fine_counts_of(s, blockIdx.x / s.slices);
+    s.choose = KEEP, at.bin = below;
+    if (given) break;
+    at.bin = FINE;
     /* the lowest bin that fits */
     const uint32_t lo = static_cast<uint32_t>(
         __syncthreads_count(threadIdx.x < FINE - HIGH && s.hist()[threadIdx.x] > budget));
     if (lo == FINE - HIGH) {
-      if (threshold > 1e37f || tries > 64) { /* pins alone, K dropped */
+      if (threshold > 1e37f || tries > 80) { /* pins alone, K dropped */
         s.choose = BY_NONE, s.chosen = max;
         break;
       }
@@ -8826,10 +8751,10 @@ __device__ __noinline__ void solve(solver &state, uint64_t budget, double *used)
       break;
     }
   }
-  threshold = at.bin < FINE ? __uint_as_float(fine_edge(at.base, at.bin)) : max;
-  *used = static_cast<double>(threshold);
-  s.leave(&state), state.choose = s.choose, state.chosen = s.chosen, state.above = s.above;
-  finish(state, at, budget);
+  if (!given)
+    *used = static_cast<double>(at.bin < FINE ? __uint_as_float(fine_edge(at.base, at.bin)) : max);
+  finish(s, at, first, budget);
+  s.leave(&state);
 }
 
 /* The least that heads can take: what is pinned, K dropped. */
@@ -8875,7 +8800,7 @@ __device__ inline void solve_best(solver &s, uint64_t budget, double *used) {
                : i == 4 ? 64.0f
                : i == 5 ? 2.0f
                         : 0.5f;
-      solve(s, b, used);
+      solve(s, b, used, false, 0);
       if (one || s.refused) return;
       const double sum = predict_all(s, false);
       if (first || sum < best) best = sum, best_bias = s.bias, best_budget = b, first = false;
@@ -8884,31 +8809,14 @@ __device__ inline void solve_best(solver &s, uint64_t budget, double *used) {
   }
   if (n_bias > 1 || best_budget != budget) { /* the last one tried is not the one to keep */
     s.bias = best_bias;
-    solve(s, best_budget, used);
+    solve(s, best_budget, used, false, 0);
   }
-}
-
-/* rdkv__solve_at. */
-__device__ inline void solve_at(solver &s, float threshold) {
-  /* fine bins from somewhat below the threshold, which lies at the edge of one all the same */
-  const uint32_t bits = __float_as_uint(threshold), below = least(bits >> 15, FINE / 2);
-  const cut at = {__uint_as_float(bits - (below << 15)), threshold, below};
-  s.choose = FRESH, s.chosen = threshold, s.above = bits >> 20;
-  for (int round = 0; round < 2; ++round) {
-    spectrum(s, threshold / 2);
-    if (round == 0 && refuse(s)) return;
-    s.choose = BY_BINS;
-  }
-  s.round_up = TILE / 4;
-  fine_bins(s, at.base);
-  s.choose = KEEP;
-  finish(s, at, 0);
 }
 
 /* The smallest budget that meets config.max_error, within 0.1 %. */
 __device__ inline void solve_error(solver &s, double *used) {
   uint64_t lo = least_bytes(s, 0, s.n_heads) / 128, hi = s.a.most / 128, mid = hi;
-  solve(s, hi * 128, used);
+  solve(s, hi * 128, used, false, 0);
   if (s.refused) return;
   if (!within_error(s)) { /* beyond 16-bit V and 8-bit K */
     clear_widths(s);
@@ -8917,13 +8825,13 @@ __device__ inline void solve_error(solver &s, double *used) {
   }
   while (hi - lo > hi / 1024) {
     mid = lo + (hi - lo) / 2;
-    solve(s, mid * 128, used);
+    solve(s, mid * 128, used, false, 0);
     if (within_error(s))
       hi = mid;
     else
       lo = mid + 1;
   }
-  if (mid != hi) solve(s, hi * 128, used);
+  if (mid != hi) solve(s, hi * 128, used, false, 0);
 }
 
 /* ---- the authors' solver: a cluster of blocks a head, one block where there are no clusters.
@@ -9486,7 +9394,8 @@ static __global__ void __launch_bounds__(SOLVE, 1)
 /* For a budget of bytes: most tokens whose block fits. A cooperative launch without clusters. */
 static __global__ void __launch_bounds__(SOLVE, 1)
     paper_search_kernel(const __grid_constant__ solve_args a) {
-  solver s(a);
+  take_arguments(a);
+  solver s;
   const uint64_t budget = a.given_budget ? *a.given_budget : a.budget;
   const bool failed = *a.status != RDKV_OK;
   double lo = 0, hi = 2 * static_cast<double>(a.n) + 1;
@@ -9526,14 +9435,7 @@ __device__ __forceinline__ uint64_t part_of(uint64_t left, uint32_t parts) {
   return (parts == 1 ? left : left / parts) / 128 * 128;
 }
 
-static __global__ void __launch_bounds__(SOLVE, 1)
-    solve_kernel(const __grid_constant__ solve_args given) {
-  const uint32_t failed = *given.status; /* nobody writes it before the first barrier */
-  __shared__ solve_args a; /* each barrier makes a block forget what it has read from memory */
-  for (uint32_t i = threadIdx.x; i < sizeof a / 4; i += SOLVE)
-    reinterpret_cast<uint32_t *>(&a)[i] = reinterpret_cast<const uint32_t *>(&given)[i];
-  __syncthreads();
-  solver s(a);
+static __device__ __forceinline__ void solve_all(const solve_args &a, solver &s, uint32_t failed) {
   const uint32_t first = blockIdx.x * SOLVE + threadIdx.x, step = gridDim.x * SOLVE;
   const uint32_t kd = static_cast<uint32_t>(a.k_dim);
   const bool by_budget = a.scope != RDKV_SCOPE_LAMBDA && a.max_error == 0;
@@ -9548,12 +9450,11 @@ static __global__ void __launch_bounds__(SOLVE, 1)
     if (first == 0) *a.state = solve_state();
   }
   for (uint32_t i = first; i < a.n_heads; i += step) {
-    for (int l = 0; l < 4; ++l) s.head(i)->n_list[l] = s.head(i)->n_sure[l] = 0;
     s.head(i)->done = 0;
     for (int l = 0; l < 5 && !a.pin; ++l) s.head(i)->pinned[l] = 0;
   }
   if (failed != RDKV_OK) return;
-  if (s.alone()) s.sync();
+  s.clear();
   bool too_little = by_budget && budget < a.fixed;
   for (uint32_t i = 0; i < n_parts && by_budget && !too_little && (i == 0 || a.pin); ++i)
     too_little = part_of(budget - a.fixed, n_parts) < least_bytes(s, i * each, each);
@@ -9572,10 +9473,11 @@ static __global__ void __launch_bounds__(SOLVE, 1)
     const uint32_t i = j / (4 * kd), c = j - i * (4 * kd);
     odd |= __float_as_uint(s.k_distortion(i)[c]) >= 0x7f800000u;
   }
+  if (look) s.all_clear();
   if (odd) atomicOr(&a.state->odd, 1u);
   if (look) {
     s.sync();
-    if (refuse(s)) return;
+    if (refuse(s, seen_odd(s))) return;
   }
   if (too_little) {
     if (blockIdx.x == 0 && threadIdx.x == 0) fail(a.status, RDKV_ERR_BUDGET);
@@ -9584,7 +9486,8 @@ static __global__ void __launch_bounds__(SOLVE, 1)
   double used = 0;
   if (a.scope == RDKV_SCOPE_LAMBDA) {
     used = a.device_lambda ? *a.device_lambda : a.given_lambda;
-    solve_at(s, used > 3.4028234663852886e38 ? __uint_as_float(PINNED) : __double2float_rn(used));
+    solve(s, 0, nullptr, true,
+          used > 3.4028234663852886e38 ? __uint_as_float(PINNED) : __double2float_rn(used));
   } else if (a.max_error > 0) {
     solve_error(s, &used);
   } else {
@@ -9603,6 +9506,15 @@ static __global__ void __launch_bounds__(SOLVE, 1)
   }
   for (int l = static_cast<int>(threadIdx.x); l < a.n_layers && blockIdx.x == 0; l += SOLVE)
     a.lambda[l] = used;
+}
+
+static __global__ void __launch_bounds__(SOLVE, 1)
+    solve_kernel(const __grid_constant__ solve_args given) {
+  const uint32_t failed = *given.status; /* nobody writes it before the first barrier */
+  take_arguments(given);
+  solver s;
+  solve_all(s.a, s, failed);
+  s.wait(); /* nothing is under way when the block ends */
 }
 
 /* ---- widths at a given threshold : heads do not depend on each other, and a block has one */
@@ -9641,7 +9553,9 @@ static __global__ void __launch_bounds__(AT_TOKENS)
   if (odd) fail(a.status, RDKV_ERR_NONFINITE);
   uint32_t k_tile = first_k_tile(a.k_dim), k_level = 0, slope[4] = {0, 0, 0, 0};
   const auto v_slopes = [&](uint32_t k_bytes) {
+    __syncthreads();
     set_costs(a.v_dim, a.positions, k_bytes, c);
+    __syncthreads();
     if (has_token) slopes_of(x, c, slope), pinned_slopes(x, c, pin, slope);
   };
   /* K for the tokens at the threshold, which depend on the bytes that K takes: two rounds */
@@ -9740,6 +9654,7 @@ static __global__ void __launch_bounds__(SOLVE) histogram_kernel(histogram_args 
   uint32_t k_tile = 0;
   for (int l = 1; l < 4; ++l) k_tile += (channels[l] + 15) / 16 * (64u << l);
   set_costs(a.v_dim, a.positions, k_tile ? k_tile : first_k_tile(a.k_dim), costs);
+  __syncthreads();
   const v_costs c = costs;
   for (uint32_t t = t0 + tid; t < t1; t += SOLVE) {
     float x[5];
@@ -10190,8 +10105,6 @@ static void layout_solve(const rdkv_config *cfg, int n_layers, uint32_t n, void 
   const bool paper = cfg->profile == RDKV_PAPER;
   s->a = solve_args();
   s->m.next = static_cast<uint8_t *>(workspace), s->m.bytes = 0;
-  /* a list for a level, which all four have in one where that is too small */
-  s->a.capacity = n < 2 ? 2 : n < 1024 ? n : n / 4 < 1024 ? 1024 : n / 4;
   s->m.take(&s->a.pin, cfg->n_pins > 0 ? heads * n : 0);
   s->m.take(&s->a.state, 1);
   s->m.take(&s->a.hist[0], paper ? 0 : BINS);
@@ -10202,11 +10115,10 @@ static void layout_solve(const rdkv_config *cfg, int n_layers, uint32_t n, void 
   s->m.take(&s->a.bins[2], paper ? 0 : heads * BINS);
   s->m.take(&s->a.layers, static_cast<uint64_t>(n_layers));
   s->m.take(&s->a.heads, heads);
-  s->m.take(&s->a.list, paper ? 0 : heads * 4 * s->a.capacity);
-  s->m.take(&s->a.slopes, paper ? 0 : heads * 4 * least(s->a.capacity, NEAR));
-  s->a.max_offers = n / TILE + 1;
-  s->m.take(&s->a.offers, paper ? 0 : heads * 4 * s->a.max_offers);
-  s->m.take(&s->a.pairs, paper || 4 * heads <= SOLVE ? 0 : PAIR_WORDS * 4 * heads);
+  s->m.take(&s->a.list, paper ? 0 : heads * n);
+  s->m.take(&s->a.slopes, paper ? 0 : heads * least(n, NEAR));
+  s->m.take(&s->a.counts, paper ? 0 : heads * UNITS);
+  s->m.take(&s->a.tiles, paper || 4 * heads <= SOLVE ? 0 : 8 * heads);
 }
 
 struct solve_launch {
@@ -10215,6 +10127,24 @@ struct solve_launch {
   cudaLaunchAttribute attribute;
   bool team; /* one cluster, whose barriers cost less; else all blocks are resident */
 };
+
+/* Whether the device, or the part of one that there is, has room for the cluster; the last answer
+   is kept. */
+static bool cluster_fits(solve_launch *how, int device) {
+  static thread_local struct {
+    int device, clusters;
+    unsigned blocks;
+    size_t shared;
+  } last = {-1, 0, 0, 0};
+  cudaLaunchConfig_t &c = how->config;
+  if (last.device != device || last.blocks != c.gridDim.x || last.shared != c.dynamicSmemBytes) {
+    last.device = device, last.blocks = c.gridDim.x, last.shared = c.dynamicSmemBytes;
+    c.attrs = &how->attribute, c.numAttrs = 1;
+    if (cudaOccupancyMaxActiveClusters(&last.clusters, how->kernel, &c))
+      last.clusters = 0, cudaGetLastError();
+  }
+  return last.clusters > 0;
+}
 
 /* Blocks for a solve. */
 static cudaError_t plan_solve(bool search, solve_args *a, solve_launch *how) {
@@ -10243,19 +10173,22 @@ static cudaError_t plan_solve(bool search, solve_args *a, solve_launch *how) {
   const int room = shared - static_cast<int>(is.sharedSizeBytes) - 4 * SOLVE_WORDS;
   const auto fits = [&](uint32_t n) { return !search && static_cast<int64_t>(n) * 20 <= room; };
   how->team = is.ptxVersion >= 90 && size >= a->n_heads && fits(slice_of(a->n, a->n_heads, size));
-  if (how->team) blocks = size;
-  a->stage = slice_of(a->n, heads, blocks);
-  if (!fits(a->stage)) a->stage = 0;
-  c.gridDim = dim3(blocks), c.blockDim = dim3(SOLVE);
-  c.dynamicSmemBytes = search ? 4 * PAPER_WORDS : 4 * SOLVE_WORDS + 20 * a->stage;
-  e = cudaFuncSetAttribute(how->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(c.dynamicSmemBytes));
-  if (e) return e;
-  if (how->team) {
+  for (;; how->team = false) {
+    const uint32_t n = how->team ? size : blocks;
+    a->stage = slice_of(a->n, heads, n);
+    if (!fits(a->stage)) a->stage = 0;
+    a->slice = slice_of(a->n, a->n_heads, n), a->slices = slices_of(a->n, a->slice);
+    c.gridDim = dim3(n), c.blockDim = dim3(SOLVE);
+    c.dynamicSmemBytes = search ? 4 * PAPER_WORDS : 4 * SOLVE_WORDS + 20 * a->stage;
+    e = cudaFuncSetAttribute(how->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(c.dynamicSmemBytes));
+    if (e) return e;
+    if (!how->team) break;
     how->attribute.id = cudaLaunchAttributeClusterDimension;
     how->attribute.val.clusterDim.x = size;
     how->attribute.val.clusterDim.y = how->attribute.val.clusterDim.z = 1;
-    return cudaFuncSetAttribute(how->kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    e = cudaFuncSetAttribute(how->kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (e || cluster_fits(how, device)) return e;
   }
   how->attribute.id = cudaLaunchAttributeCooperative;
   how->attribute.val.cooperative = 1;
