@@ -623,12 +623,13 @@ __device__ __forceinline__ void rdkv_cuda__gather(const void *p, const uint32_t 
 /* The packed query of groups of up to 4: q' of channel c as an integer of 24 bits, three signed
    bytes. A unit is worth 4 in a run of 2 bits and 1/16 in one of 8 bits, as then all runs' rounding
    adds as much to a logit. x[i][k] is q' of channel 128 i + 4 lane + k in these units, largest the
-   largest of all lanes.
+   largest of all lanes, constant the lane's part of the sum of q times midpoints.
    fragments [pairs of a run's blocks]: [columns][2][4t][pr][block of the pair][e] the first and the
    second bytes; then [columns][4t][pr]... the third ones, which are 0 where they may be left out.
  */
+template <int N>
 __device__ __forceinline__ void rdkv_cuda__query_bytes(const rdkv_cuda_head &head,
-                                                       const float (&x)[3][4], float largest,
+                                                       const float (&x)[N][4], float largest,
                                                        float constant, float factor_log2,
                                                        uint32_t column, uint8_t *fragments,
                                                        float2 *factor) {
@@ -642,7 +643,7 @@ __device__ __forceinline__ void rdkv_cuda__query_bytes(const rdkv_cuda_head &hea
   int sum[2] = {0, 0}; /* of what the codes' midpoints add up to, 256ths apart */
   float next = 0;      /* what the block behind the lane's brings along */
 #pragma unroll
-  for (int i = 2; i >= 0; --i) {
+  for (int i = N - 1; i >= 0; --i) {
     const uint32_t block = 8 * static_cast<uint32_t>(i) + (lane >> 2);
     if (block - (lane >> 2) >= b8) continue;
     const bool four = block >= b2 && block < b4;
@@ -686,12 +687,11 @@ __device__ __forceinline__ void rdkv_cuda__query_bytes(const rdkv_cuda_head &hea
       }
     }
   }
-  const int two = __reduce_add_sync(RDKV_CUDA__FULL, sum[0]);
-  const int three = __reduce_add_sync(RDKV_CUDA__FULL, sum[1]);
-  if (lane == 0)
-    *factor = make_float2(
-        unit, constant * factor_log2 -
-                  unit * (static_cast<float>(two) + static_cast<float>(three) * (1.0f / 256)));
+  constant = constant * factor_log2 -
+             unit * (static_cast<float>(sum[0]) + static_cast<float>(sum[1]) * (1.0f / 256));
+#pragma unroll
+  for (int d = 16; d; d >>= 1) constant += __shfl_xor_sync(RDKV_CUDA__FULL, constant, d);
+  if (lane == 0) *factor = make_float2(unit, constant);
 }
 
 /* Query of one column -> fragments, and (factor, constant) with logit in base 2 = factor * product
@@ -746,8 +746,6 @@ __device__ __forceinline__ void rdkv_cuda_query(const rdkv_cuda_head *head, bool
   }
   largest = __reduce_max_sync(RDKV_CUDA__FULL, largest);
   if (bytes && head) {
-#pragma unroll
-    for (int d = 16; d; d >>= 1) constant += __shfl_xor_sync(RDKV_CUDA__FULL, constant, d);
     rdkv_cuda__query_bytes(*head, x, __uint_as_float(largest), constant, factor_log2, column,
                            static_cast<uint8_t *>(fragments), factor);
     return;
@@ -867,8 +865,17 @@ __device__ __forceinline__ uint4 rdkv_cuda__words(const uint8_t *block,
   return make_uint4(w.x, w.y, 0, 0);
 }
 
-template <int BITS>
+/* MORE, of 4 bits: registers 2, 3 bring the codes of 0, 1 along, which saves masks. */
+template <int BITS, bool MORE = false>
 __device__ __forceinline__ void rdkv_cuda__fragment(uint4 w, int sub, uint32_t (&a)[4]) {
+  if (BITS == 4 && MORE) {
+    const uint32_t x = sub ? w.y : w.x;
+    uint32_t y; /* not by __byte_perm, of which a shift and two masks are made */
+    asm("prmt.b32 %0, %1, 0, 0x4341;" : "=r"(y) : "r"(x));
+    a[0] = rdkv_cuda__codes(x, 0x000f000fu), a[1] = rdkv_cuda__codes(y, 0x000f000fu);
+    a[2] = rdkv_cuda__codes(x, 0x00ff00ffu), a[3] = rdkv_cuda__codes(y, UINT32_MAX);
+    return;
+  }
   if (BITS == 2) rdkv_cuda__unpack2(w.x, sub, a);
   if (BITS == 4) rdkv_cuda__unpack4(sub ? w.y : w.x, a);
   if (BITS == 8) rdkv_cuda__unpack8(sub ? w.z : w.x, sub ? w.w : w.y, a);
@@ -985,7 +992,8 @@ __device__ __forceinline__ void rdkv_cuda__byte_keys(int (&x)[T][2][4], int (&z)
 #pragma unroll
   for (int t = 0; t < T; ++t) own[t] = block[t] + 2 * BITS * lane, block[t] += n * (64 * BITS);
   n = (n + 1) / 2, query += RDKV_CUDA__PAIR * n;
-  constexpr int N = T > 1 && BITS < 8 ? 2 : 1; /* as many as registers allow */
+  constexpr int N = /* as many as registers allow */
+      (T > 1 ? BITS < 8 : BITS == 4 && !FINE) ? 2 : 1;
 #pragma unroll 1
   for (; n >= N; n -= N) rdkv_cuda__byte_pairs<BITS, FINE, N>(x, z, own, first, third);
   if (N > 1 && n) rdkv_cuda__byte_pairs<BITS, FINE, 1>(x, z, own, first, third);
@@ -1014,7 +1022,7 @@ __device__ __forceinline__ void rdkv_cuda__byte_products(const uint8_t *(&tile)[
 }
 
 /* acc += V of 32 tokens of one width, weighted by p. */
-template <int BITS, int D>
+template <int BITS, bool MORE, int D>
 __device__ __forceinline__ void rdkv_cuda__values(rdkv_cuda_acc<D> &a, const uint8_t *block,
                                                   const uint32_t (&p)[4]) {
   uint32_t f[4];
@@ -1028,7 +1036,7 @@ __device__ __forceinline__ void rdkv_cuda__values(rdkv_cuda_acc<D> &a, const uin
     for (int s = 0; s < 2; ++s) {
 #pragma unroll
       for (int i = 0; i < 4 && base + i < D; ++i) {
-        rdkv_cuda__fragment<BITS>(w[i], s, f);
+        rdkv_cuda__fragment<BITS, MORE>(w[i], s, f);
         rdkv_cuda__mma<false>(a.acc[base + i], f[0], f[1], f[2], f[3], p[2 * s], p[2 * s + 1]);
       }
     }
@@ -1037,14 +1045,15 @@ __device__ __forceinline__ void rdkv_cuda__values(rdkv_cuda_acc<D> &a, const uin
 
 /* What a V run's probabilities are multiplied by, to undo the factors that stay in its codes: for
    the lane's tokens, in pairs as rdkv_cuda__tiles has them. PAIRED: for the lane's registers of B,
-   0 where its column has no part of a token. */
+   0 where its column has no part of a token; of 4 bits, what takes off again the codes that the
+   column's own ones bring along. */
 template <bool PAIRED>
 struct rdkv_cuda__lift {
   __half2 of[4];
   float middle; /* of its codes */
 };
 
-template <bool PAIRED>
+template <bool PAIRED, bool MORE>
 __device__ __forceinline__ rdkv_cuda__lift<PAIRED> rdkv_cuda__lift_of(int run) {
   rdkv_cuda__lift<PAIRED> l;
   const float odd = run == 0 ? 0.25f : run == 1 ? 0.0625f : 1.0f; /* pr = 1 */
@@ -1053,7 +1062,8 @@ __device__ __forceinline__ rdkv_cuda__lift<PAIRED> rdkv_cuda__lift_of(int run) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float f = (i >= 2 ? last : 1.0f) * (i & 1 ? odd : 1.0f);
-    l.of[i] = __float2half2_rn(!PAIRED || second == (i & 1) ? f : 0.0f);
+    const float none = MORE && second && run == 1 ? -odd : 0.0f;
+    l.of[i] = __float2half2_rn(!PAIRED || second == (i & 1) ? f : none);
   }
   l.middle = run == 0 ? 2.0f : run == 1 ? 8.0f : run == 2 ? 128.0f : 0.0f;
   return l;
@@ -1154,12 +1164,12 @@ __device__ __forceinline__ void rdkv_cuda__tiles(rdkv_cuda_acc<D> &a, const uint
 #pragma unroll
     for (int t = 0; t < T; ++t)
       if (run == 0)
-        rdkv_cuda__values<2>(a, tile[t], b[t]);
+        rdkv_cuda__values<2, BYTES>(a, tile[t], b[t]);
       else
-        rdkv_cuda__values<4>(a, tile[t], b[t]);
+        rdkv_cuda__values<4, BYTES>(a, tile[t], b[t]);
   } else if (run == 2) {
 #pragma unroll
-    for (int t = 0; t < T; ++t) rdkv_cuda__values<8>(a, tile[t], b[t]);
+    for (int t = 0; t < T; ++t) rdkv_cuda__values<8, BYTES>(a, tile[t], b[t]);
   } else {
 #pragma unroll
     for (int t = 0; t < T; ++t)
@@ -1188,9 +1198,9 @@ __device__ __forceinline__ void rdkv_cuda_tile(rdkv_cuda_acc<D> &a, const uint8_
                                                const float2 (&factor)[2]) {
   rdkv_cuda__units(a, run == 3);
   const uint8_t *one[1] = {tile};
-  rdkv_cuda__tiles<PAIRED, PAIRED && RDKV_CUDA__BYTES>(a, one, widths, run, tokens, fragments, rest,
-                                                       rdkv_cuda__fine(factor), factor,
-                                                       rdkv_cuda__lift_of<PAIRED>(run));
+  rdkv_cuda__tiles<PAIRED, PAIRED && RDKV_CUDA__BYTES>(
+      a, one, widths, run, tokens, fragments, rest, rdkv_cuda__fine(factor), factor,
+      rdkv_cuda__lift_of < PAIRED, PAIRED && RDKV_CUDA__BYTES > (run));
 }
 
 __device__ __forceinline__ void rdkv_cuda__ldmatrix(uint32_t (&f)[4], uint32_t address) {
@@ -1335,13 +1345,14 @@ typedef struct __align__(16) rdkv_cuda__first {
 rdkv_cuda__first;
 
 typedef struct rdkv_cuda__entry { /* of a table, as queries are made of it */
-  uint32_t scale; /* fp16; channel << 16; exponent of what an odd pair's codes are worth << 24 */
-  float mid;      /* less what the codes' midpoint is worth */
-} rdkv_cuda__entry;
+  uint32_t scale;   /* fp16; channel << 16; exponent of what an odd pair's codes are worth << 24 */
+  float mid;        /* less what the codes' midpoint is worth */
+} rdkv_cuda__entry; /* by bytes: scale a float in its run's units, the channel its last 8 bits; mid
+                     */
 
 static __host__ __device__ uint32_t rdkv_cuda__n_entries(int k_dim) { /* runs are padded apart */
   const uint32_t n = (static_cast<uint32_t>(k_dim) + 45 + 63) / 64 * 64;
-  return n < 192 ? 192 : n; /* no less than what a warp asks for without looking */
+  return n < 256 ? 256 : n; /* no less than what a warp asks for without looking */
 }
 
 static __host__ __device__ uint32_t rdkv_cuda__start_bytes(int k_dim) {
@@ -1384,6 +1395,7 @@ typedef struct rdkv_cuda__plan_args {
   size_t layer_bytes, counters, weights, starts;
   uint32_t heads, passes, n_kv_heads, group, n_blocks, max_segments, n_parts, ring_bytes;
   int first_layer, k_dim, v_dim, latency, n_warps;
+  bool bytes; /* what entries are made for */
 } rdkv_cuda__plan_args;
 
 /* What the first tiles of a head cost: their bytes, but no less than reading 14 bytes a dim of a
@@ -1437,18 +1449,22 @@ static __device__ uint32_t rdkv_cuda__largest_scale(const rdkv_cuda_head &h) {
 }
 
 /* Entry i of a head's table; 0 behind its end. */
-__device__ __forceinline__ rdkv_cuda__entry rdkv_cuda__entry_of(const rdkv_cuda_head &h,
-                                                                uint32_t i) {
+__device__ __forceinline__ rdkv_cuda__entry rdkv_cuda__entry_of(const rdkv_cuda_head &h, uint32_t i,
+                                                                bool bytes) {
   const uint32_t n2 = 16u * h.n_blocks[0], n4 = n2 + 16u * h.n_blocks[1];
   const uint32_t n = n4 + 16u * h.n_blocks[2], all = n + h.n_dropped;
   const uint16_t *const table = reinterpret_cast<const uint16_t *>(h.table);
   rdkv_cuda__entry e = rdkv_cuda__entry();
   if (i < n) e.scale = __ldg(table + i);
   if (i < all) {
-    const float middle = i < n2 ? 2.0f : i < n4 ? 8.0f : 128.0f;
-    e.mid = __half2float(__ushort_as_half(__ldg(table + n + i))) -
-            __half2float(__ushort_as_half(static_cast<uint16_t>(e.scale))) * middle;
-    e.scale |= static_cast<uint32_t>(__ldg(h.table + 2 * (n + all) + i)) << 16;
+    const float scale = __half2float(__ushort_as_half(static_cast<uint16_t>(e.scale)));
+    const uint32_t channel = __ldg(h.table + 2 * (n + all) + i);
+    e.mid = __half2float(__ushort_as_half(__ldg(table + n + i)));
+    if (bytes) {
+      e.scale = __float_as_uint(scale * (i < n2 ? 0.25f : i < n4 ? 1.0f : 16.0f)) | channel;
+      return e;
+    }
+    e.mid -= scale * (i < n2 ? 2.0f : i < n4 ? 8.0f : 128.0f), e.scale |= channel << 16;
     if (i & 2 && i < n4) e.scale |= (i < n2 ? 2u : 4u) << 24; /* of 4 and 16 */
   }
   return e;
@@ -1624,7 +1640,9 @@ static __global__ void __launch_bounds__(RDKV_CUDA__PLAN_THREADS)
       const uint32_t entry = j - RDKV_CUDA__MOST_WARPS;
       reinterpret_cast<rdkv_cuda__entry *>(start +
                                            RDKV_CUDA__MOST_WARPS * RDKV_CUDA__HASTE)[entry] =
-          x.tile_begin < x.tile_end ? rdkv_cuda__entry_of(x.head, entry) : rdkv_cuda__entry();
+          x.tile_begin < x.tile_end
+              ? rdkv_cuda__entry_of(x.head, entry, p.bytes && RDKV_CUDA__BYTES)
+              : rdkv_cuda__entry();
       continue;
     }
     const uint32_t n_warps = static_cast<uint32_t>(p.n_warps), tile = x.tile_begin + j;
@@ -1678,7 +1696,8 @@ typedef struct rdkv_cuda__shared {
   int32_t max[8];                   /* of all warps, as rdkv_cuda__ordered */
   uint32_t last; /* combines for the head; or, how many blocks have left their share to this one */
   uint32_t left, set; /* has left its own; the set of parts */
-  uint32_t reserved[19];
+  uint32_t tail_tokens;
+  uint32_t reserved[18];
   rdkv_cuda__piece piece[2]; /* this one and the next */
 } rdkv_cuda__shared;         /* 512 bytes */
 
@@ -1723,6 +1742,15 @@ typedef struct rdkv_cuda__feed {
 /* A barrier of the threads that are called a block here: one of blockDim.y teams. */
 __device__ __forceinline__ void rdkv_cuda__sync() {
   asm volatile("barrier.sync.aligned %0, %1;" ::"r"(threadIdx.y), "r"(blockDim.x) : "memory");
+}
+
+/* Named barrier id of n warps: waits, or arrives only. */
+template <bool WAIT>
+__device__ __forceinline__ void rdkv_cuda__barrier(uint32_t id, uint32_t n) {
+  if (WAIT)
+    asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(32 * n) : "memory");
+  else
+    asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(id), "r"(32 * n) : "memory");
 }
 
 /* A value that is the same in all lanes, so that the compiler knows: branches and addresses made of
@@ -2305,7 +2333,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
       const bool fine = bytes && rdkv_cuda__fine(factor);
       /* of the run that the warp is in; copies may be one ahead */
       uint32_t run = 0, size = 0, slots = 0, slot = 0, end = 0, full = 0, last = 0;
-      rdkv_cuda__lift<PAIRED> lift = rdkv_cuda__lift_of<PAIRED>(0);
+      rdkv_cuda__lift<PAIRED> lift = rdkv_cuda__lift_of<PAIRED, bytes>(0);
 #pragma unroll 1
       while (tile < tile_end) {
         if (tile >= end) {
@@ -2314,7 +2342,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
 #pragma unroll 1
           for (uint32_t i = 0; i < run; ++i) full += rdkv_cuda__run_tiles(x.head, i);
           full = min(end, full + rdkv_cuda__uniform(x.head.n_tokens[run]) / 32);
-          lift = rdkv_cuda__lift_of<PAIRED>(static_cast<int>(run));
+          lift = rdkv_cuda__lift_of<PAIRED, bytes>(static_cast<int>(run));
           rdkv_cuda__units(a, run == 3);
           last = end - min(end, slots * n_warps);
         }
@@ -2534,6 +2562,30 @@ __device__ __forceinline__ float rdkv_cuda__query_pair(const rdkv_cuda__entry (&
   return q0 * e[0].mid + q1 * e[1].mid;
 }
 
+/* rdkv_cuda_query by bytes, of a row as floats and the entries of up to 192 channels. A lane's
+   pairs are two halves of 4 of the first 128; of the others lanes from 16 on have the second
+   halves. */
+__device__ __forceinline__ void rdkv_cuda__query_entries(const rdkv_cuda_head &head,
+                                                         const rdkv_cuda__entry (&e)[3][2],
+                                                         const float *row, float factor_log2,
+                                                         uint32_t column, uint8_t *fragments,
+                                                         float2 *factor) {
+  float x[2][4], constant = 0, largest = 0;
+#pragma unroll
+  for (int k = 0; k < 3; ++k)
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float value = row[e[k][j].scale & 255];
+      const float y = value * __uint_as_float(e[k][j].scale & ~255u);
+      constant += value * e[k][j].mid;
+      x[k / 2][2 * (k & 1) + j] = y, largest = fmaxf(largest, fabsf(y));
+    }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) x[1][2 + j] = __shfl_down_sync(RDKV_CUDA__FULL, x[1][j], 16);
+  largest = __uint_as_float(__reduce_max_sync(RDKV_CUDA__FULL, __float_as_uint(largest)));
+  rdkv_cuda__query_bytes(head, x, largest, constant, factor_log2, column, fragments, factor);
+}
+
 /* rdkv_cuda_query for plain K, of a row as floats and its largest magnitude: little code. */
 __device__ __forceinline__ void rdkv_cuda__query_plain(const float *row, float largest, bool bf16,
                                                        uint32_t k_dim, float factor_log2,
@@ -2637,12 +2689,15 @@ __device__ __forceinline__ uint32_t rdkv_cuda__word(const uint4 &piece, uint32_t
   (static_cast<uint64_t>(rdkv_cuda__word(u, offsetof(rdkv_cuda__piece, member) + 4)) << 32 | \
    RDKV_CUDA__FIELD(member))
 
-template <int D, bool PAIRED>
+/* BYTES: for several tiles a warp. K by bytes, whose query takes longer to make but whose tiles
+   take less; and fewer copies under way at the start. */
+template <int D, bool PAIRED, bool BYTES>
 static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
     rdkv_cuda__latency_kernel(const __grid_constant__ rdkv_cuda__args p) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t memory[];
   constexpr uint32_t columns = PAIRED ? 4 : 8, v_dim = 16 * D, n_values = v_dim * columns;
+  constexpr bool bytes = BYTES && RDKV_CUDA__BYTES;
   const uint32_t lane = threadIdx.x & 31, n_warps = blockDim.x >> 5;
   /* barriers, which lie at a known place, while the constants come */
   const uint32_t warp = rdkv_cuda__uniform(threadIdx.x >> 5);
@@ -2670,8 +2725,11 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
       p.entries + static_cast<size_t>(blockIdx.x) * p.start_bytes);
   constexpr int n_pairs = 3; /* of entries, asked for at once by those that make the first query */
   rdkv_cuda__entry e[n_pairs][2] = {};
+  const auto pair_at = [&](uint32_t k) {
+    return !bytes ? 32 * k + lane : k < 2 ? 2 * lane + k : 64 + 2 * (lane & 15) + (lane >> 4);
+  };
   const auto pair = [&](rdkv_cuda__entry(&to)[2], uint32_t k) {
-    const uint4 x = reinterpret_cast<const uint4 *>(entries)[32 * k + lane];
+    const uint4 x = reinterpret_cast<const uint4 *>(entries)[pair_at(k)];
     to[0].scale = x.x, to[0].mid = __uint_as_float(x.y);
     to[1].scale = x.z, to[1].mid = __uint_as_float(x.w);
   };
@@ -2719,7 +2777,9 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
       q = __ldcg(
           reinterpret_cast<const uint4 *>(p.q + static_cast<size_t>(row_of_q) * p.row_bytes) +
           lane);
-    tail_tokens = __ldcg(p.tail_tokens + sequence);
+    if (!bytes ||
+        warp < columns) /* the others ask sh for it: it takes a cycle for each that asks */
+      tail_tokens = __ldcg(p.tail_tokens + sequence);
     if (warp == n_warps - 1) {
       const uint32_t n = RDKV_CUDA__FIELD(n_parts), before = RDKV_CUDA__FIELD(part);
       starts = p.counters + sequence * p.n_kv_heads * p.passes + RDKV_CUDA__FIELD(kv_head);
@@ -2739,8 +2799,13 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
   s.what = u.z, s.source = static_cast<uint64_t>(u.y) << 32 | u.x;
   s.stride = __shfl_sync(RDKV_CUDA__FULL, u.w, 1), s.n = s.stride >> 24, s.stride &= 0xffffffu;
   __syncwarp(); /* the barriers are there */
-  rdkv_cuda__copy_tile(ring, lane, ring.base + lane * s.stride, s.source, s.what >> 12,
-                       lane == 0 && s.what);
+  /* has tiles copied to slots [first, end) */
+  const auto copy = [&](uint32_t first, uint32_t end) {
+    rdkv_cuda__copy_tile(ring, lane, ring.base + lane * s.stride, s.source, s.what >> 12,
+                         lane >= first && lane < end && s.what);
+  };
+  bool early = !bytes || warp < n_warps / 4;
+  if (early) copy(0, 1);
   if (p.overlap) {
     asm volatile("griddepcontrol.wait;" ::: "memory");
     ask();
@@ -2774,12 +2839,10 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         head.n_tokens[i] =
             rdkv_cuda__word(u, offsetof(rdkv_cuda__piece, head.n_tokens) + sizeof(uint32_t) * i);
     };
-    /* has tiles copied to all slots from first on */
-    const auto fill = [&](uint32_t first) {
+    const auto look_up = [&] {
       s.next = tile_begin + warp + lane * n_warps;
       rdkv_cuda__look_up(head, v_dim, tile_end, s);
-      rdkv_cuda__copy_tile(ring, lane, ring.base + lane * s.stride, s.source, s.what >> 12,
-                           lane >= first && lane < s.n && s.next < tile_end);
+      if (s.next >= tile_end) s.what = 0;
     };
     if (again) {
       where_tiles_lie();
@@ -2787,7 +2850,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
       const int most = head.n_tokens[3] ? 3 : head.n_tokens[2] ? 2 : head.n_tokens[1] ? 1 : 0;
       s.stride = rdkv_cuda_key_bytes(head) + 128u + (v_dim * 8u << most);
       s.n = min(ring.size / s.stride, static_cast<uint32_t>(RDKV_CUDA__HASTE));
-      if (keys) fill(0);
+      if (keys) look_up(), copy(0, s.n);
     }
     const uint32_t widths = rdkv_cuda__uniform(rdkv_cuda_key_widths(head));
     const float scale =
@@ -2808,6 +2871,18 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
         __syncwarp();
       }
       if (!keys) continue;
+      if (bytes) {
+        if (!fresh) {
+          head.table = reinterpret_cast<const uint8_t *>(RDKV_CUDA__LONG(head.table));
+#pragma unroll
+          for (uint32_t k = 0; k < n_pairs; ++k)
+#pragma unroll
+            for (uint32_t j = 0; j < 2; ++j)
+              e[k][j] = rdkv_cuda__entry_of(head, 2 * pair_at(k) + j, true);
+        }
+        rdkv_cuda__query_entries(head, e, row, p.factor_log2, c, key_fragments, &sh->factor[c]);
+        continue;
+      }
       const uint32_t exponent =
           max(41u, min(241u, __float_as_uint(scale * row[k_dim]) >> 23)); /* of an upper bound */
       const float up = __uint_as_float((268u - exponent) << 23);
@@ -2825,10 +2900,12 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
 #pragma unroll 1
       for (; 64 * k < all; ++k) {
         const uint32_t i = 64 * k + 2 * lane;
-        if (again)
-          e[0][0] = rdkv_cuda__entry_of(head, i), e[0][1] = rdkv_cuda__entry_of(head, i + 1);
-        else
+        if (again) {
+          e[0][0] = rdkv_cuda__entry_of(head, i, false);
+          e[0][1] = rdkv_cuda__entry_of(head, i + 1, false);
+        } else {
           pair(e[0], k);
+        }
         add(e[0], k);
       }
 #pragma unroll
@@ -2840,30 +2917,35 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
     }
     bool tail = false;
     rdkv_cuda__warp &w = warps[warp];
-    if (flags & RDKV_CUDA__LAST) {
+    const auto set_tail = [&] {
+      if (!(flags & RDKV_CUDA__LAST)) return;
       const uint32_t stored = min(tail_tokens, RDKV_CUDA__FIELD(capacity));
       const uint32_t tokens = stored + (p.io.k_new != nullptr), n = (tokens + 15) / 16;
       const uint32_t chunk = __umulhi(n, RDKV_CUDA__FIELD(tail_begin));
       const uint32_t end =
           flags & RDKV_CUDA__TAIL_END ? n : __umulhi(n, RDKV_CUDA__FIELD(tail_end));
       tail = chunk < end;
-      if (tail) {
-        const uint32_t kv_head = RDKV_CUDA__FIELD(kv_head);
-        if (lane == 0) { /* the last warps have the fewest tiles */
-          const size_t at = static_cast<size_t>(sequence) * p.n_kv_heads + kv_head / p.passes;
-          w.k_new = static_cast<const uint8_t *>(p.io.k_new) + 2 * at * k_dim;
-          w.v_new = static_cast<const uint8_t *>(p.io.v_new) + 2 * at * v_dim;
-          w.row_new = p.io.k_new ? stored : UINT32_MAX;
-          w.chunk = w.rows.chunk = chunk + n_warps - 1 - warp, w.rows.chunk_end = end;
-          w.rows.tokens = tokens, w.rows.value = w.rows.put = w.rows.pending = 0;
-        }
-        __syncwarp();
+      if (!tail) return;
+      const uint32_t kv_head = RDKV_CUDA__FIELD(kv_head);
+      if (lane == 0) { /* the last warps have the fewest tiles */
+        const size_t at = static_cast<size_t>(sequence) * p.n_kv_heads + kv_head / p.passes;
+        w.k_new = static_cast<const uint8_t *>(p.io.k_new) + 2 * at * k_dim;
+        w.v_new = static_cast<const uint8_t *>(p.io.v_new) + 2 * at * v_dim;
+        w.row_new = p.io.k_new ? stored : UINT32_MAX;
+        w.chunk = w.rows.chunk = chunk + n_warps - 1 - warp, w.rows.chunk_end = end;
+        w.rows.tokens = tokens, w.rows.value = w.rows.put = w.rows.pending = 0;
+      }
+      __syncwarp();
+    };
+    if (!bytes || warp < columns) {
+      set_tail();
+      if (tail)
 #pragma unroll 1
         for (uint32_t c = warp; c < columns; c += n_warps)
           rdkv_cuda__query_plain(rows + c * (k_dim + 4), rows[c * (k_dim + 4) + k_dim], p.tail_bf16,
                                  k_dim, p.factor_log2, tail_fragments + (PAIRED ? 64 : 32) * c,
                                  tail_rest, &sh->tail_factor[c]);
-      }
+      if (bytes && threadIdx.x == 0) sh->tail_tokens = tail_tokens;
     }
     if (keeper && !again) {
       sh->left = 0, sh->set = own_word & 1;
@@ -2871,13 +2953,33 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
     }
     if (threadIdx.x < columns && !again)
       sh->max[threadIdx.x] = rdkv_cuda__ordered(__float_as_int(-INFINITY));
-    __syncthreads();
-    if (!again && tile_begin + warp + n_warps < tile_end) where_tiles_lie(), fill(1);
+    const bool second = !again && tile_begin + warp + n_warps < tile_end;
+    if (!bytes) {
+      __syncthreads();
+      if (second) where_tiles_lie(), look_up(), copy(1, s.n);
+    } else {
+      /* those that make the query are awaited: what else they have to do comes behind that */
+      if (warp < columns) rdkv_cuda__barrier<false>(1, n_warps);
+      if (second) where_tiles_lie(), look_up();
+      /* most first tiles are asked for only now: with all on their way at once, the rows of q of
+         some blocks came 2,800 cycles later */
+      if (!early) copy(0, 1), early = true;
+      if (warp < columns)
+        rdkv_cuda__barrier<true>(2, min(columns, n_warps));
+      else
+        rdkv_cuda__barrier<true>(1, n_warps);
+      if (warp >= columns) tail_tokens = sh->tail_tokens, set_tail();
+      if (second) { /* and second tiles once first ones are there */
+        rdkv_cuda__wait(ring.barrier, 0);
+        copy(1, s.n);
+      }
+    }
     busy = max(busy, tail ? n_warps : min(n_warps, tile_end - min(tile_begin, tile_end)));
 
     uint32_t slot = 0, turn = 0; /* which of the warp's tiles */
     float2 key_factor[2] = {};
     if (keys) key_factor[0] = sh->factor[mine], key_factor[1] = sh->factor[mine + !PAIRED];
+    const bool fine = bytes && rdkv_cuda__fine(key_factor);
 #pragma unroll 1
     for (uint32_t tile = tile_begin + warp; tile < tile_end; tile += n_warps) {
       const uint32_t what = __shfl_sync(RDKV_CUDA__FULL, s.what, static_cast<int>(turn & 31));
@@ -2885,9 +2987,9 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
       rdkv_cuda__take(ring, slot);
       rdkv_cuda__units(a, run == 3);
       const uint8_t *one[1] = {own + slot * s.stride};
-      rdkv_cuda__tiles<PAIRED, false, 2>(a, one, widths, run, what >> 4 & 255, key_fragments,
-                                         key_rest, false, key_factor,
-                                         rdkv_cuda__lift_of<PAIRED>(run)); /* 2: less code */
+      rdkv_cuda__tiles<PAIRED, bytes, 2>(a, one, widths, run, what >> 4 & 255, key_fragments,
+                                         key_rest, fine, key_factor,
+                                         rdkv_cuda__lift_of<PAIRED, bytes>(run)); /* 2: less code */
       __syncwarp();
       if (tile + s.n * n_warps < tile_end)
         rdkv_cuda__copy_tile(ring, slot, ring.base + slot * s.stride, s.source, s.what >> 12,
@@ -2921,9 +3023,7 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
     seen = rdkv_cuda__look(starts);
   }
 
-  clear(part + (sh->set ? 0 : static_cast<size_t>(p.n_blocks) * part_words));
   /* all warps' sums to one scale, that of the block's largest logit */
-  const uint32_t n = sh->piece[1].n_parts;
   const float unit = a.plain ? 1.0f : RDKV_CUDA__CODE_UNIT;
   float *const values = reinterpret_cast<float *>(own); /* [dims][columns], then sums */
   const uint32_t apart = p.ring_bytes / sizeof(float);  /* from one warp's to the next */
@@ -2968,6 +3068,8 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
             make_float2(x0 * f[0] + mid[0], x1 * f[1] + mid[1]);
     }
   }
+  const uint32_t n = sh->piece[1].n_parts;
+  clear(part + (sh->set ? 0 : static_cast<size_t>(p.n_blocks) * part_words));
   if (keeper && seen >> 16 && (seen = rdkv_cuda__look(starts)) >> 16) {
     /* Not all of the head's blocks have started: this one must not wait for them, as they may wait
        for its place. The last to start will take over its share. */
@@ -3004,7 +3106,13 @@ static __global__ void __launch_bounds__(D <= 8 ? 512 : 256, 1)
   if (n > 1 &&
       warp == n_warps - 1) { /* tops, sums, and so on: each share's readers have their own */
     const uint32_t c = lane & (columns - 1);
-    const float all = sum_of(c), x = lane & columns ? all : top_of(c);
+    float all = 0;
+#pragma unroll 2
+    for (uint32_t k = lane / columns; k < busy; k += 32 / columns)
+      all += first_values[k * apart + n_values + c];
+#pragma unroll
+    for (uint32_t d = columns; d < 32; d <<= 1) all += __shfl_xor_sync(RDKV_CUDA__FULL, all, d);
+    const float x = lane & columns ? all : top_of(c);
     rdkv_cuda__leave(part + n_values + lane, x), rdkv_cuda__leave(part + n_values + 32 + lane, x);
   }
 #pragma unroll 1
@@ -3084,15 +3192,22 @@ static __global__ void rdkv_cuda__advance_kernel(uint32_t *tail_tokens, int batc
 
 typedef void (*rdkv_cuda__kernel)(rdkv_cuda__args);
 
+/* Whether the latency kernel takes K by bytes: few parts of a head, so some tiles for a warp. */
+static bool rdkv_cuda__many(const rdkv_cuda_config *c) {
+  return c->latency > 0 && c->n_q_heads <= 4 * c->n_kv_heads && c->k_dim + 45 <= 192 &&
+         static_cast<uint32_t>(c->n_blocks) < 5 * rdkv_cuda__layout_of(c).heads;
+}
+
 static rdkv_cuda__kernel rdkv_cuda__kernel_for(const rdkv_cuda_config *c) {
-  const bool paired = c->n_q_heads <= 4 * c->n_kv_heads;
-  (void)paired; /* of which a build without attention has no use */
-#define RDKV_CUDA__CASE(dim)                                      \
-  case dim:                                                       \
-    if (c->latency > 0)                                           \
-      return paired ? rdkv_cuda__latency_kernel<dim / 16, true>   \
-                    : rdkv_cuda__latency_kernel<dim / 16, false>; \
-    return paired ? rdkv_cuda__attend_kernel<dim / 16, true>      \
+  const bool paired = c->n_q_heads <= 4 * c->n_kv_heads, many = rdkv_cuda__many(c);
+  (void)paired, (void)many; /* of which a build without attention has no use */
+#define RDKV_CUDA__CASE(dim)                                             \
+  case dim:                                                              \
+    if (c->latency > 0)                                                  \
+      return !paired ? rdkv_cuda__latency_kernel<dim / 16, false, false> \
+             : many  ? rdkv_cuda__latency_kernel<dim / 16, true, true>   \
+                     : rdkv_cuda__latency_kernel<dim / 16, true, false>;  \
+    return paired ? rdkv_cuda__attend_kernel<dim / 16, true>             \
                   : rdkv_cuda__attend_kernel<dim / 16, false>;
   switch (c->v_dim) {
 #ifdef RDKV_CUDA_V_DIM
@@ -3129,7 +3244,7 @@ static uint32_t rdkv_cuda__fragments(const rdkv_cuda_config *c, int blocks) {
   const uint32_t n = static_cast<uint32_t>(blocks);
   const uint32_t bytes = (RDKV_CUDA__PAIR * (n + 3) / 2 + 127) / 128 * 128;
   if (c->n_q_heads / c->n_kv_heads > 4) return 512u * n;
-  return c->latency > 0 || 256u * n > bytes ? 256u * n : bytes;
+  return 256u * n > bytes ? 256u * n : bytes;
 }
 
 /* What fragments are made of: a head's table (runs padded as above) and rows of q. */
@@ -3182,7 +3297,10 @@ static cudaError_t rdkv_cuda__resolve_latency(rdkv_cuda_config *c, int sms, int 
   if (blocks && t.n_blocks < 65536 && /* counted in half a word */
       static_cast<uint32_t>(t.n_blocks) >= 2 * rdkv_cuda__layout_of(&t).heads)
     *c = t;
-  return cudaSuccess;
+  return c->latency < 0
+             ? cudaSuccess /* the kernel may be another one now */
+             : cudaFuncSetAttribute(reinterpret_cast<const void *>(rdkv_cuda__kernel_for(c)),
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
 }
 
 extern "C" cudaError_t rdkv_cuda_resolve(const rdkv_cuda_config *in, rdkv_cuda_config *out) {
@@ -3312,7 +3430,7 @@ extern "C" cudaError_t rdkv_cuda_plan(const rdkv_cuda_config *cfg,
   p.max_segments = static_cast<uint32_t>(cfg->max_segments);
   p.group = l.group;
   p.first_layer = cfg->first_layer, p.k_dim = cfg->k_dim, p.v_dim = cfg->v_dim;
-  p.latency = cfg->latency > 0, p.n_warps = cfg->n_warps;
+  p.latency = cfg->latency > 0, p.n_warps = cfg->n_warps, p.bytes = rdkv_cuda__many(cfg);
   p.ring_bytes = rdkv_cuda__ring_bytes(cfg);
   p.parts = reinterpret_cast<uint4 *>(p.plan + l.bytes * static_cast<size_t>(cfg->n_layers));
   p.n_parts = static_cast<uint32_t>(2 * l.part / sizeof(uint4)) * p.n_blocks;
