@@ -1200,7 +1200,7 @@ __device__ __forceinline__ void rdkv_cuda_tile(rdkv_cuda_acc<D> &a, const uint8_
   const uint8_t *one[1] = {tile};
   rdkv_cuda__tiles<PAIRED, PAIRED && RDKV_CUDA__BYTES>(
       a, one, widths, run, tokens, fragments, rest, rdkv_cuda__fine(factor), factor,
-      rdkv_cuda__lift_of < PAIRED, PAIRED && RDKV_CUDA__BYTES > (run));
+      rdkv_cuda__lift_of<PAIRED, (PAIRED && RDKV_CUDA__BYTES)>(run));
 }
 
 __device__ __forceinline__ void rdkv_cuda__ldmatrix(uint32_t (&f)[4], uint32_t address) {
@@ -1344,11 +1344,12 @@ typedef struct __align__(16) rdkv_cuda__first {
 }
 rdkv_cuda__first;
 
-typedef struct rdkv_cuda__entry { /* of a table, as queries are made of it */
-  uint32_t scale;   /* fp16; channel << 16; exponent of what an odd pair's codes are worth << 24 */
-  float mid;        /* less what the codes' midpoint is worth */
-} rdkv_cuda__entry; /* by bytes: scale a float in its run's units, the channel its last 8 bits; mid
-                     */
+/* An entry of a table, as queries are made of it. By bytes: scale is a float in its run's units,
+   whose last 8 bits are the channel; mid as in the table. */
+typedef struct rdkv_cuda__entry {
+  uint32_t scale; /* fp16; channel << 16; exponent of what an odd pair's codes are worth << 24 */
+  float mid;      /* less what the codes' midpoint is worth */
+} rdkv_cuda__entry;
 
 static __host__ __device__ uint32_t rdkv_cuda__n_entries(int k_dim) { /* runs are padded apart */
   const uint32_t n = (static_cast<uint32_t>(k_dim) + 45 + 63) / 64 * 64;

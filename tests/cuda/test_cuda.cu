@@ -500,10 +500,12 @@ static void test_latency() {
   if (!has_latency) return;
   uint64_t seed = 5000;
   shape s;
-  for (int warps : {1, 3, 8, 16}) {
-    s = plain_shape(), s.latency = 1, s.name = "latency, warps", s.n_warps = warps, s.tail = 50;
-    run_case(s, ++seed);
-  }
+  for (int warps : {1, 3, 8, 16})
+    for (int blocks : {0, 4}) { /* 4: two parts a head */
+      s = plain_shape(), s.latency = 1, s.name = "latency, warps", s.n_warps = warps, s.tail = 50;
+      s.n_blocks = blocks;
+      run_case(s, ++seed);
+    }
   if (small_run) return;
   const rdkv_dtype types[] = {RDKV_F16, RDKV_BF16, RDKV_F32};
   for (int d : {64, 80, 96, 112, 128, 192, 256})
