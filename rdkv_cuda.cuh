@@ -3710,6 +3710,19 @@ __device__ __forceinline__ void copy_16(uint32_t to, const char *from, bool real
                : "memory");
 }
 
+/* What is read once, of all of K or V, leaves the L2 first: in it is room for arrays, code and
+   kept rows, which are read again. */
+__device__ __forceinline__ u64 evict_first() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void copy_16_once(uint32_t to, const char *from, u64 policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "l"(policy)
+               : "memory");
+}
+
 /* 4 bytes. */
 __device__ __forceinline__ void copy_4(uint32_t to, const void *from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
@@ -5645,14 +5658,14 @@ struct v_ring {
   }
 };
 
-/* The tokens of a block, and the rows of V that it reads for them: those of `half` more on each
-   side, V_ROWS at a time. */
+/* The tokens of a block, the last ones first, as the L2 still has them, and the rows of V that it
+   reads for them: those of `half` more on each side, V_ROWS at a time. */
 struct v_part {
   uint32_t first, end; /* tokens */
   int row;             /* the first one */
   uint32_t units;      /* V_ROWS rows each */
   __device__ __forceinline__ v_part(const measure_args &a) {
-    first = blockIdx.y * a.v_tokens, end = least(first + a.v_tokens, a.n);
+    first = (gridDim.y - 1 - blockIdx.y) * a.v_tokens, end = least(first + a.v_tokens, a.n);
     row = static_cast<int>(first) - a.half, units = units_for(a, end - first);
   }
   /* Of so many tokens. */
@@ -5788,7 +5801,7 @@ struct v_stage {
   const char *rows; /* the lane's 16 bytes of a line */
   uint32_t to;      /* where these go, of the first row */
   int pitch, last;
-  u64 policy; /* evict first: in the L2 is room for what is read again */
+  u64 policy;
   __device__ __forceinline__ v_stage(const void *all, const rdkv_tensor &v, int head, uint32_t n) {
     const uint32_t row = (threadIdx.x & 31) / 8, byte = 16 * (threadIdx.x & 7);
     const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(all));
@@ -5796,8 +5809,7 @@ struct v_stage {
              threadIdx.x / 32 * BYTES;
     to = static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + row * PITCH + byte;
     rows = static_cast<const char *>(row_of(v, 0, head)) + byte;
-    pitch = step_of(v), last = static_cast<int>(n) - 1;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    pitch = step_of(v), last = static_cast<int>(n) - 1, policy = evict_first();
     asm("" : "+l"(rows), "+r"(pitch), "+r"(to)); /* not to be found out again each time */
   }
   /* A part of a unit's rows, those before the sequence and behind it being its ends, or of none. */
@@ -5811,10 +5823,7 @@ struct v_stage {
 #pragma unroll
       for (int line = PART ? 32 * MIDDLE : 0; line < 32 * (PART ? N : MIDDLE); line += 128)
         if (line + 16 * chunk < 32 * N)
-          asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(
-                           to + static_cast<uint32_t>(i * PITCH + line)),
-                       "l"(from + line), "l"(policy)
-                       : "memory");
+          copy_16_once(to + static_cast<uint32_t>(i * PITCH + line), from + line, policy);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
@@ -6259,9 +6268,9 @@ __device__ __forceinline__ int query_of(const score_args &a, int column) {
   return static_cast<int>((static_cast<float>(column) + 0.5f) * a.by_group);
 }
 
-/* As rdkv__recency. */
+/* As rdkv__recency, nearly: in double it took 2 us. */
 __device__ __forceinline__ float query_weight(const score_args &a, int i) {
-  return a.joint ? static_cast<float>(a.recent / sqrt(static_cast<double>(a.window - i))) : 1;
+  return a.joint ? static_cast<float>(a.recent) * rsqrtf(static_cast<float>(a.window - i)) : 1;
 }
 
 /* Reference of a head's column for the pass that weighs, weight = 2^(logit - reference): from the
@@ -6924,6 +6933,7 @@ __global__ void __launch_bounds__(RDKV_CUDA__GROUP_THREADS(64 * A, STATS, SETS),
     return static_cast<uint32_t>(row * 128 + ((chunk ^ row) & 7) * 16);
   };
   float square[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  const u64 policy = evict_first();
   extremes<DTYPE> ends;
   ends.clear();
   let_next_launch();
@@ -6942,7 +6952,7 @@ __global__ void __launch_bounds__(RDKV_CUDA__GROUP_THREADS(64 * A, STATS, SETS),
       if (token + GROUP_TILE <= end) {
 #pragma unroll
         for (int i = 0; i < GROUP_TILE; i += ROWS)
-          copy_16(to + place(my_row + i, my_chunk), k_from + i * k_step);
+          copy_16_once(to + place(my_row + i, my_chunk), k_from + i * k_step, policy);
       } else if (token < end) {
 #pragma unroll 1
         for (int i = 0; i < GROUP_TILE; i += ROWS) {
@@ -6967,15 +6977,15 @@ __global__ void __launch_bounds__(RDKV_CUDA__GROUP_THREADS(64 * A, STATS, SETS),
               real);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
-    copy(1, t0 + STEP);
     if (!STATS) wait_for_launches(); /* for STATS' */
     if (!STATS)
 #pragma unroll 1
       for (int c = tid; c < (group == 0 ? COLUMNS : 0); c += 128)
         reference[order(c)] = reference_of(a, it, head, h, column0 + c);
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    __syncthreads(); /* queries and references are there */
+    __syncthreads();    /* queries and references are there */
+    copy(1, t0 + STEP); /* not before, or all would wait for it */
     float sum[SETS][32];
     if (STATS)
 #pragma unroll
@@ -7197,40 +7207,50 @@ static __global__ void __launch_bounds__(THREADS)
         static_cast<size_t>(tid)] = sum;
 }
 
-/* The same of dense 16-bit rows, 16 bytes a thread. */
+/* The same of dense 16-bit rows, 16 bytes a thread. All blocks are near each other at a time, so
+   that the last tokens are in the L2 in the end. */
 template <bool BF16>
 __global__ void __launch_bounds__(THREADS)
     out_rows_kernel(score_args a, const __grid_constant__ item_list list) {
-  enum { DTYPE = BF16 ? RDKV_BF16 : RDKV_F16, AHEAD = 8 };
+  enum { DTYPE = BF16 ? RDKV_BF16 : RDKV_F16, BATCH = 4 }; /* rows; one is on its way */
   __shared__ float sums[8 * THREADS];
   const int head = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
   const int h = static_cast<int>(blockIdx.z) * a.heads + head;
   const item &it = list.at[blockIdx.z];
   const int chunks = a.v_dim / 8, row = tid / chunks, chunk = tid - row * chunks;
   const uint32_t n_rows = static_cast<uint32_t>(THREADS / chunks);
-  const uint32_t first = blockIdx.x * a.v_split, end = least(first + a.v_split, a.n);
+  const uint32_t step = gridDim.x * BATCH * n_rows;
   const float *mean = a.mean + static_cast<size_t>(h) * a.n;
   let_next_launch();
   wait_for_launches();
-  const char *const from = static_cast<const char *>(row_of(it.v, first, head)) + 16 * chunk;
-  const ptrdiff_t step = step_of(it.v);
+  const char *const from = static_cast<const char *>(row_of(it.v, 0, head)) + 16 * chunk;
+  const ptrdiff_t step_of_v = step_of(it.v);
   float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
   extremes<DTYPE> ends;
   ends.clear();
-  if (static_cast<uint32_t>(row) < n_rows)
-    for (uint32_t t = static_cast<uint32_t>(row); t < end - first; t += AHEAD * n_rows) {
-      uint4 x[AHEAD];
-      float w[AHEAD];
+  const auto ask = [&](uint32_t t, uint4(&x)[BATCH], float(&w)[BATCH]) {
 #pragma unroll
-      for (uint32_t i = 0; i < AHEAD; ++i) {
-        const bool real = t + i * n_rows < end - first;
-        const uint32_t at = real ? t + i * n_rows : t;
-        x[i] = __ldg(reinterpret_cast<const uint4 *>(from + static_cast<ptrdiff_t>(at) * step));
-        w[i] = real ? mean[first + at] : 0;
-      }
-#pragma unroll
-      for (int i = 0; i < AHEAD; ++i) add_chunk<DTYPE, false>(sum, x[i], w[i], &ends);
+    for (uint32_t i = 0; i < BATCH; ++i, t += n_rows) {
+      x[i] = make_uint4(0, 0, 0, 0), w[i] = 0;
+      if (t >= a.n) continue;
+      x[i] = __ldcs(reinterpret_cast<const uint4 *>(from + static_cast<ptrdiff_t>(t) * step_of_v));
+      w[i] = mean[t];
     }
+  };
+  const auto add = [&](const uint4(&x)[BATCH], const float(&w)[BATCH]) {
+#pragma unroll
+    for (uint32_t i = 0; i < BATCH; ++i) add_chunk<DTYPE, false>(sum, x[i], w[i], &ends);
+  };
+  if (static_cast<uint32_t>(row) < n_rows) {
+    uint4 x[BATCH], y[BATCH];
+    float v[BATCH], w[BATCH];
+    uint32_t t = blockIdx.x * BATCH * n_rows + static_cast<uint32_t>(row);
+    ask(t, x, v);
+    for (; t < a.n; t += 2 * step) {
+      ask(t + step, y, w), add(x, v);
+      ask(t + 2 * step, x, v), add(y, w);
+    }
+  }
   bool good = true;
   if (BF16) {
     const float2 low = ends.lowest(), high = ends.highest();
@@ -7288,26 +7308,30 @@ __device__ __forceinline__ double over_rows(const score_args &a, const rdkv_tens
   return sum;
 }
 
-/* Sum over the splits of a head's parts [splits][dim]; thread d < dim has column d. */
-__device__ __forceinline__ double over_splits(const float *parts, int splits, int dim, int h) {
-  const int d = static_cast<int>(threadIdx.x);
+/* Sum over the splits of a head's parts [splits][dim]; all threads of a block call it, thread d <
+   dim gets column d. */
+__device__ __forceinline__ double over_splits(const float *parts, int splits, int dim, int h,
+                                              double *sums) {
+  const int tid = static_cast<int>(threadIdx.x), apart = THREADS / dim, first = tid / dim;
   const float *from =
-      parts + static_cast<size_t>(h) * static_cast<size_t>(splits) * static_cast<size_t>(dim) + d;
+      parts + static_cast<size_t>(h) * static_cast<size_t>(splits) * static_cast<size_t>(dim);
   double sum = 0;
-  for (int first = 0; first < (d < dim ? splits : 0); first += 16) {
+  for (int j0 = first; j0 < (first < apart ? splits : 0); j0 += 16 * apart) {
     float x[16];
 #pragma unroll
     for (int i = 0; i < 16; ++i)
-      x[i] =
-          first + i < splits ? from[static_cast<size_t>(first + i) * static_cast<size_t>(dim)] : 0;
+      x[i] = j0 + i * apart < splits ? from[(j0 + i * apart) * dim + tid - first * dim] : 0;
 #pragma unroll
     for (int i = 0; i < 16; ++i) sum += static_cast<double>(x[i]);
   }
+  sums[tid] = sum;
+  __syncthreads();
+  for (int i = 1; i < apart && tid < dim; ++i) sum += sums[i * dim + tid];
   return sum;
 }
 
 /* The last launch: the attention pooled, EACH tokens a thread, and older widths cleared. The first
-   blocks, of all heads, have the channels: mean squares of the queries and the mean output, 32 a
+   blocks, of all heads, have the channels: the mean output and mean squares of the queries, 32 a
    block, which may not have to wait for the launches before, then those of K. */
 static __host__ __device__ __forceinline__ int channel_blocks(const score_args &a) {
   return 1 + (a.k_dim + 31) / 32 + (a.v_dim + 31) / 32;
@@ -7325,7 +7349,8 @@ __global__ void __launch_bounds__(THREADS, 4)
   const size_t thread = (blockIdx.y * gridDim.x + blockIdx.x) * static_cast<size_t>(THREADS) +
                         threadIdx.x,
                n_threads = static_cast<size_t>(gridDim.y) * gridDim.x * THREADS;
-  const int block = static_cast<int>(blockIdx.y), q_end = (a.k_dim + 31) / 32;
+  const int block = static_cast<int>(blockIdx.y), of_k = channel_blocks(a) - 1;
+  const int of_q = (a.v_dim + 31) / 32;
   const int seen = static_cast<int>(a.seen), last = static_cast<int>(a.n) - 1;
   const int t0 = (block - channel_blocks(a)) * TOKENS;
   const int half = (a.pool - 1) / 2 > last ? last : (a.pool - 1) / 2;
@@ -7333,8 +7358,8 @@ __global__ void __launch_bounds__(THREADS, 4)
   const bool edge = t0 + TOKENS + half > seen; /* not all queries see all of these */
   clear_bytes(it.v_bits, static_cast<size_t>(a.heads) * a.n, thread, n_threads);
   clear_bytes(it.k_bits, static_cast<size_t>(a.heads * a.k_dim), thread, n_threads);
-  if (block < q_end) {
-    const int d = 32 * block;
+  if (block >= of_q && block < of_k) {
+    const int d = 32 * (block - of_q);
     const double sum = over_rows<true>(a, it.q, d, a.k_dim, head, see, sums);
     if (tid < 32 && d + tid < a.k_dim)
       it.q_square[head * a.k_dim + d + tid] = static_cast<float>(sum / used);
@@ -7344,23 +7369,22 @@ __global__ void __launch_bounds__(THREADS, 4)
     for (int i = tid; i < a.window; i += THREADS) see[i] = query_weight(a, i);
     __syncthreads();
   }
-  const bool of_k = block == channel_blocks(a) - 1;
-  if (t0 < 0 && !of_k && it.out.data) {
-    const int d = 32 * (block - q_end);
+  if (block < of_q && it.out.data) {
+    const int d = 32 * block;
     const double sum = over_rows<false>(a, it.out, d, a.v_dim, head, see, sums);
     if (tid < 32 && d + tid < a.v_dim)
       it.mean_out[head * a.v_dim + d + tid] = static_cast<float>(sum / used);
     return;
   }
   wait_for_launches();
-  if (of_k) {
-    const double sum = over_splits(a.square, a.splits, a.k_dim, h);
+  if (block == of_k) {
+    const double sum = over_splits(a.square, a.splits, a.k_dim, h, sums);
     if (tid < a.k_dim) it.k_square[head * a.k_dim + tid] = static_cast<float>(sum / a.n);
     return;
   }
   if (t0 < 0) {
-    if (block > q_end || !a.out) return;
-    const double sum = over_splits(a.out, a.v_splits, a.v_dim, h);
+    if (block > 0 || !a.out) return;
+    const double sum = over_splits(a.out, a.v_splits, a.v_dim, h, sums);
     if (tid < a.v_dim) it.mean_out[head * a.v_dim + tid] = static_cast<float>(sum / used);
     return;
   }
