@@ -599,9 +599,8 @@ static void allocate_cases(size_t from, size_t to) {
   static const int shape[][4] = {{4, 2, 128, 128}, {4, 4, 64, 80}, {2, 1, 40, 24}, {3, 1, 1, 1}};
   static const uint32_t length[] = {0, 1, 31, 33, 150, 700, 6000};
   static const double keep[] = {0.02, 0.1, 0.3, 0.7, 1.0};
-  static const int few[][3] = {{0, 0, 0}, {0, 3, 0}, {2, 4, 1}, {3, 3, 2}, {2, 4, 3},
-                               {2, 4, 4}, {2, 4, 5}, {3, 3, 8}, {3, 3, 9}, {3, 1, 0},
-                               {0, 6, 0}, {1, 6, 1}, {0, 6, 4}, {1, 6, 5}};
+  static const int few[][3] = {{0, 0, 0}, {0, 3, 0}, {2, 4, 1}, {3, 3, 2}, {2, 4, 3}, {2, 4, 4},
+                               {2, 4, 5}, {3, 3, 8}, {3, 3, 9}, {3, 1, 0}, {0, 6, 0}, {0, 6, 4}};
   const rdkv_pin_reason any = RDKV_PIN_OTHER;
   const rdkv_pin pins[] = {{0, 4, 16, any, 0},         {20, 40, 8, any, 0},
                            {10, 30, 2, any, 0},        {140, 300, 4, any, 0},
