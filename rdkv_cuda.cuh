@@ -3742,6 +3742,18 @@ __device__ __forceinline__ void let_next_launch() {
 
 /* ---- sums over a block; all threads call them */
 
+/* Sum over the lanes up to this one. */
+template <typename T>
+__device__ __forceinline__ T warp_scan(T sum) {
+  const uint32_t lane = threadIdx.x & 31;
+#pragma unroll
+  for (uint32_t d = 1; d < 32; d <<= 1) {
+    const T below = __shfl_up_sync(FULL, sum, d);
+    if (lane >= d) sum += below;
+  }
+  return sum;
+}
+
 __device__ inline u64 warp_sum(u64 x) {
   for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(FULL, x, d);
   return x;
@@ -3751,21 +3763,11 @@ __device__ inline u64 warp_sum(u64 x) {
 __device__ inline u64 block_scan(u64 x, u64 *scratch, u64 *total) {
   const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
   const int n_warps = static_cast<int>(blockDim.x) >> 5;
-  u64 sum = x;
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) {
-    const u64 y = __shfl_up_sync(FULL, sum, d);
-    if (lane >= d) sum += y;
-  }
+  u64 sum = warp_scan(x);
   __syncthreads();
   if (lane == 31) scratch[warp] = sum;
   __syncthreads();
-  u64 warps = lane < n_warps ? scratch[lane] : 0; /* every warp adds up all */
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) {
-    const u64 y = __shfl_up_sync(FULL, warps, d);
-    if (lane >= d) warps += y;
-  }
+  u64 warps = warp_scan(lane < n_warps ? scratch[lane] : 0); /* every warp adds up all */
   const u64 before = __shfl_sync(FULL, warps, warp > 0 ? warp - 1 : 0);
   *total = __shfl_sync(FULL, warps, 31);
   return (warp > 0 ? before : 0) + sum - x;
@@ -4237,12 +4239,7 @@ static __device__ __forceinline__ void find_ends(const pack_args &a, int head, u
       const uint32_t y = x[j] | x[j] >> 2;
       mask |= ((y >> 1 | y >> 2) & 0x01010101u) * 0x10204080u >> 28 << (4 * j);
     }
-    uint32_t at = static_cast<uint32_t>(__popc(mask)); /* up to this thread's */
-#pragma unroll
-    for (uint32_t d = 1; d < 32; d *= 2) {
-      const uint32_t other = __shfl_up_sync(FULL, at, d);
-      if (lane >= d) at += other;
-    }
+    uint32_t at = warp_scan(static_cast<uint32_t>(__popc(mask))); /* up to this thread's */
     if (lane == 31) of_warp[warp] = at;
     __syncthreads();
     const uint32_t of_lane = lane < LIST_WARPS ? of_warp[lane] : 0,
@@ -5910,12 +5907,7 @@ __device__ __forceinline__ bool find_cut(const measure_args &a, uint32_t h, uint
   if (any_width(a, h)) return true;
 #pragma unroll
   for (uint32_t i = 0; i < EACH; ++i) mine += bins[i];
-  uint32_t sum = mine;
-#pragma unroll
-  for (uint32_t d = 1; d < 32; d <<= 1) {
-    const uint32_t y = __shfl_up_sync(FULL, sum, d);
-    if (lane >= d) sum += y;
-  }
+  uint32_t sum = warp_scan(mine);
   if (lane == 31) of_warp[warp] = sum;
   __syncthreads();
   sum -= mine;
@@ -8291,12 +8283,7 @@ __device__ __forceinline__ void add_up(const solver &s, const unit &x) {
   const uint32_t cost = tile_cost(s, h, l) / 64, pinned = h->pinned[l + 1];
   u64 bytes = table_bytes(h);
   n.z += n.w, n.y += n.z, n.x += n.y;
-  uint32_t sum = n.x;
-#pragma unroll
-  for (uint32_t d = 1; d < 32; d <<= 1) {
-    const uint32_t y = __shfl_up_sync(FULL, sum, d);
-    if (lane >= d) sum += y;
-  }
+  uint32_t sum = warp_scan(n.x);
   if (lane == 31) fine_warp[tid / 32] = sum;
   __syncthreads();
   sum -= n.x;
@@ -8551,12 +8538,7 @@ __device__ __noinline__ bool raise(const solve_args &a, uint32_t floor, uint32_t
   __syncthreads();
   for (uint32_t k = tid, before = 0; k < slices + (-slices & 31) && tid < 32; k += 32) {
     const unit_count mine = k < slices ? x.counts[k] : unit_count();
-    uint32_t sum = mine.listed;
-#pragma unroll
-    for (uint32_t d = 1; d < 32; d <<= 1) {
-      const uint32_t y = __shfl_up_sync(FULL, sum, d);
-      if (lane >= d) sum += y;
-    }
+    uint32_t sum = warp_scan(mine.listed);
     if (k <= slices) raise_first_of[k + 1] = before + sum;
     before += __shfl_sync(FULL, sum, 31);
 #pragma unroll
@@ -8620,12 +8602,7 @@ __device__ __noinline__ bool raise(const solve_args &a, uint32_t floor, uint32_t
       __syncthreads();
       const uint32_t here = raise_count[BUCKETS - 1 - tid];
       raise_count[BUCKETS - 1 - tid] = 0;
-      uint32_t sum = here;
-#pragma unroll
-      for (uint32_t d = 1; d < 32; d <<= 1) {
-        const uint32_t y = __shfl_up_sync(FULL, sum, d);
-        if (lane >= d) sum += y;
-      }
+      uint32_t sum = warp_scan(here);
       if (lane == 31) raise_warp[tid / 32] = sum;
       __syncthreads();
       const uint32_t warp = lane < SOLVE / 32 ? raise_warp[lane] : 0;
@@ -9387,11 +9364,7 @@ struct paper_part {
       x[i].w += sum, x[i].z += x[i].w, x[i].y += x[i].z, x[i].x += x[i].y, sum = x[i].x;
     }
     all = sum;
-#pragma unroll
-    for (uint32_t d = 1; d < 32; d <<= 1) {
-      const uint32_t y = __shfl_up_sync(FULL, sum, d);
-      if (lane >= d) sum += y;
-    }
+    sum = warp_scan(sum);
     if (lane == 31) scratch[warp] = sum;
     __syncthreads();
     sum += __reduce_add_sync(FULL, lane < warp ? scratch[lane] : 0) - all;

@@ -635,7 +635,7 @@ static void allocate_cases(size_t from, size_t to) {
 static void test_allocate() { allocate_cases(0, 6); }
 
 /* Prompts long enough to be solved once: of short ones the solver tries many budgets and prices of
-   K, which takes racecheck hours. */
+   K, which takes racecheck too long. */
 static void test_allocate_long() { allocate_cases(6, 7); }
 
 /* Weights that tie, vanish or stand alone, few that outweigh all others, and budgets at both ends.
