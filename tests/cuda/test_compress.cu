@@ -632,10 +632,10 @@ static void allocate_cases(size_t from, size_t to) {
       }
 }
 
-static void test_allocate() { allocate_cases(0, 6); }
+static void test_allocate_short() { allocate_cases(0, 6); }
 
 /* Prompts long enough to be solved once: of short ones the solver tries many budgets and prices of
-   K, which takes racecheck too long. */
+   K, which racecheck takes very long for. */
 static void test_allocate_long() { allocate_cases(6, 7); }
 
 /* Weights that tie, vanish or stand alone, few that outweigh all others, and budgets at both ends.
@@ -1045,7 +1045,7 @@ int main(int argc, char **argv) {
   TEST(test_score);
   TEST(test_score_far);
   TEST(test_items);
-  TEST(test_allocate);
+  TEST(test_allocate_short);
   TEST(test_allocate_long);
   TEST(test_allocate_edges);
   TEST(test_allocate_paper);
